@@ -1,0 +1,50 @@
+# Everything runs in .venv, which is made on first use: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.ready
+CORE_SOURCES := $(shell find src/lowbit/csrc -type f)
+PINS := -c requirements/constraints.txt
+# An older transformers beside the newest: the tests of the meeting with it run on both.
+OTHER_TRANSFORMERS := 5.12.1
+OVERLAY := $(VENV)/transformers-$(OTHER_TRANSFORMERS)
+
+.PHONY: help demo test check bench form clean setup
+
+help:
+	@echo "make demo    set everything up and quantise, save, load and run a small model"
+	@echo "make test    set everything up and pass every test"
+	@echo "make check   ruff, mypy, form tests, unit tests; under two minutes"
+	@echo "make bench   the benchmarks, written to benchmarks/results"
+
+setup: $(READY)
+
+$(READY): pyproject.toml requirements/constraints.txt requirements/assets.txt $(CORE_SOURCES)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet $(PINS) "scikit-build-core>=0.11" cmake ninja
+	$(RUN)/pip install --quiet $(PINS) --no-build-isolation --editable ".[dev]"
+	$(RUN)/pip install --quiet --no-deps -r requirements/assets.txt
+	touch $@
+
+$(OVERLAY): $(READY)
+	$(RUN)/pip install --quiet --no-deps --target $@ transformers==$(OTHER_TRANSFORMERS)
+
+demo: $(READY)
+	$(RUN)/lowbit demo
+
+check: $(READY)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/pytest tests/form tests/unit tests/cpu tests/interop -m "not slow"
+
+test: $(READY) $(OVERLAY)
+	$(RUN)/pytest tests
+	PYTHONPATH=$(OVERLAY) $(RUN)/pytest tests -m transformers
+
+bench: $(READY)
+	$(RUN)/python benchmarks/default_format.py
+	$(RUN)/python benchmarks/load_times.py
+
+clean:
+	rm -rf $(VENV) build

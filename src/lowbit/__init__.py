@@ -1,0 +1,53 @@
+"""lowbit: make any Hugging Face or PyTorch model low-bit with one line, and run, save and load it on the hardware at hand.
+
+    import lowbit
+    model = lowbit.AutoModelForCausalLM.from_pretrained(folder, load_in_4bit=True)
+    model = lowbit.optimize_model(any_torch_module, low_bit="int4")
+
+The public names are imported when first used, so that `import lowbit` itself costs milliseconds and needs no torch. Importing it lets
+transformers read and write low-bit folders: the hook waits until transformers is imported and then adds one quantiser.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": ("FormatError", "CheckpointError", "KernelError", "LowbitError", "MissingPackageError", "RecipeError", "WeightError"),
+    "formats": ("FORMATS", "Format", "format_from_name"),
+    "recipe": ("RECIPES", "Recipe"),
+    "report": ("Report",),
+    "optimize": ("explain", "optimize_model"),
+    "checkpoint": ("load_low_bit", "low_memory_init", "save_low_bit"),
+    "checkpoint.auto": (
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForMultipleChoice",
+        "AutoModelForNextSentencePrediction",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForSpeechSeq2Seq",
+        "AutoModelForTokenClassification",
+    ),
+    "evaluate": ("perplexity",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [*sorted(_HOME_OF), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lowbit.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,43 @@
+"""Round to nearest: every weight on its own, no data.
+
+    plain_rtn   the scale that covers the group, nothing searched
+    rtn         the scale of each group searched for the least squared error (see `grid.Search`); the default
+
+With several formats offered for one weight, the one with the least error is taken.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.formats import Format
+from lowbit.grid import PLAIN, Search, quantize, unpack
+from lowbit.packing import PackedTensor
+
+SEARCHES = {"rtn": Search(), "plain_rtn": PLAIN}
+# Rows whose fp32 working copies stay within a few MB, so that quantising needs room for a slice of a weight, not for the weight.
+_SLICE_WEIGHTS = 1 << 21
+
+
+def round_weight(weight: torch.Tensor, format: Format, rounder: str = "rtn") -> PackedTensor:
+    """Pack a weight [.., out, in]."""
+    return quantize(weight, format, SEARCHES[rounder])
+
+
+def round_weight_best(weight: torch.Tensor, formats: tuple[Format, ...], rounder: str) -> PackedTensor:
+    """Pack a weight in the format, of those offered, that keeps it best."""
+    offers = [round_weight(weight, format, rounder) for format in formats]
+    return offers[0] if len(offers) == 1 else min(offers, key=lambda packed: relative_error(weight, packed))
+
+
+def relative_error(weight: torch.Tensor, packed: PackedTensor) -> float:
+    """|w - w^| / |w|, slice by slice."""
+    error = norm = 0.0
+    flat_shape = (-1, weight.shape[-1])
+    rows = max(_SLICE_WEIGHTS // weight.shape[-1], 1)
+    restored = unpack(packed).reshape(flat_shape)
+    for part, other in zip(weight.reshape(flat_shape).split(rows), restored.split(rows), strict=True):
+        part = part.float()
+        error += float((part - other).square().sum())
+        norm += float(part.square().sum())
+    return (error / norm) ** 0.5 if norm else 0.0

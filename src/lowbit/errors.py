@@ -1,0 +1,57 @@
+"""The exceptions that lowbit raises on purpose.
+
+    LowbitError
+    ├── FormatError          a number format that does not exist, or that contradicts itself
+    ├── RecipeError          options that contradict each other or the model
+    ├── WeightError          weights that cannot be quantised: NaN, infinite, of a wrong shape
+    ├── CheckpointError      a folder or file that is missing, truncated or not what it says it is
+    ├── KernelError          a kernel asked for by name that refuses, or the core library failing
+    └── MissingPackageError  an optional package is absent; the message holds the line that installs it
+
+Every message is one sentence for the person at the keyboard: what is wrong, where, and what to do about it.
+The command line prints it as it stands and nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LowbitError(Exception):
+    """Base of everything lowbit raises on purpose."""
+
+
+class FormatError(LowbitError, ValueError):
+    """A number format that does not exist, or that contradicts itself."""
+
+
+class RecipeError(LowbitError, ValueError):
+    """Options that contradict each other or the model."""
+
+
+class WeightError(LowbitError, ValueError):
+    """Weights that cannot be quantised."""
+
+
+class CheckpointError(LowbitError, OSError):
+    """A folder or file that is missing, truncated, or not what it says it is."""
+
+
+class KernelError(LowbitError, RuntimeError):
+    """A kernel that was asked for by name and refuses, or the core library reporting a failure."""
+
+
+class MissingPackageError(LowbitError, ImportError):
+    """An optional package is absent."""
+
+    def __init__(self, package: str, purpose: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs the package '{package}', which is not installed: pip install 'lowbit[{extra}]'")
+        self.package = package
+
+
+def nearest(name: str, known: Iterable[str], count: int = 4) -> str:
+    """The tail of an error about an unknown name: the closest names that exist."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.4)
+    return f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(names)}"

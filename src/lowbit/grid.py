@@ -1,0 +1,306 @@
+"""The one place where numbers are rounded: fit_grid finds scales, to_codes rounds, from_codes undoes it.
+
+    fit_grid    weight groups -> scales (and zero points), rounded to the type they are stored in
+    to_codes    q = clamp(round(w / s) + z, 0, 2^bits - 1)         codebooks: the nearest level of w / s
+    from_codes  w^ = s * (q - z)                                   codebooks: s * levels[q]
+
+Codes are always chosen against the scale *after* it was rounded for storage, so that |w - w^| <= |s| / 2 inside the range.
+
+Symmetric integers use the full range: the scale carries a sign, chosen so that the weight of the largest magnitude lands on
+-2^(bits-1) exactly (a restricted range wastes that code, which at 2 bits is a quarter of them).
+
+`Search` refines the scale of each group: candidates around the plain one are tried, each is refitted by least squares to the codes
+it gives (s = sum(m w q) / sum(m q^2), m an optional importance per input), and the one with the least sum(m (s q - w)^2) is kept.
+It is the search that llama.cpp made known, needs no data, and costs arithmetic only; `benchmarks/default_format.py` shows its worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lowbit.bits import pack_codes, spread_groups, unpack_codes
+from lowbit.errors import WeightError
+from lowbit.formats import SCALE_BITS, Format
+from lowbit.packing import PackedTensor
+
+SCALE_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# fp16 cannot hold a scale below this; groups that small are stored as zeros.
+_TINY_SCALE = 6e-8
+_E8M0_BIAS = 127
+# A code of a doubly quantised scale that means "the tensor's mean scale".
+_DQ_MIDPOINT = 128
+
+
+@dataclass(frozen=True)
+class Search:
+    """How widely the scale of a group is searched around the plain one."""
+
+    lowest: float = 0.70
+    highest: float = 1.10
+    steps: int = 32
+    zero_steps: int = 1
+
+    def ratios(self) -> list[float]:
+        span = self.highest - self.lowest
+        return [self.lowest + span * i / (self.steps - 1) for i in range(self.steps)]
+
+
+PLAIN = Search(1.0, 1.0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The fitted grid of one weight: scales [.., G] in fp32 as they will be read back, zeros [.., G] or None."""
+
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    stored: dict[str, torch.Tensor]
+
+
+def fit_grid(
+    weight: torch.Tensor, format: Format, search: Search = PLAIN, importance: torch.Tensor | None = None
+) -> Grid:
+    """Scales and zero points for a weight [.., out, in]; `importance` [in] weighs the squared error of each input."""
+    groups, mask = _grouped(weight, format)
+    weights = mask if importance is None else mask * _grouped(importance.float().expand_as(weight), format)[0]
+    unit = _global_scale(weight, format)
+    rounder = ScaleRounder(format, unit)
+    scales, zeros = _plain_scales(groups, format, rounder)
+    if search.steps:
+        scales, zeros = _search_scales(groups, weights, format, rounder, search, (scales, zeros))
+    shape = (*weight.shape[:-2], 1, 1) if format.group_size == 0 else (*weight.shape[:-1], -1)
+    scales = scales.reshape(shape)
+    zeros = None if zeros is None else zeros.reshape(shape)
+    return _stored_grid(scales, zeros, format, unit)
+
+
+def to_codes(weight: torch.Tensor, format: Format, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+    """The codes (uint8, the shape of weight) nearest to a weight under fp32 scales."""
+    step = spread_groups(scales, format, weight.shape[-1])
+    zero = None if zeros is None else spread_groups(zeros, format, weight.shape[-1])
+    return _nearest_codes(weight.float(), step, zero, format).to(torch.uint8)
+
+
+def from_codes(codes: torch.Tensor, format: Format, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+    """The weight in fp32 that codes stand for."""
+    step = spread_groups(scales.float(), format, codes.shape[-1])
+    zero = None if zeros is None else spread_groups(zeros.float(), format, codes.shape[-1])
+    return step * _code_values(codes, zero, format)
+
+
+def pack(weight: torch.Tensor, format: Format, grid: Grid) -> PackedTensor:
+    """Round a weight onto a fitted grid and store it."""
+    codes = to_codes(weight, format, grid.scales, grid.zeros)
+    return PackedTensor(format, tuple(weight.shape), pack_codes(codes, format.bits), **grid.stored)
+
+
+def unpack(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight that a PackedTensor stands for. The inverse of `pack` up to rounding; bit-exact in fp32."""
+    format = packed.format
+    codes = unpack_codes(packed.codes, format.bits, packed.shape[-1])
+    weight = from_codes(codes, format, effective_scales(packed), packed.zeros)
+    if packed.order is not None:
+        weight = torch.empty_like(weight).index_copy_(-1, packed.order.long(), weight)
+    return weight.to(dtype)
+
+
+def effective_scales(packed: PackedTensor) -> torch.Tensor:
+    """The scales of a weight in fp32, whatever they are stored as."""
+    format, scales = packed.format, packed.scales
+    if format.scale_dtype == "e8m0":
+        return torch.exp2(scales.float() - _E8M0_BIAS)
+    if format.scale_dtype == "e4m3":
+        return scales.view(torch.float8_e4m3fn).float() * packed.scale_scales
+    if format.scale_block:
+        block = torch.arange(scales.numel(), device=scales.device) // format.scale_block
+        step = packed.scale_scales[block].view(scales.shape)
+        return (scales.float() - _DQ_MIDPOINT) * step + packed.scale_offset
+    return scales.float()
+
+
+def check_finite(weight: torch.Tensor, name: str) -> None:
+    """Refuse a weight with NaN or infinite entries, saying where."""
+    # The sum of finite values is finite unless it overflows, so one pass clears nearly every weight.
+    if bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+        return
+    bad = (~torch.isfinite(weight)).nonzero()
+    if len(bad):
+        place = bad[0].tolist()
+        raise WeightError(
+            f"{name} holds {len(bad)} values that are NaN or infinite (the first at {place}); "
+            "repair the checkpoint or leave the layer out with modules_to_not_convert"
+        )
+
+
+class ScaleRounder:
+    """Rounds scales to the type they are stored in and gives back what will be read."""
+
+    def __init__(self, format: Format, unit: torch.Tensor | None) -> None:
+        self.format = format
+        self.unit = unit
+
+    def __call__(self, scales: torch.Tensor) -> torch.Tensor:
+        if self.format.scale_dtype == "e8m0":
+            exponent = torch.log2(scales.abs().clamp_min(2.0**-_E8M0_BIAS)).round().clamp(-_E8M0_BIAS, _E8M0_BIAS)
+            return torch.exp2(exponent)
+        if self.unit is not None:
+            return (scales / self.unit).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float() * self.unit
+        dtype = SCALE_TORCH_DTYPES[self.format.scale_dtype]
+        rounded = scales.to(dtype).float()
+        return torch.where(rounded.abs() < _TINY_SCALE, torch.ones_like(rounded), rounded)
+
+
+def _grouped(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight as [groups, group_size] in fp32, zero-padded, and a mask of the entries that exist."""
+    weight = weight.float()
+    if format.group_size == 0:
+        flat = weight.flatten(-2)
+        flat = flat.reshape(-1, flat.shape[-1])
+        return flat, torch.ones_like(flat)
+    size = weight.shape[-1] if format.group_size < 0 else format.group_size
+    short = -weight.shape[-1] % size
+    groups = torch.nn.functional.pad(weight, (0, short)).reshape(-1, size)
+    mask = torch.nn.functional.pad(torch.ones_like(weight), (0, short)).reshape(-1, size)
+    return groups, mask
+
+
+def _global_scale(weight: torch.Tensor, format: Format) -> torch.Tensor | None:
+    if not format.has_global_scale:
+        return None
+    largest = weight.abs().max().float().clamp_min(1e-30)
+    return largest / (448.0 * format.max_level)
+
+
+def _extreme(groups: torch.Tensor) -> torch.Tensor:
+    """The entry of the largest magnitude of each group, with its sign: [groups, 1]."""
+    index = groups.abs().argmax(dim=-1, keepdim=True)
+    return groups.gather(-1, index)
+
+
+def _plain_scales(
+    groups: torch.Tensor, format: Format, rounder: ScaleRounder
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if format.kind == "int" and not format.symmetric:
+        low = groups.amin(dim=-1, keepdim=True).clamp_max(0.0)
+        high = groups.amax(dim=-1, keepdim=True).clamp_min(0.0)
+        scales = rounder((high - low) / format.max_code)
+        return scales, (-low / scales).round().clamp(0, format.max_code)
+    extreme = _extreme(groups)
+    if format.kind == "int":
+        return rounder(extreme / -format.midpoint), None
+    if format.scale_dtype == "e8m0":
+        # Largest magnitudes up to 7.25 saturate to 6: a scale twice as coarse for one weight costs the group more (arXiv 2310.10537).
+        return torch.exp2(torch.ceil(torch.log2(extreme.abs().clamp_min(2.0**-_E8M0_BIAS) / 7.25))), None
+    return rounder(extreme.abs() / format.max_level), None
+
+
+def _code_values(codes: torch.Tensor, zeros: torch.Tensor | None, format: Format) -> torch.Tensor:
+    if format.levels:
+        levels = torch.tensor(format.levels, dtype=torch.float32, device=codes.device)
+        return levels[codes.int()]
+    return codes.float() - (format.midpoint if zeros is None else zeros)
+
+
+def _nearest_codes(w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, format: Format) -> torch.Tensor:
+    if format.levels:
+        return _nearest_levels(w / step, format)
+    offset = format.midpoint if zero is None else zero.float()
+    return ((w / step).round() + offset).clamp(0, format.max_code)
+
+
+def _nearest_levels(x: torch.Tensor, format: Format) -> torch.Tensor:
+    """The code of the level nearest to each x; a tie goes to the lower level."""
+    pairs = sorted((value, code) for code, value in enumerate(format.levels) if value == value)
+    values = torch.tensor([p[0] for p in pairs], dtype=torch.float32, device=x.device)
+    codes = torch.tensor([p[1] for p in pairs], dtype=torch.uint8, device=x.device)
+    middles = (values[1:] + values[:-1]) / 2
+    return codes[torch.bucketize(x, middles)]
+
+
+def _candidates(
+    groups: torch.Tensor, format: Format, search: Search
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Scales (and zero points) to try, before rounding to the stored type."""
+    if format.kind == "int" and not format.symmetric:
+        low = groups.amin(dim=-1, keepdim=True).clamp_max(0.0)
+        high = groups.amax(dim=-1, keepdim=True).clamp_min(0.0)
+        for ratio in search.ratios():
+            scales = (high - low).clamp_min(1e-20) * (ratio / format.max_code)
+            middle = (-low * ratio / scales).round()
+            for shift in range(-search.zero_steps, search.zero_steps + 1):
+                yield scales, (middle + shift).clamp(0, format.max_code)
+        return
+    extreme = _extreme(groups)
+    if format.kind == "int":
+        for ratio in search.ratios():
+            yield extreme * (-ratio / format.midpoint), None
+            yield extreme * (ratio / (format.midpoint - 1)), None
+        return
+    for ratio in search.ratios():
+        yield extreme.abs() * (ratio / format.max_level), None
+
+
+def _search_scales(
+    groups: torch.Tensor,
+    weights: torch.Tensor,
+    format: Format,
+    rounder: ScaleRounder,
+    search: Search,
+    start: tuple[torch.Tensor, torch.Tensor | None],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    best_scales, best_zeros = start
+    best_error = torch.full_like(best_scales, torch.inf)
+    for scales, zeros in [start, *_candidates(groups, format, search)]:
+        usable = torch.where(scales.abs() < _TINY_SCALE, torch.ones_like(scales), scales)
+        values = _code_values(_nearest_codes(groups, usable, zeros, format), zeros, format)
+        product = (weights * values * groups).sum(dim=-1, keepdim=True)
+        square = (weights * values * values).sum(dim=-1, keepdim=True)
+        refitted = rounder(torch.where(square > 0, product / square, usable))
+        error = (weights * (refitted * values - groups).square()).sum(dim=-1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scales = torch.where(better, refitted, best_scales)
+        if zeros is not None and best_zeros is not None:
+            best_zeros = torch.where(better, zeros, best_zeros)
+    return best_scales, best_zeros
+
+
+def _stored_grid(
+    scales: torch.Tensor, zeros: torch.Tensor | None, format: Format, unit: torch.Tensor | None
+) -> Grid:
+    """Bring fitted scales into their stored form."""
+    stored: dict[str, torch.Tensor] = {}
+    if format.scale_dtype == "e8m0":
+        stored["scales"] = (torch.log2(scales) + _E8M0_BIAS).to(torch.uint8)
+    elif unit is not None:
+        stored["scales"] = (scales / unit).to(torch.float8_e4m3fn).view(torch.uint8)
+        stored["scale_scales"] = unit.reshape(1)
+    elif format.scale_block:
+        stored, scales = _quantize_scales(scales, format.scale_block)
+    else:
+        stored["scales"] = scales.to(SCALE_TORCH_DTYPES[format.scale_dtype])
+    if zeros is not None:
+        stored["zeros"] = zeros.to(torch.uint8)
+    return Grid(scales, zeros, stored)
+
+
+def _quantize_scales(scales: torch.Tensor, block: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Double quantisation: blocks of scales as 8-bit codes around the tensor's mean."""
+    offset = scales.mean().reshape(1)
+    flat = (scales - offset).flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+    step = blocks.abs().amax(dim=-1).clamp_min(1e-20) / (_DQ_MIDPOINT - 1)
+    codes = (blocks / step[:, None]).round() + _DQ_MIDPOINT
+    read = (codes - _DQ_MIDPOINT) * step[:, None] + offset
+    stored = {
+        "scales": codes.flatten()[: flat.numel()].view(scales.shape).to(torch.uint8),
+        "scale_scales": step,
+        "scale_offset": offset,
+    }
+    return stored, read.flatten()[: flat.numel()].view(scales.shape)
+
+
+assert set(SCALE_TORCH_DTYPES) == {name for name, bits in SCALE_BITS.items() if bits > 8}

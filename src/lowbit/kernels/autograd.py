@@ -1,0 +1,71 @@
+"""The one custom op: y = x W^T over a packed weight, for torch.compile and for gradients.
+
+    forward   y  = x W^T           by the layer's kernel
+    backward  dx = dy W            W unpacked for the moment of the product; the packed weight itself is frozen
+
+torch.compile sees one opaque node per layer with a known output shape, whatever kernel is behind it. Outside of compilation and of
+gradients `multiply` calls the kernel directly: the dispatcher costs more than a small product.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.formats import format_from_name
+from lowbit.grid import unpack
+from lowbit.kernels.table import Kernel, kernel_named
+
+
+@torch.library.custom_op("lowbit::linear", mutates_args=())
+def linear(
+    x: torch.Tensor, buffers: list[torch.Tensor], names: str, kernel: str, format: str, shape: list[int], compute: str
+) -> torch.Tensor:
+    """x times a packed weight; `names` are the comma-separated names of the buffers."""
+    named = dict(zip(names.split(","), buffers, strict=True))
+    return kernel_named(kernel).run(x, named, format_from_name(format), tuple(shape), compute)
+
+
+@linear.register_fake
+def _(
+    x: torch.Tensor, buffers: list[torch.Tensor], names: str, kernel: str, format: str, shape: list[int], compute: str
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], shape[-2])
+
+
+@torch.library.custom_op("lowbit::linear_input_gradient", mutates_args=())
+def linear_input_gradient(
+    grad: torch.Tensor, buffers: list[torch.Tensor], names: str, kernel: str, format: str, shape: list[int]
+) -> torch.Tensor:
+    """dy times the weight itself: the gradient with respect to x."""
+    named = dict(zip(names.split(","), buffers, strict=True))
+    weight = unpack(kernel_named(kernel).restore(named, format_from_name(format), tuple(shape)), grad.dtype)
+    return grad @ weight
+
+
+@linear_input_gradient.register_fake
+def _(
+    grad: torch.Tensor, buffers: list[torch.Tensor], names: str, kernel: str, format: str, shape: list[int]
+) -> torch.Tensor:
+    return grad.new_empty(*grad.shape[:-1], shape[-1])
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: torch.Tensor) -> None:
+    ctx.packed = inputs[1:6]  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    dx = linear_input_gradient(grad, *ctx.packed)  # type: ignore[attr-defined]
+    return (dx, None, None, None, None, None, None)
+
+
+linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def multiply(
+    x: torch.Tensor, buffers: dict[str, torch.Tensor], kernel: Kernel, format: str, shape: tuple[int, ...], compute: str
+) -> torch.Tensor:
+    """x times a packed weight, through the op where compilation or gradients need it and directly where they do not."""
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        names = ",".join(buffers)
+        return linear(x, list(buffers.values()), names, kernel.name, format, list(shape), compute)
+    return kernel.run(x, buffers, format_from_name(format), shape, compute)

@@ -1,0 +1,113 @@
+"""Walk a model: find every weight that can be packed, and say which role it plays.
+
+A `Target` is one weight. Roles decide which format a recipe gives it:
+
+    linear      nn.Linear, and the transposed Conv1D of GPT-2
+    head        the linear that makes logits
+    embedding   a lookup table
+    conv        nn.Conv1d/2d/3d
+    experts     the fused 3-D experts of transformers 5 (two weights in one module)
+
+A router that picks experts is left alone (`is_router`): rounding it changes which experts run, for a handful of weights saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+Role = Literal["linear", "head", "embedding", "conv", "experts"]
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_EXPERT_UP_NAMES = ("gate_up_proj", "up_proj")
+# Names that transformers' families give to the linear that routes tokens to experts.
+_ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module whose weight can be packed. `tied_to` names the module that owns the weight when it is shared."""
+
+    path: str
+    role: Role
+    module: nn.Module
+    tied_to: str | None = None
+
+
+def find_targets(model: nn.Module) -> list[Target]:
+    """Every module of a model whose weight can be packed, in the order of the model."""
+    head = _call(model, "get_output_embeddings")
+    owners: dict[int, str] = {}
+    targets = []
+    for path, module in model.named_modules():
+        role = _role(module, head)
+        if role is None:
+            continue
+        weight = None if role == "experts" else module.weight
+        owner = None if weight is None else owners.setdefault(id(weight), path)
+        targets.append(Target(path, role, module, None if owner in (None, path) else owner))
+    return targets
+
+
+def is_router(path: str, module: nn.Module) -> bool:
+    """Whether a linear chooses experts."""
+    return path.rpartition(".")[2] in _ROUTER_NAMES and getattr(module, "out_features", 1 << 30) <= 1024
+
+
+def dense_weights(target: Target) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a target, each as [.., out, in] with the suffix of its name: one, or two for experts."""
+    module = target.module
+    if target.role == "experts":
+        for name in (up_name(module), "down_proj"):
+            weight = getattr(module, name)
+            yield name, weight.transpose(-1, -2) if getattr(module, "is_transposed", False) else weight
+    elif target.role == "conv":
+        yield "weight", module.weight.flatten(1)
+    elif _is_conv1d(module):
+        yield "weight", module.weight.t()
+    else:
+        yield "weight", module.weight
+
+
+def _role(module: nn.Module, head: nn.Module | None) -> Role | None:
+    if "packed_weight" in module._modules:
+        return None
+    if module is head and isinstance(module, nn.Linear):
+        return "head"
+    if type(module) is nn.Linear or _is_conv1d(module):
+        return "linear"
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return "linear"
+    if isinstance(module, nn.Embedding) and not _offset_positions(module):
+        return "embedding"
+    if isinstance(module, _CONVS) and module.weight.dim() > 2:
+        return "conv"
+    return "experts" if _is_experts(module) else None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's Conv1D: a linear whose weight is stored [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _offset_positions(module: nn.Module) -> bool:
+    """Embeddings with a forward of their own that is more than a lookup and a scale (learned positions with an offset)."""
+    return type(module) is not nn.Embedding and not hasattr(module, "embed_scale")
+
+
+def _is_experts(module: nn.Module) -> bool:
+    weights = [getattr(module, name, None) for name in ("down_proj", up_name(module))]
+    return all(isinstance(w, torch.Tensor) and w.dim() == 3 for w in weights)
+
+
+def up_name(module: nn.Module) -> str:
+    return next((name for name in _EXPERT_UP_NAMES if getattr(module, name, None) is not None), _EXPERT_UP_NAMES[0])
+
+
+def _call(model: nn.Module, name: str) -> nn.Module | None:
+    method = getattr(model, name, None)
+    result = method() if callable(method) else None
+    return result if isinstance(result, nn.Module) else None

@@ -1,0 +1,139 @@
+"""The driver: model and recipe in, the same model with low-bit modules out, and a report of every weight.
+
+RTN needs no activations, so weights are packed one at a time in the order of the model, and each dense weight is let go before the
+next is read: the room needed is that of one weight.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from lowbit.algorithms.rtn import relative_error, round_weight_best
+from lowbit.errors import RecipeError
+from lowbit.formats import Format, format_from_name
+from lowbit.grid import check_finite
+from lowbit.layers import PackedWeight, prepare_
+from lowbit.models.walk import Target, dense_weights, find_targets, is_router
+from lowbit.packing import PackedTensor
+from lowbit.progress import progress
+from lowbit.recipe import Choice, Recipe
+from lowbit.report import LayerReport, Report, Skipped
+from lowbit.swap import low_bit_module, replace_module
+
+
+def quantize_(model: nn.Module, recipe: Recipe, show_progress: bool | None = None, prepare: bool = True) -> Report:
+    """Pack the weights of a model in place as a recipe says."""
+    start = time.perf_counter()
+    report = Report(recipe=recipe.name or recipe.linear.name)
+    targets = find_targets(model)
+    held: dict[str, list[PackedWeight]] = {}
+    with progress("packing", len(targets), show_progress) as advance, torch.no_grad():
+        for target in targets:
+            choice = plan(target, targets, recipe)
+            if choice.formats:
+                held[target.path] = held.get(target.tied_to or "") or _pack_target(target, choice, recipe, report)
+                replace_module(model, target.path, low_bit_module(target, held[target.path]))
+            else:
+                report.skipped.append(_skipped(target, choice.reason))
+            advance(target.path)
+    if not report.layers:
+        raise RecipeError(_nothing_to_do(report))
+    finish(model, report, prepare)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def finish(model: nn.Module, report: Report, prepare: bool = True) -> None:
+    """Choose kernels, note them in the report, count what was not packed, and leave the report on the model."""
+    if prepare:
+        prepare_(model)
+    kernels = {name: held.kernel.name for name, held in _held_by_name(model).items() if held.kernel}
+    for row in report.layers:
+        row.kernel = kernels.get(row.path, "")
+    skipped = {row.path for row in report.skipped}
+    rest = [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in skipped]
+    report.other_bytes = sum(p.nbytes for p in rest)
+    report.other_weights = sum(p.numel() for p in rest)
+    model.lowbit_report = report  # type: ignore[assignment]
+
+
+def _held_by_name(model: nn.Module) -> dict[str, PackedWeight]:
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            found[name.removesuffix(".packed_weight")] = module
+    return found
+
+
+def plan(target: Target, targets: list[Target], recipe: Recipe) -> Choice:
+    """What a recipe does to a target. Tied weights are decided once: the head's format holds for both."""
+    partners = [t for t in targets if t is not target and (t.tied_to or t.path) == (target.tied_to or target.path)]
+    head = next((t for t in (target, *partners) if t.role == "head"), None)
+    if target.role == "linear" and is_router(target.path, target.module):
+        return Choice(reason="it routes tokens to experts")
+    if head is not None and partners:
+        for tied in (target, *partners):
+            choice = recipe.choose(tied.path, tied.role)
+            if choice.reason.startswith("named in"):
+                return Choice(reason=choice.reason if tied is target else f"tied to {tied.path}, {choice.reason}")
+        return recipe.choose(head.path, "head")
+    return recipe.choose(target.path, target.role)
+
+
+def pack_weight(
+    name: str, weight: torch.Tensor, choice: Choice, recipe: Recipe, report: Report, role: str
+) -> PackedTensor:
+    """Pack one weight and write its line of the report."""
+    check_finite(weight, name)
+    formats, note = _fit_formats(choice.formats, weight.shape[-1])
+    packed = round_weight_best(weight, formats, recipe.rounder)
+    report.layers.append(
+        LayerReport(
+            path=name,
+            role=role,
+            format=packed.format.name,
+            shape=list(weight.shape),
+            bytes_before=weight.nbytes,
+            bytes_after=packed.nbytes,
+            error=relative_error(weight, packed),
+            note=note,
+        )
+    )
+    return packed
+
+
+def _fit_formats(formats: tuple[Format, ...], in_features: int) -> tuple[tuple[Format, ...], str]:
+    """Replace k-quants that would mostly hold padding, and say so."""
+    fitted, notes = [], []
+    for format in formats:
+        block = format.block
+        if block is not None and in_features % block.weights:
+            fitted.append(format_from_name(block.fallback))
+            notes.append(f"{format}: {in_features} inputs are no multiple of {block.weights}, so {block.fallback}")
+        else:
+            fitted.append(format)
+    return tuple(fitted), "; ".join(notes)
+
+
+def _pack_target(target: Target, choice: Choice, recipe: Recipe, report: Report) -> list[PackedWeight]:
+    weights = []
+    for suffix, weight in dense_weights(target):
+        name = target.path if suffix == "weight" else f"{target.path}.{suffix}"
+        packed = pack_weight(name, weight, choice, recipe, report, target.role)
+        weights.append(PackedWeight(packed, weight.dtype))
+    return weights
+
+
+def _skipped(target: Target, reason: str) -> Skipped:
+    tied = f" (tied to {target.tied_to})" if target.tied_to else ""
+    size = 0 if target.tied_to else sum(p.nbytes for p in target.module.parameters(recurse=False))
+    return Skipped(target.path, reason + tied, size)
+
+
+def _nothing_to_do(report: Report) -> str:
+    if report.skipped:
+        return f"nothing was packed: {len(report.skipped)} weights were left, the first because {report.skipped[0].reason}"
+    return "the model has no Linear, Embedding, convolution or experts that could be packed"

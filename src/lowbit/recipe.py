@@ -1,0 +1,122 @@
+"""Recipe: what is done to a model, as a value that is saved with it.
+
+A recipe gives each role a format (see `models.walk`), names the algorithm that rounds, and lists exceptions by path. It is frozen, and
+`Recipe.from_dict(recipe.to_dict()) == recipe`. `recipe_named` turns what users type into one: a recipe's name (`int4`), or the name of
+any format (`int3_g32`, `nf4`, `sym_int8`), which then holds for every linear and for the head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from lowbit.errors import FormatError, RecipeError, nearest
+from lowbit.formats import ALIASES, MIXED, MIXTURES, Format, as_format
+
+ROUNDERS = ("rtn", "plain_rtn")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The formats that one weight may take (the one with the least error wins), or none and the reason."""
+
+    formats: tuple[Format, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model. A role without a format is left as it is."""
+
+    linear: Format
+    head: Format | None = None
+    embedding: Format | None = None
+    conv: Format | None = None
+    rounder: str = "rtn"
+    skip: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Format | None], ...] = ()
+    alternatives: tuple[Format, ...] = ()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rounder not in ROUNDERS:
+            raise RecipeError(f"no rounder is called {self.rounder!r}: {nearest(self.rounder, ROUNDERS)}")
+        for pattern, _ in self.overrides:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise RecipeError(f"override {pattern!r} is not a regular expression: {error}") from None
+
+    def choose(self, path: str, role: str) -> Choice:
+        """What becomes of the weight at a path."""
+        for name in self.skip:
+            if name and name in path:
+                return Choice(reason=f"named in modules_to_not_convert ({name})")
+        for pattern, format in self.overrides:
+            if re.search(pattern, path):
+                return Choice((format,)) if format else Choice(reason=f"left out by the override {pattern!r}")
+        by_role = {"head": self.head, "embedding": self.embedding, "conv": self.conv}
+        chosen = by_role.get(role, self.linear)
+        if chosen is None:
+            return Choice(reason=f"the recipe leaves every {role} in full precision")
+        return Choice((chosen, *self.alternatives) if chosen == self.linear else (chosen,))
+
+    def replace(self, **changes: Any) -> Recipe:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only: what goes into config.json."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: _plain(value) for key, value in fields.items() if value not in (None, (), "")}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Recipe:
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = set(fields) - known
+        if unknown:
+            raise RecipeError(f"a recipe has no field {sorted(unknown)[0]!r}: {nearest(sorted(unknown)[0], known)}")
+        values = dict(fields)
+        for role in ("linear", "head", "embedding", "conv"):
+            if values.get(role) is not None:
+                values[role] = as_format(values[role])
+        values["skip"] = tuple(values.get("skip", ()))
+        values["alternatives"] = tuple(as_format(f) for f in values.get("alternatives", ()))
+        values["overrides"] = tuple((p, as_format(f) if f else None) for p, f in values.get("overrides", ()))
+        return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Format):
+        return value.name
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+# The 4-bit default is measured, not assumed: benchmarks/results/default_format.md has the table.
+_INT4 = Recipe(as_format("int4_g64"), head=as_format("int5_g64"), embedding=as_format("int5_g64"), name="int4")
+RECIPES: dict[str, Recipe] = {"int4": _INT4, "sym_int4": _INT4}
+
+
+def recipe_named(name: str | Format | Recipe) -> Recipe:
+    """The recipe that a name stands for: a recipe, an old system's mixture, or a format for every linear and the head."""
+    if isinstance(name, Recipe):
+        return name
+    if isinstance(name, Format):
+        return Recipe(name, head=name, name=name.name)
+    key = name.strip().lower()
+    if key in RECIPES:
+        return RECIPES[key]
+    if key in MIXED:
+        first, second = (as_format(f) for f in MIXED[key])
+        return Recipe(first, head=first, alternatives=(second,), name=key)
+    if key in MIXTURES:
+        most, head, hurt = (as_format(f) for f in MIXTURES[key])
+        return Recipe(most, head=head, overrides=((r"(v_proj|down_proj)$", hurt),), name=key)
+    try:
+        format = as_format(key)
+    except FormatError as error:
+        raise FormatError(str(error)) from None
+    return Recipe(format, head=format, name=key if key in ALIASES else format.name)

@@ -1,0 +1,40 @@
+"""Put low-bit modules in the place of dense ones."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitExperts, LowBitLinear, PackedWeight
+from lowbit.models.walk import Target, up_name
+
+
+def low_bit_module(target: Target, weights: list[PackedWeight]) -> nn.Module:
+    """The module that takes a target's place."""
+    module = target.module
+    if target.role == "embedding":
+        scale = float(getattr(module, "embed_scale", 1.0))
+        return LowBitEmbedding(weights[0], module.padding_idx, scale)
+    if target.role == "conv":
+        return LowBitConv(weights[0], module)
+    if target.role == "experts":
+        return _experts(module, weights)
+    return LowBitLinear(weights[0], module.bias)
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put a module in the place of another."""
+    parent, _, name = path.rpartition(".")
+    new.train(model.get_submodule(path).training)
+    setattr(model.get_submodule(parent), name, new)
+
+
+def _experts(module: nn.Module, weights: list[PackedWeight]) -> LowBitExperts:
+    up = up_name(module)
+    biases = [getattr(module, f"{name}_bias", None) for name in (up, "down_proj")]
+    # What is left of the original once its weights are gone still knows the activation and its limits.
+    for name in list(module._parameters):
+        del module._parameters[name]
+    gate = partial(type(module)._apply_gate, module) if up == "gate_up_proj" else module.act_fn  # type: ignore[attr-defined]
+    return LowBitExperts(weights[0], weights[1], gate, biases[0], biases[1], up)

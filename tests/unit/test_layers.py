@@ -1,0 +1,160 @@
+"""Low-bit modules: ordinary modules that save, load, move, train and compile like the dense ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.formats import FORMATS, Format, as_format
+from lowbit.grid import quantize, unpack
+from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitLinear, PackedWeight, packed_weights, prepare_
+from lowbit.packing import PackedTensor
+
+torch.manual_seed(0)
+FORMAT_NAMES = [*FORMATS, "int4_asym", "int3_asym_g32", "int4_channel", "nf4_dq", "fp8_e4m3_tensor_fp32"]
+
+
+def linear(format: str, out_features: int = 24, in_features: int = 300, bias: bool = True) -> LowBitLinear:
+    weight = torch.randn(out_features, in_features)
+    packed = quantize(weight, as_format(format))
+    return LowBitLinear(PackedWeight(packed), torch.randn(out_features) if bias else None)
+
+
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+def test_linear_is_the_unpacked_linear(format: str) -> None:
+    layer = linear(format)
+    x = torch.randn(3, 5, 300)
+    expected = nn.functional.linear(x, unpack(layer.packed_weight.packed()), layer.bias)
+    tolerance = 2e-2 if as_format(format).act_bits == 8 else 2e-2
+    assert torch.allclose(layer(x), expected, atol=tolerance * float(expected.abs().max()))
+    layer.packed_weight.prepare_("reference")
+    if as_format(format).act_bits == 16:
+        assert torch.allclose(layer(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+def test_state_dict_is_canonical_and_returns(format: str) -> None:
+    layer = linear(format)
+    before = layer.packed_weight.packed()
+    prepare_(layer)
+    state = layer.state_dict()
+    assert set(state) == {"bias", *(f"packed_weight.{name}" for name in before.tensors())}
+    other = linear(format)
+    prepare_(other)
+    other.load_state_dict(state)
+    for name, tensor in before.tensors().items():
+        assert torch.equal(other.packed_weight.packed().tensors()[name], tensor)
+    x = torch.randn(2, 300)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_casting_keeps_what_is_stored() -> None:
+    layer = linear("int4", bias=True)
+    prepare_(layer)
+    stored = {name: t.clone() for name, t in layer.packed_weight.packed().tensors().items()}
+    layer.half().to(torch.bfloat16)
+    assert layer.bias is not None and layer.bias.dtype == torch.bfloat16
+    assert layer.weight.dtype == torch.bfloat16
+    for name, tensor in layer.packed_weight.packed().tensors().items():
+        assert tensor.dtype == stored[name].dtype and torch.equal(tensor, stored[name])
+    assert layer(torch.randn(2, 300, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_moving_goes_through_the_canonical_form() -> None:
+    layer = linear("int4")
+    prepare_(layer)
+    codes = layer.packed_weight.packed().codes.clone()
+    layer.to("meta")
+    assert layer.packed_weight.packed().codes.device.type == "meta"
+    layer.to_empty(device="cpu")
+    assert layer.packed_weight.packed().codes.shape == codes.shape
+
+
+@pytest.mark.parametrize("format", ["int4", "int4_asym_g32", "nf4", "int8_channel", "q4_k"])
+def test_gradient_of_the_input(format: str) -> None:
+    layer = linear(format)
+    prepare_(layer)
+    x = torch.randn(4, 300, requires_grad=True)
+    target = torch.randn(4, 24)
+    (layer(x) * target).sum().backward()
+    expected = target @ unpack(layer.packed_weight.packed())
+    assert x.grad is not None and torch.allclose(x.grad, expected, atol=1e-3)
+    assert layer.bias is not None and layer.bias.grad is None
+
+
+def test_gradient_passes_gradcheck() -> None:
+    layer = linear("int4", out_features=5, in_features=40, bias=False)
+    layer.packed_weight.prepare_("reference")
+    x = torch.randn(2, 40, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,), eps=1e-2, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph() -> None:
+    model = nn.Sequential(linear("int4", 64, 300), nn.ReLU(), linear("nf4", 10, 64))
+    prepare_(model)
+    x = torch.randn(3, 300)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+def test_custom_op_is_well_formed() -> None:
+    from lowbit.kernels.autograd import linear as op
+
+    packed = quantize(torch.randn(8, 64), as_format("int4_g32"))
+    names = ",".join(packed.tensors())
+    arguments = (torch.randn(2, 64, requires_grad=True), list(packed.tensors().values()), names, "reference", "int4_g32", [8, 64], "auto")
+    results = torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("format", ["int4", "int8_channel", "nf4", "int4_dq", "nvfp4", "mxfp4", "q6_k", "fp8_e5m2_tensor_fp32", "int3_asym"])
+def test_embedding_looks_up_unpacked_rows(format: str) -> None:
+    packed = quantize(torch.randn(50, 256), as_format(format))
+    layer = LowBitEmbedding(PackedWeight(packed), padding_idx=0)
+    ids = torch.tensor([[0, 3, 49], [3, 7, 7]])
+    assert torch.equal(layer(ids), unpack(packed)[ids])
+
+
+def test_embedding_scales_and_ties() -> None:
+    held = PackedWeight(quantize(torch.randn(50, 64), as_format("int8")))
+    embedding, head = LowBitEmbedding(held, scale=8.0), LowBitLinear(held)
+    model = nn.ModuleDict({"embedding": embedding, "head": head})
+    assert torch.equal(embedding(torch.tensor([4])), 8 * held.dense()[4:5])
+    assert len(packed_weights(model)) == 1
+    prepare_(model)
+    assert torch.allclose(embedding(torch.tensor([4])), 8 * held.dense()[4:5])
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(6, 8, 3, stride=2, padding=1),
+        nn.Conv2d(6, 6, 3, groups=6, padding="same", bias=False),
+        nn.Conv1d(6, 9, 5, dilation=2, padding=3, padding_mode="reflect"),
+        nn.Conv3d(2, 4, 2),
+    ],
+    ids=["strided", "depthwise", "reflect", "3d"],
+)
+def test_conv_is_the_dense_conv_of_its_weight(conv: nn.Module) -> None:
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    packed = quantize(conv.weight.detach().flatten(1), as_format("int8_g32"))
+    layer = LowBitConv(PackedWeight(packed), conv)
+    size = (2, conv.in_channels) + (9,) * (conv.weight.dim() - 2)
+    x = torch.randn(size)
+    dense = copy.deepcopy(conv)
+    dense.weight.data = unpack(packed).view_as(conv.weight)
+    assert torch.allclose(layer(x), dense(x), atol=1e-5)
+
+
+def test_shapes_that_disagree_are_refused() -> None:
+    packed = quantize(torch.randn(8, 64), as_format("int4"))
+    from lowbit.errors import WeightError
+
+    with pytest.raises(WeightError, match="codes of a int4 weight"):
+        PackedTensor(packed.format, (8, 128), packed.codes, packed.scales)
+    with pytest.raises(WeightError, match="scales of a int4_g32 weight"):
+        PackedTensor(Format("int4_g32", 4, group_size=32), (8, 64), packed.codes, packed.scales)
