@@ -1,0 +1,29 @@
+// What a format's fields mean, checked once at the border of the library.
+#pragma once
+#include <cstdint>
+
+#include "lowbit.h"
+
+namespace lowbit {
+
+constexpr int kMostLevels = 256;
+constexpr int64_t kMostElements = int64_t{1} << 40;
+
+struct Shape {
+    int64_t rows;
+    int64_t cols;
+};
+
+inline int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
+
+// 0 when the format and the shape make sense together; else an error code with its sentence.
+int check_format(const lowbit_format* format, Shape shape);
+int check_dtype(int dtype);
+
+int64_t group_length(const lowbit_format& format, int64_t cols);  // weights that share a scale along a row
+int64_t group_count(const lowbit_format& format, int64_t cols);   // scales of a row
+int64_t code_words(const lowbit_format& format, int64_t cols);    // 32-bit words of a row
+int scale_bytes(int scale_type);
+int dtype_bytes(int dtype);
+
+}  // namespace lowbit

@@ -1,0 +1,87 @@
+/* The C face of the core library. Plain pointers and sizes; no exception crosses it.
+ *
+ * Every function that can fail returns LOWBIT_OK or an error code, and lowbit_last_error() then holds one sentence for the
+ * person at the keyboard. Sizes are checked before any pointer is touched.
+ *
+ * The canonical form of a weight [out, in] (shared with compressed-tensors):
+ *   codes   int32 [out, ceil(in * bits / 32)]  per row a bit stream, least significant bit first, element i at bit i * bits
+ *   scales  [out, G], G = ceil(in / group_size)
+ *   zeros   uint8 [out, G], asymmetric integers only
+ *   w = scale * (code - zero), or scale * levels[code]
+ * The prepared form of the same weight is one buffer of lowbit_prepared_bytes() bytes, described in layout.h.
+ */
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LOWBIT_API __attribute__((visibility("default")))
+
+enum lowbit_status {
+    LOWBIT_OK = 0,
+    LOWBIT_BAD_ARGUMENT = 1,   /* sizes or options that contradict each other */
+    LOWBIT_BAD_WEIGHT = 2,     /* NaN or infinite weights */
+    LOWBIT_UNSUPPORTED = 3,    /* a format that has no code here */
+    LOWBIT_NO_MEMORY = 4
+};
+
+/* Element types of weights, activations and outputs. */
+enum lowbit_dtype { LOWBIT_FP32 = 0, LOWBIT_BF16 = 1, LOWBIT_FP16 = 2 };
+/* Types of stored scales; the first three equal lowbit_dtype. */
+enum lowbit_scale { LOWBIT_SCALE_FP32 = 0, LOWBIT_SCALE_BF16 = 1, LOWBIT_SCALE_FP16 = 2, LOWBIT_SCALE_E8M0 = 3, LOWBIT_SCALE_E4M3 = 4 };
+enum lowbit_kind { LOWBIT_INT = 0, LOWBIT_LEVELS = 1, LOWBIT_DENSE = 2 };
+/* Precision of the product: activations as int8 with one scale per group, or everything in fp32. */
+enum lowbit_compute { LOWBIT_COMPUTE_INT8 = 0, LOWBIT_COMPUTE_FP32 = 1 };
+
+typedef struct lowbit_format {
+    int32_t bits;          /* 2..8; dense: 16 or 32 */
+    int32_t kind;          /* lowbit_kind */
+    int32_t symmetric;     /* integers: zero is 2^(bits-1); else zeros are stored */
+    int32_t group_size;    /* > 0, or -1 for whole rows, or 0 for one scale per tensor */
+    int32_t scale_type;    /* lowbit_scale; dense: the lowbit_dtype of the weight */
+    int32_t level_count;   /* LOWBIT_LEVELS: 2^bits */
+    const float* levels;   /* value of each code; NaN for codes that mean nothing */
+} lowbit_format;
+
+typedef struct lowbit_search {
+    const double* ratios;     /* factors of the plain scale to try; none: plain rounding */
+    int32_t ratio_count;
+    int32_t zero_steps;       /* asymmetric: zero points tried on each side */
+    const float* importance;  /* [in] weight of each input's squared error, or NULL for 1 */
+} lowbit_search;
+
+LOWBIT_API const char* lowbit_version(void);
+LOWBIT_API const char* lowbit_last_error(void);
+/* The instruction set in use: "portable", "avx2" or "avx512". */
+LOWBIT_API const char* lowbit_isa(void);
+/* Choose an instruction set by name (tests, benchmarks); NULL chooses the best again. */
+LOWBIT_API int lowbit_set_isa(const char* name);
+LOWBIT_API int lowbit_set_threads(int threads);
+LOWBIT_API int lowbit_threads(void);
+
+/* Round a weight [rows, cols] (row_stride in elements) onto a fitted grid. scale_scales: the global factor of E4M3 scales. */
+LOWBIT_API int lowbit_quantize(const lowbit_format* format, const void* weight, int dtype, int64_t rows, int64_t cols,
+                               int64_t row_stride, const lowbit_search* search, int32_t* codes, void* scales, uint8_t* zeros,
+                               float* scale_scales);
+/* uint8 codes [rows, cols] to the canonical stream and back. */
+LOWBIT_API int lowbit_pack(int bits, int64_t rows, int64_t cols, const uint8_t* values, int32_t* codes);
+LOWBIT_API int lowbit_unpack(int bits, int64_t rows, int64_t cols, const int32_t* codes, uint8_t* values);
+/* The canonical form back to a dense weight. */
+LOWBIT_API int lowbit_dequantize(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
+                                 const uint8_t* zeros, const float* scale_scales, void* weight, int dtype, int64_t row_stride);
+
+/* Bytes of the prepared form, or -1 with a sentence when the format has no kernel. */
+LOWBIT_API int64_t lowbit_prepared_bytes(const lowbit_format* format, int64_t rows, int64_t cols);
+LOWBIT_API int lowbit_prepare(const lowbit_format* format, int64_t rows, int64_t cols, const void* codes, const void* scales,
+                              const uint8_t* zeros, const float* scale_scales, void* prepared, int64_t prepared_bytes);
+LOWBIT_API int lowbit_restore(const void* prepared, int64_t prepared_bytes, void* codes, void* scales, uint8_t* zeros,
+                              float* scale_scales);
+/* y [tokens, rows] = x [tokens, cols] times the prepared weight, plus bias [rows] in fp32 when it is not NULL. */
+LOWBIT_API int lowbit_run(const void* prepared, int64_t prepared_bytes, const void* x, int x_dtype, int64_t tokens,
+                          int64_t x_stride, const float* bias, void* y, int y_dtype, int64_t y_stride, int compute);
+
+#ifdef __cplusplus
+}
+#endif

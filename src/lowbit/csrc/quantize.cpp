@@ -1,0 +1,165 @@
+// Quantising and its inverse at the border of the library: checks, then rows spread over the pool.
+#include "quantize.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "bits.h"
+#include "dispatch.h"
+#include "error.h"
+#include "number.h"
+#include "threads.h"
+
+namespace lowbit {
+namespace {
+
+// Rows that one call takes: enough groups to fill the lanes several times, few enough to share out evenly.
+int64_t rows_per_part(const lowbit_format& format, Shape shape) {
+    const int64_t groups = group_count(format, shape.cols);
+    return std::clamp<int64_t>(divide_up(64, groups), 1, 64);
+}
+
+int sort_levels(QuantizeJob& job) {
+    const lowbit_format& format = job.format;
+    int order[kMostLevels];
+    job.level_count = 0;
+    job.max_level = 0.0f;
+    for (int code = 0; code < format.level_count; ++code) {
+        if (!std::isfinite(format.levels[code])) continue;
+        order[job.level_count++] = code;
+        job.max_level = std::max(job.max_level, std::fabs(format.levels[code]));
+    }
+    if (job.level_count < 2 || job.max_level == 0.0f)
+        return fail(LOWBIT_BAD_ARGUMENT, "the table of levels holds fewer than two different numbers");
+    std::stable_sort(order, order + job.level_count, [&](int a, int b) { return format.levels[a] < format.levels[b]; });
+    for (int i = 0; i < kMostLevels; ++i) {
+        job.levels[i] = format.levels[order[std::min(i, job.level_count - 1)]];
+        job.level_codes[i] = static_cast<uint8_t>(order[std::min(i, job.level_count - 1)]);
+        job.borders[i] = i == 0 ? -INFINITY : i < job.level_count ? (job.levels[i - 1] + job.levels[i]) / 2 : INFINITY;
+    }
+    return LOWBIT_OK;
+}
+
+float largest_weight(const QuantizeJob& job) {
+    std::atomic<uint32_t> largest{0};  // positive floats order like their bit patterns
+    parallel_for(job.shape.rows, 16, [&](int64_t begin, int64_t end, int) {
+        float most = 0.0f;
+        for (int64_t row = begin; row < end; ++row)
+            for (int64_t i = 0; i < job.shape.cols; ++i) {
+                const float magnitude = std::fabs(load_number(job.weight, job.dtype, row * job.row_stride + i));
+                most = magnitude > most ? magnitude : most;
+            }
+        uint32_t known = largest.load();
+        while (bits_of(most) > known && !largest.compare_exchange_weak(known, bits_of(most))) {
+        }
+    });
+    return float_of(largest.load());
+}
+
+int check_search(const lowbit_search& search) {
+    if (search.ratio_count < 0 || search.zero_steps < 0 || (search.ratio_count > 0 && !search.ratios))
+        return fail(LOWBIT_BAD_ARGUMENT, "a search of %d ratios and %d zero steps makes no sense", search.ratio_count, search.zero_steps);
+    return LOWBIT_OK;
+}
+
+int finish(const QuantizeJob& job) {
+    if (job.out_of_memory.load()) return fail(LOWBIT_NO_MEMORY, "not enough memory to quantise rows of %lld weights", static_cast<long long>(job.shape.cols));
+    const int64_t bad = job.bad_weight.load();
+    if (bad < 0) return LOWBIT_OK;
+    return fail(LOWBIT_BAD_WEIGHT, "the weight in row %lld, column %lld is NaN or infinite", static_cast<long long>(bad / job.shape.cols),
+                static_cast<long long>(bad % job.shape.cols));
+}
+
+int check_plain(const lowbit_format* format, Shape shape, int dtype, int64_t row_stride) {
+    if (int status = check_format(format, shape)) return status;
+    if (int status = check_dtype(dtype)) return status;
+    if (format->kind == LOWBIT_DENSE) return fail(LOWBIT_UNSUPPORTED, "a dense weight has no codes");
+    if (row_stride < shape.cols)
+        return fail(LOWBIT_BAD_ARGUMENT, "rows of %lld weights cannot lie %lld apart", static_cast<long long>(shape.cols), static_cast<long long>(row_stride));
+    return LOWBIT_OK;
+}
+
+bool stores_zeros(const lowbit_format& format) { return format.kind == LOWBIT_INT && !format.symmetric; }
+
+}  // namespace
+}  // namespace lowbit
+
+using namespace lowbit;
+
+extern "C" int lowbit_quantize(const lowbit_format* format, const void* weight, int dtype, int64_t rows, int64_t cols, int64_t row_stride,
+                               const lowbit_search* search, int32_t* codes, void* scales, uint8_t* zeros, float* scale_scales) {
+    const Shape shape = {rows, cols};
+    if (int status = check_plain(format, shape, dtype, row_stride)) return status;
+    if (format->group_size == 0) return fail(LOWBIT_UNSUPPORTED, "one scale for a whole tensor is fitted by the reference, not by the core");
+    const lowbit_search none = {nullptr, 0, 0, nullptr};
+    if (int status = check_search(search ? *search : none)) return status;
+    if (!weight || !codes || !scales || (stores_zeros(*format) && !zeros) || (format->scale_type == LOWBIT_SCALE_E4M3 && !scale_scales))
+        return fail(LOWBIT_BAD_ARGUMENT, "a buffer that this format needs was not given");
+    QuantizeJob job{};
+    job.format = *format;
+    job.weight = weight;
+    job.dtype = dtype;
+    job.shape = shape;
+    job.row_stride = row_stride;
+    job.search = search ? *search : none;
+    job.codes = codes;
+    job.scales = scales;
+    job.zeros = stores_zeros(*format) ? zeros : nullptr;
+    job.unit = 1.0f;
+    if (format->kind == LOWBIT_LEVELS)
+        if (int status = sort_levels(job)) return status;
+    if (format->scale_type == LOWBIT_SCALE_E4M3) {
+        const float max_level = format->kind == LOWBIT_LEVELS ? job.max_level : static_cast<float>(1 << (format->bits - 1));
+        job.unit = std::max(largest_weight(job), 1e-30f) / (448.0f * max_level);
+        *scale_scales = job.unit;
+    }
+    parallel_for(rows, rows_per_part(*format, shape), [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; row += rows_per_part(*format, shape))
+            isa().quantize_rows(job, row, std::min(end, row + rows_per_part(*format, shape)));
+    });
+    return finish(job);
+}
+
+extern "C" int lowbit_dequantize(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
+                                 const uint8_t* zeros, const float* scale_scales, void* weight, int dtype, int64_t row_stride) {
+    if (int status = check_plain(format, {rows, cols}, dtype, row_stride)) return status;
+    if (!weight || !codes || !scales || (stores_zeros(*format) && !zeros) || (format->scale_type == LOWBIT_SCALE_E4M3 && !scale_scales))
+        return fail(LOWBIT_BAD_ARGUMENT, "a buffer that this format needs was not given");
+    const float unit = format->scale_type == LOWBIT_SCALE_E4M3 ? *scale_scales : 1.0f;
+    const DequantizeJob job = {*format, {rows, cols}, codes, scales, stores_zeros(*format) ? zeros : nullptr, unit, weight, dtype, row_stride};
+    parallel_for(rows, 8, [&](int64_t begin, int64_t end, int) { isa().dequantize_rows(job, begin, end); });
+    return LOWBIT_OK;
+}
+
+namespace lowbit {
+namespace {
+int check_stream(int bits, int64_t rows, int64_t cols, const void* from, const void* to) {
+    if (bits < 1 || bits > 8) return fail(LOWBIT_UNSUPPORTED, "%d bits per code; the core packs 1 to 8", bits);
+    if (rows < 0 || cols < 0 || (rows > 0 && cols > kMostElements / rows))
+        return fail(LOWBIT_BAD_ARGUMENT, "codes of shape [%lld, %lld] cannot be packed", static_cast<long long>(rows), static_cast<long long>(cols));
+    if (rows * cols > 0 && (!from || !to)) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
+    return LOWBIT_OK;
+}
+}  // namespace
+}  // namespace lowbit
+
+extern "C" int lowbit_pack(int bits, int64_t rows, int64_t cols, const uint8_t* values, int32_t* codes) {
+    if (int status = check_stream(bits, rows, cols, values, codes)) return status;
+    const int64_t words = divide_up(cols * bits, 32);
+    parallel_for(rows, 16, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; ++row)
+            write_codes(reinterpret_cast<uint32_t*>(codes) + row * words, values + row * cols, cols, bits);
+    });
+    return LOWBIT_OK;
+}
+
+extern "C" int lowbit_unpack(int bits, int64_t rows, int64_t cols, const int32_t* codes, uint8_t* values) {
+    if (int status = check_stream(bits, rows, cols, codes, values)) return status;
+    const int64_t words = divide_up(cols * bits, 32);
+    parallel_for(rows, 16, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; ++row)
+            read_codes(reinterpret_cast<const uint32_t*>(codes) + row * words, values + row * cols, cols, bits);
+    });
+    return LOWBIT_OK;
+}

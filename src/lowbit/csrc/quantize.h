@@ -1,0 +1,46 @@
+// One quantising job: what quantize.cpp checks and quantize_lanes.h computes, once per instruction set.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+#include "format.h"
+
+namespace lowbit {
+
+struct QuantizeJob {
+    lowbit_format format;
+    const void* weight;
+    int dtype;
+    Shape shape;
+    int64_t row_stride;
+    lowbit_search search;
+    int32_t* codes;
+    void* scales;
+    uint8_t* zeros;
+    float unit;  // the global factor of E4M3 scales, else 1
+
+    // Levels in rising order with the code of each, and the border below each level but the first.
+    int level_count;
+    float levels[kMostLevels];
+    float borders[kMostLevels];
+    uint8_t level_codes[kMostLevels];
+    float max_level;
+
+    // Flat position of a weight that is NaN or infinite, or -1; the smallest that any thread met.
+    mutable std::atomic<int64_t> bad_weight{-1};
+    mutable std::atomic<bool> out_of_memory{false};
+};
+
+struct DequantizeJob {
+    lowbit_format format;
+    Shape shape;
+    const int32_t* codes;
+    const void* scales;
+    const uint8_t* zeros;
+    float unit;
+    void* weight;
+    int dtype;
+    int64_t row_stride;
+};
+
+}  // namespace lowbit

@@ -1,0 +1,205 @@
+#include "threads.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdio>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "error.h"
+
+namespace lowbit {
+namespace {
+
+// About 60 microseconds: longer than the gaps between the products of one token, shorter than anybody would notice in `top`.
+constexpr int kSpins = 2000;
+constexpr int kMostThreads = 512;
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+struct Job {
+    int64_t items = 0;
+    int64_t grain = 1;
+    RangeFunction function = nullptr;
+    void* context = nullptr;
+};
+
+thread_local bool inside_job = false;
+
+class Pool {
+public:
+    explicit Pool(int threads) : process_(getpid()) {
+        workers_.reserve(static_cast<size_t>(threads));
+        for (int i = 1; i < threads; ++i) {
+            try {
+                workers_.emplace_back([this, i] { work(i); });
+            } catch (const std::system_error&) {
+                break;  // The machine gives no more threads; the ones that exist take all parts.
+            }
+        }
+    }
+
+    ~Pool() {
+        {
+            std::lock_guard<std::mutex> lock(sleep_mutex_);
+            stopping_.store(true);
+            generation_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    }
+
+    pid_t process() const { return process_; }
+
+    void run(const Job& job) {
+        std::lock_guard<std::mutex> one_job(run_mutex_);
+        job_ = job;
+        next_.store(0, std::memory_order_relaxed);
+        running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+        generation_.fetch_add(1);
+        if (sleepers_.load() > 0) {
+            // Taking the lock orders this wake-up after a worker that has counted itself but not yet gone to sleep.
+            std::lock_guard<std::mutex> lock(sleep_mutex_);
+            wake_.notify_all();
+        }
+        claim(0);
+        for (int spins = 0; running_.load(std::memory_order_acquire) > 0; ++spins) {
+            relax();
+            if (spins > kSpins) std::this_thread::yield();
+        }
+    }
+
+private:
+    void claim(int thread) {
+        inside_job = true;
+        for (;;) {
+            const int64_t begin = next_.fetch_add(job_.grain, std::memory_order_relaxed);
+            if (begin >= job_.items) break;
+            job_.function(job_.context, begin, std::min(begin + job_.grain, job_.items), thread);
+        }
+        inside_job = false;
+    }
+
+    void work(int thread) {
+        uint64_t seen = 0;
+        for (;;) {
+            seen = await_generation(seen);
+            if (stopping_.load()) return;
+            claim(thread);
+            running_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    uint64_t await_generation(uint64_t seen) {
+        for (int spins = 0; spins < kSpins; ++spins) {
+            const uint64_t now = generation_.load(std::memory_order_acquire);
+            if (now != seen) return now;
+            relax();
+        }
+        std::unique_lock<std::mutex> lock(sleep_mutex_);
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, [&] { return generation_.load() != seen; });
+        sleepers_.fetch_sub(1);
+        return generation_.load();
+    }
+
+    const pid_t process_;
+    std::vector<std::thread> workers_;
+    std::mutex run_mutex_, sleep_mutex_;
+    std::condition_variable wake_;
+    Job job_;
+    alignas(64) std::atomic<uint64_t> generation_{0};
+    std::atomic<int> sleepers_{0};
+    std::atomic<bool> stopping_{false};
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<int> running_{0};
+};
+
+bool read_numbers(const char* path, const char* pattern, long* first, long* second) {
+    FILE* file = fopen(path, "r");
+    if (!file) return false;
+    const int found = fscanf(file, pattern, first, second);
+    fclose(file);
+    return found >= 1;
+}
+
+// Cores that the container's quota pays for, or kMostThreads when there is none (cgroup v2, then v1).
+int quota_cores() {
+    long quota = 0, period = 100000;
+    if (!read_numbers("/sys/fs/cgroup/cpu.max", "%ld %ld", &quota, &period)) {
+        long ignored = 0;
+        read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%ld", &quota, &ignored);
+        read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%ld", &period, &ignored);
+    }
+    if (quota <= 0 || period <= 0) return kMostThreads;
+    return std::max<int>(1, static_cast<int>((quota + period - 1) / period));
+}
+
+int default_threads() {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    int cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : static_cast<int>(std::thread::hardware_concurrency());
+    return std::clamp(std::min(cores, quota_cores()), 1, kMostThreads);
+}
+
+std::atomic<int> wanted_threads{0};
+// One pool per thread count, made when first used, because another Python thread may still be inside the previous one.
+std::atomic<Pool*> pools[kMostThreads + 1];
+
+// The pool of this process. A pool inherited through fork has no threads and possibly locked mutexes: it is left where it is (a few
+// hundred bytes) and a new one takes its place.
+Pool* pool_of(int threads) {
+    for (;;) {
+        Pool* pool = pools[threads].load();
+        if (pool && pool->process() == getpid()) return pool;
+        Pool* fresh = new Pool(threads);
+        if (pools[threads].compare_exchange_strong(pool, fresh)) return fresh;
+        delete fresh;
+    }
+}
+
+}  // namespace
+
+int thread_count() {
+    int threads = wanted_threads.load();
+    if (threads == 0) {
+        threads = default_threads();
+        wanted_threads.store(threads);
+    }
+    return threads;
+}
+
+void set_thread_count(int threads) { wanted_threads.store(threads > 0 ? std::min(threads, kMostThreads) : default_threads()); }
+
+void run_parallel(int64_t items, int64_t grain, RangeFunction function, void* context) {
+    if (items <= 0) return;
+    grain = std::max<int64_t>(grain, 1);
+    const int threads = thread_count();
+    if (inside_job || items <= grain || threads == 1) {
+        function(context, 0, items, 0);
+        return;
+    }
+    pool_of(threads)->run({items, grain, function, context});
+}
+
+}  // namespace lowbit
+
+extern "C" int lowbit_set_threads(int threads) {
+    if (threads < 0) return lowbit::fail(LOWBIT_BAD_ARGUMENT, "%d threads asked for; give 1 or more, or 0 for the default", threads);
+    lowbit::set_thread_count(threads);
+    return LOWBIT_OK;
+}
+
+extern "C" int lowbit_threads(void) { return lowbit::thread_count(); }

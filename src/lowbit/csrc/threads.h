@@ -1,0 +1,29 @@
+// The pool of threads that runs every parallel loop of the core.
+//
+// A job is a range of items and a function over a part of it; kernels never start threads themselves. Workers claim parts from an
+// atomic counter, so that a core slowed by other programs takes fewer of them. Between jobs a worker spins for a short while (the
+// next product of a token follows within microseconds) and then sleeps. After a fork the child makes itself a new pool.
+#pragma once
+#include <cstdint>
+
+namespace lowbit {
+
+// Work on items [begin, end); `thread` is in [0, thread_count()).
+using RangeFunction = void (*)(void* context, int64_t begin, int64_t end, int thread);
+
+// Run `function` over [0, items) in parts of at most `grain` items. Returns when all are done.
+void run_parallel(int64_t items, int64_t grain, RangeFunction function, void* context);
+
+int thread_count();
+void set_thread_count(int threads);  // 0: as many as affinity and the cgroup quota allow
+
+// The same for any callable (begin, end, thread); it lives on the caller's stack.
+template <class Body>
+void parallel_for(int64_t items, int64_t grain, const Body& body) {
+    run_parallel(
+        items, grain,
+        [](void* context, int64_t begin, int64_t end, int thread) { (*static_cast<const Body*>(context))(begin, end, thread); },
+        const_cast<Body*>(&body));
+}
+
+}  // namespace lowbit

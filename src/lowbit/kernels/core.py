@@ -1,0 +1,128 @@
+"""The compiled core behind ctypes: where the library lies, the C face of a `Format`, and errors as exceptions.
+
+The library is one file, `liblowbit.so`, beside the package (or, in an editable install, on another entry of its path). It is
+loaded at the first call and not at import, so that `import lowbit` costs nothing. ctypes releases the GIL during each call.
+Arguments are plain addresses and sizes: numpy arrays and torch tensors are served alike, and neither is imported here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import lowbit
+from lowbit.errors import KernelError, WeightError
+from lowbit.formats import Format
+
+LIBRARY = "liblowbit.so"
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+SCALE_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "e8m0": 3, "e4m3": 4}
+_KINDS = {"int": 0, "codebook": 1, "float": 1}
+_OK, _BAD_WEIGHT = 0, 2
+
+
+class CFormat(ctypes.Structure):
+    """`lowbit_format` of lowbit.h."""
+
+    _fields_ = [
+        ("bits", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("symmetric", ctypes.c_int32),
+        ("group_size", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+        ("level_count", ctypes.c_int32),
+        ("levels", ctypes.POINTER(ctypes.c_float)),
+    ]
+
+
+class CSearch(ctypes.Structure):
+    """`lowbit_search` of lowbit.h."""
+
+    _fields_ = [
+        ("ratios", ctypes.POINTER(ctypes.c_double)),
+        ("ratio_count", ctypes.c_int32),
+        ("zero_steps", ctypes.c_int32),
+        ("importance", ctypes.c_void_p),
+    ]
+
+
+_I, _L, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_F, _S = ctypes.POINTER(CFormat), ctypes.POINTER(CSearch)
+# name -> (result, arguments), as declared in lowbit.h.
+_FUNCTIONS: dict[str, tuple[type, list[type]]] = {
+    "lowbit_version": (ctypes.c_char_p, []),
+    "lowbit_last_error": (ctypes.c_char_p, []),
+    "lowbit_isa": (ctypes.c_char_p, []),
+    "lowbit_set_isa": (_I, [ctypes.c_char_p]),
+    "lowbit_set_threads": (_I, [_I]),
+    "lowbit_threads": (_I, []),
+    "lowbit_quantize": (_I, [_F, _P, _I, _L, _L, _L, _S, _P, _P, _P, _P]),
+    "lowbit_pack": (_I, [_I, _L, _L, _P, _P]),
+    "lowbit_unpack": (_I, [_I, _L, _L, _P, _P]),
+    "lowbit_dequantize": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _I, _L]),
+    # "lowbit_prepared_bytes": (_L, [_F, _L, _L]),
+    # "lowbit_prepare": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _L]),
+    # "lowbit_restore": (_I, [_P, _L, _P, _P, _P, _P]),
+    # "lowbit_run": (_I, [_P, _L, _P, _I, _L, _L, _P, _P, _I, _L, _I]),
+}
+
+
+def library_path() -> Path | None:
+    """Where the compiled core lies, or None when the package was installed without it."""
+    return next((Path(entry) / LIBRARY for entry in lowbit.__path__ if (Path(entry) / LIBRARY).is_file()), None)
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The loaded core with its functions declared."""
+    path = library_path()
+    if path is None:
+        raise KernelError(
+            f"the compiled core {LIBRARY} is not beside the package (looked in {', '.join(map(str, lowbit.__path__))}); "
+            "reinstall lowbit with a C++17 compiler at hand"
+        )
+    core = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(core, name)
+        function.restype, function.argtypes = result, arguments
+    return core
+
+
+def last_error() -> str:
+    """The sentence of this thread's last failure."""
+    return bytes(library().lowbit_last_error()).decode()
+
+
+def check(status: int) -> None:
+    """Raise what a status code stands for."""
+    if status == _OK:
+        return
+    raise (WeightError if status == _BAD_WEIGHT else KernelError)(last_error())
+
+
+@lru_cache(maxsize=256)
+def c_format(format: Format) -> CFormat:
+    """The C face of a format. The result holds its table of levels alive."""
+    if format.kind not in _KINDS:
+        raise KernelError(f"the compiled core has no code for {format} yet")
+    if format.scale_block:
+        raise KernelError(f"the compiled core has no code for the doubly quantised scales of {format} yet")
+    levels = (ctypes.c_float * len(format.levels))(*format.levels) if format.levels else None
+    pointer = ctypes.cast(levels, ctypes.POINTER(ctypes.c_float)) if levels is not None else None
+    return CFormat(
+        format.bits,
+        _KINDS[format.kind],
+        int(format.symmetric),
+        format.group_size,
+        SCALE_TYPES[format.scale_dtype],
+        len(format.levels),
+        pointer,
+    )
+
+
+def c_search(ratios: Sequence[float], zero_steps: int, importance: int) -> CSearch:
+    """The C face of a search; `importance` is the address of fp32 [in], or 0."""
+    values = (ctypes.c_double * max(len(ratios), 1))(*ratios)
+    return CSearch(ctypes.cast(values, ctypes.POINTER(ctypes.c_double)), len(ratios), zero_steps, importance or None)

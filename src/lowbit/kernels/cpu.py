@@ -1,0 +1,99 @@
+"""What the compiled core does, as plain functions over addresses: quantise, pack, prepare, multiply.
+
+    quantize    weight [out, in] -> codes, scales, zeros        the fast row of grid.py's definition
+    dequantize  codes, scales, zeros -> weight
+    pack        uint8 codes [rows, cols] -> the canonical bit stream, and `unpack` back
+    prepare     canonical buffers -> one plain uint8 buffer laid out for wide loads, and `restore`, its exact inverse
+    run         y [tokens, out] = x [tokens, in] W^T + bias from the prepared buffer
+
+Every buffer is given by its address (`array.ctypes.data`, `tensor.data_ptr()`), so that the torch layers and the engine without
+torch share these functions and one copy of the weights. The caller sizes and owns the buffers; the core checks what it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowbit.formats import Format
+from lowbit.kernels.core import DTYPES, c_format, c_search, check, library
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix of numbers in memory: its address, element type, shape, and the distance of its rows in elements."""
+
+    address: int
+    dtype: str
+    rows: int
+    cols: int
+    stride: int = 0
+
+    @property
+    def step(self) -> int:
+        return self.stride or self.cols
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """The addresses of a weight's canonical buffers; 0 where the format has none."""
+
+    codes: int
+    scales: int = 0
+    zeros: int = 0
+    scale_scales: int = 0
+
+
+def set_threads(threads: int) -> None:
+    """Threads of the core's pool; 0 takes as many as affinity and the container's quota allow."""
+    check(library().lowbit_set_threads(threads))
+
+
+def threads() -> int:
+    return int(library().lowbit_threads())
+
+
+def instruction_set() -> str:
+    """The instruction set in use: portable, avx2 or avx512."""
+    return bytes(library().lowbit_isa()).decode()
+
+
+def set_instruction_set(name: str | None) -> None:
+    """Use another instruction set of this processor (tests and benchmarks); None takes the best again."""
+    check(library().lowbit_set_isa(None if name is None else name.encode()))
+
+
+def quantize(
+    format: Format,
+    weight: Rows,
+    into: Canonical,
+    ratios: Sequence[float] = (),
+    zero_steps: int = 0,
+    importance: int = 0,
+) -> None:
+    """Round a weight onto the grid that grid.py defines; `ratios` are the factors of the plain scale to search, none for plain."""
+    search = c_search(ratios, zero_steps, importance)
+    status = library().lowbit_quantize(
+        c_format(format), weight.address, DTYPES[weight.dtype], weight.rows, weight.cols, weight.step,
+        search, into.codes, into.scales, into.zeros or None, into.scale_scales or None,
+    )  # fmt: skip
+    check(status)
+
+
+def dequantize(format: Format, packed: Canonical, weight: Rows) -> None:
+    """Write the weight that canonical buffers stand for."""
+    status = library().lowbit_dequantize(
+        c_format(format), weight.rows, weight.cols, packed.codes, packed.scales, packed.zeros or None,
+        packed.scale_scales or None, weight.address, DTYPES[weight.dtype], weight.step,
+    )  # fmt: skip
+    check(status)
+
+
+def pack(bits: int, rows: int, cols: int, values: int, codes: int) -> None:
+    """uint8 codes [rows, cols] at `values` to int32 words [rows, ceil(cols * bits / 32)] at `codes`."""
+    check(library().lowbit_pack(bits, rows, cols, values, codes))
+
+
+def unpack(bits: int, rows: int, cols: int, codes: int, values: int) -> None:
+    """The inverse of `pack`."""
+    check(library().lowbit_unpack(bits, rows, cols, codes, values))
