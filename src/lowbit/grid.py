@@ -24,6 +24,8 @@ import torch
 from lowbit.bits import pack_codes, spread_groups, unpack_codes
 from lowbit.errors import WeightError
 from lowbit.formats import SCALE_BITS, Format
+from lowbit.grid_core import core_quantize, core_unpack
+from lowbit.kquants import dequantize_kquant, quantize_kquant
 from lowbit.packing import PackedTensor
 
 SCALE_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -45,7 +47,7 @@ class Search:
 
     def ratios(self) -> list[float]:
         span = self.highest - self.lowest
-        return [self.lowest + span * i / (self.steps - 1) for i in range(self.steps)]
+        return [self.lowest + span * i / max(self.steps - 1, 1) for i in range(self.steps)]
 
 
 PLAIN = Search(1.0, 1.0, 0, 0)
@@ -60,6 +62,17 @@ class Grid:
     stored: dict[str, torch.Tensor]
 
 
+def quantize(
+    weight: torch.Tensor, format: Format, search: Search = PLAIN, importance: torch.Tensor | None = None
+) -> PackedTensor:
+    """Round a weight [.., out, in] to a format of any kind; `importance` [in] weighs the squared error of each input."""
+    if format.kind == "kquant":
+        return quantize_kquant(weight, format, search.steps, importance)
+    ratios = search.ratios() if search.steps else []
+    packed = core_quantize(weight, format, ratios, search.zero_steps, importance)
+    return packed if packed is not None else pack(weight, format, fit_grid(weight, format, search, importance))
+
+
 def fit_grid(
     weight: torch.Tensor, format: Format, search: Search = PLAIN, importance: torch.Tensor | None = None
 ) -> Grid:
@@ -71,6 +84,8 @@ def fit_grid(
     scales, zeros = _plain_scales(groups, format, rounder)
     if search.steps:
         scales, zeros = _search_scales(groups, weights, format, rounder, search, (scales, zeros))
+    if format.scale_block:
+        scales = _fill_blanks(scales, groups)
     shape = (*weight.shape[:-2], 1, 1) if format.group_size == 0 else (*weight.shape[:-1], -1)
     scales = scales.reshape(shape)
     zeros = None if zeros is None else zeros.reshape(shape)
@@ -100,11 +115,20 @@ def pack(weight: torch.Tensor, format: Format, grid: Grid) -> PackedTensor:
 def unpack(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight that a PackedTensor stands for. The inverse of `pack` up to rounding; bit-exact in fp32."""
     format = packed.format
+    if format.kind == "kquant":
+        return dequantize_kquant(packed).to(dtype)
+    weight = core_unpack(packed, dtype)
+    return weight if weight is not None else unpack_by_definition(packed).to(dtype)
+
+
+def unpack_by_definition(packed: PackedTensor) -> torch.Tensor:
+    """What `unpack` is defined as, in fp32, on any device."""
+    format = packed.format
     codes = unpack_codes(packed.codes, format.bits, packed.shape[-1])
     weight = from_codes(codes, format, effective_scales(packed), packed.zeros)
     if packed.order is not None:
         weight = torch.empty_like(weight).index_copy_(-1, packed.order.long(), weight)
-    return weight.to(dtype)
+    return weight
 
 
 def effective_scales(packed: PackedTensor) -> torch.Tensor:
@@ -144,12 +168,16 @@ class ScaleRounder:
 
     def __call__(self, scales: torch.Tensor) -> torch.Tensor:
         if self.format.scale_dtype == "e8m0":
-            exponent = torch.log2(scales.abs().clamp_min(2.0**-_E8M0_BIAS)).round().clamp(-_E8M0_BIAS, _E8M0_BIAS)
-            return torch.exp2(exponent)
+            # The nearest power of two, not the nearest exponent: it leaves the least error of those that can be stored.
+            mantissa, exponent = torch.frexp(scales.abs())
+            exponent = torch.where(mantissa >= 0.75, exponent, exponent - 1)
+            return torch.exp2(exponent.clamp(-_E8M0_BIAS, _E8M0_BIAS).float())
         if self.unit is not None:
             return (scales / self.unit).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float() * self.unit
         dtype = SCALE_TORCH_DTYPES[self.format.scale_dtype]
-        rounded = scales.to(dtype).float()
+        # A scale beyond the type would be stored as infinity, and its group read as NaN; clamped, the group saturates.
+        largest = torch.finfo(dtype).max
+        rounded = scales.clamp(-largest, largest).to(dtype).float()
         return torch.where(rounded.abs() < _TINY_SCALE, torch.ones_like(rounded), rounded)
 
 
@@ -192,9 +220,18 @@ def _plain_scales(
     if format.kind == "int":
         return rounder(extreme / -format.midpoint), None
     if format.scale_dtype == "e8m0":
-        # Largest magnitudes up to 7.25 saturate to 6: a scale twice as coarse for one weight costs the group more (arXiv 2310.10537).
-        return torch.exp2(torch.ceil(torch.log2(extreme.abs().clamp_min(2.0**-_E8M0_BIAS) / 7.25))), None
+        # Magnitudes up to 7.25 saturate to 6: a scale twice as coarse costs the rest of the group more (arXiv 2310.10537).
+        exponent = torch.ceil(torch.log2(extreme.abs().clamp_min(2.0**-_E8M0_BIAS) / 7.25))
+        return torch.exp2(exponent.clamp_min(-_E8M0_BIAS)), None
     return rounder(extreme.abs() / format.max_level), None
+
+
+def _fill_blanks(scales: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """The mean scale for groups of zeros, whose placeholder of 1 would stretch the second level for all their neighbours."""
+    blank = _extreme(groups).abs() < scales.abs() / 2
+    count = (~blank).sum()
+    mean = torch.where(blank, torch.zeros_like(scales), scales).sum() / count.clamp_min(1)
+    return torch.where(blank & (count > 0), mean, scales)
 
 
 def _code_values(codes: torch.Tensor, zeros: torch.Tensor | None, format: Format) -> torch.Tensor:
@@ -294,6 +331,8 @@ def _quantize_scales(scales: torch.Tensor, block: int) -> tuple[dict[str, torch.
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
     step = blocks.abs().amax(dim=-1).clamp_min(1e-20) / (_DQ_MIDPOINT - 1)
     codes = (blocks / step[:, None]).round() + _DQ_MIDPOINT
+    # A scale that would be read as zero could not be divided by: take the next code.
+    codes += (codes - _DQ_MIDPOINT) * step[:, None] + offset == 0
     read = (codes - _DQ_MIDPOINT) * step[:, None] + offset
     stored = {
         "scales": codes.flatten()[: flat.numel()].view(scales.shape).to(torch.uint8),

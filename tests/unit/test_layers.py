@@ -28,8 +28,8 @@ def test_linear_is_the_unpacked_linear(format: str) -> None:
     layer = linear(format)
     x = torch.randn(3, 5, 300)
     expected = nn.functional.linear(x, unpack(layer.packed_weight.packed()), layer.bias)
-    tolerance = 2e-2 if as_format(format).act_bits == 8 else 2e-2
-    assert torch.allclose(layer(x), expected, atol=tolerance * float(expected.abs().max()))
+    # The kernel in use may round activations to int8; `reference` may not, unless the format says so.
+    assert torch.allclose(layer(x), expected, atol=2e-2 * float(expected.abs().max()))
     layer.packed_weight.prepare_("reference")
     if as_format(format).act_bits == 16:
         assert torch.allclose(layer(x), expected, atol=1e-4)
@@ -88,8 +88,8 @@ def test_gradient_of_the_input(format: str) -> None:
 def test_gradient_passes_gradcheck() -> None:
     layer = linear("int4", out_features=5, in_features=40, bias=False)
     layer.packed_weight.prepare_("reference")
-    x = torch.randn(2, 40, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, (x,), eps=1e-2, atol=1e-2, rtol=1e-2)
+    x = torch.randn(2, 40, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
 
 
 @pytest.mark.slow

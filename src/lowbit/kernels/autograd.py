@@ -53,9 +53,10 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[objec
     ctx.packed = inputs[1:6]  # type: ignore[attr-defined]
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dx = linear_input_gradient(grad, *ctx.packed)  # type: ignore[attr-defined]
-    return (dx, None, None, None, None, None, None)
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[object, ...]:
+    packed = ctx.packed  # type: ignore[attr-defined]
+    dx = linear_input_gradient(grad, *packed)
+    return (dx, [None] * len(packed[0]), None, None, None, None, None)
 
 
 linear.register_autograd(_backward, setup_context=_setup_context)

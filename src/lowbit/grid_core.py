@@ -1,0 +1,87 @@
+"""The grid in the compiled core: the same definition as `grid.py`, for weights in CPU memory, many times faster.
+
+    core_quantize   weight -> PackedTensor      one pass over the weight, one slice of each row in cache
+    core_unpack     PackedTensor -> weight
+
+`grid.py` is the definition and serves every other device; the tests hold the two together bit for bit. Both functions give None for
+what the core has no code for, and then the definition itself does the work.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.formats import SCALE_BITS, Format
+from lowbit.kernels import cpu
+from lowbit.kernels.core import library_path
+from lowbit.packing import PackedTensor, code_shape, scale_shape
+
+_SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def core_serves(format: Format, tensor: torch.Tensor) -> bool:
+    """Whether the core has code for a format on the device of a tensor."""
+    plain = format.kind != "kquant" and not format.scale_block
+    return plain and tensor.device.type == "cpu" and library_path() is not None
+
+
+def core_quantize(
+    weight: torch.Tensor, format: Format, ratios: list[float], zero_steps: int, importance: torch.Tensor | None
+) -> PackedTensor | None:
+    """Round a weight [.., out, in] onto the grid of `grid.fit_grid`."""
+    if not core_serves(format, weight) or weight.dtype not in _DTYPE_NAMES or not weight.numel():
+        return None
+    if format.group_size == 0:  # one scale for a whole tensor needs two passes over it
+        return None
+    rows = weight.detach().reshape(-1, weight.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    buffers = _empty_buffers(format, tuple(weight.shape))
+    importance = None if importance is None else importance.float().contiguous()
+    cpu.quantize(
+        format,
+        cpu.Rows(rows.data_ptr(), _DTYPE_NAMES[rows.dtype], rows.shape[0], rows.shape[1], rows.stride(0)),
+        _addresses(buffers),
+        ratios,
+        zero_steps,
+        0 if importance is None else importance.data_ptr(),
+    )
+    return PackedTensor(format, tuple(weight.shape), **buffers)
+
+
+def core_unpack(packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The weight that a PackedTensor stands for."""
+    format, shape = packed.format, packed.shape
+    float_zeros = packed.zeros is not None and packed.zeros.dtype != torch.uint8
+    if not core_serves(format, packed.codes) or packed.order is not None or float_zeros or dtype not in _DTYPE_NAMES:
+        return None
+    if len(shape) > 2 and format.group_size == 0:
+        return None
+    weight = torch.empty(shape, dtype=dtype)
+    if not weight.numel():
+        return weight
+    contiguous = {name: tensor.contiguous() for name, tensor in packed.tensors().items()}
+    rows = cpu.Rows(weight.data_ptr(), _DTYPE_NAMES[dtype], weight.numel() // shape[-1], shape[-1])
+    cpu.dequantize(format, _addresses(contiguous), rows)
+    return weight
+
+
+def _empty_buffers(format: Format, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Room for what a packed weight of a shape holds."""
+    small = SCALE_BITS[format.scale_dtype] == 8
+    scale_dtype = torch.uint8 if small else _SCALE_DTYPES[format.scale_dtype]
+    buffers = {
+        "codes": torch.empty(code_shape(format, shape), dtype=torch.int32),
+        "scales": torch.empty(scale_shape(format, shape), dtype=scale_dtype),
+    }
+    if not format.symmetric:
+        buffers["zeros"] = torch.empty(scale_shape(format, shape), dtype=torch.uint8)
+    if format.has_global_scale:
+        buffers["scale_scales"] = torch.empty(1)
+    return buffers
+
+
+def _addresses(buffers: dict[str, torch.Tensor]) -> cpu.Canonical:
+    names = ("codes", "scales", "zeros", "scale_scales")
+    return cpu.Canonical(**{name: buffers[name].data_ptr() for name in names if name in buffers})
