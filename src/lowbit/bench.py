@@ -1,0 +1,107 @@
+"""Timings of a model that answers: the first token, the later ones, memory.
+
+Reading the prompt and writing the answer are different work, so they are told apart: the first token comes after the
+whole prompt was read (many rows at once), each later one after one row. Of the later ones the mean says how fast, P90
+and P99 how evenly.
+
+    generate(new_tokens) -> seconds from the start to each token     timed `rounds` times, after one round that warms up
+
+What runs the model is the caller's business: this file imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+Generate = Callable[[int], Sequence[float]]
+_PROCESS_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """The figures of one model on one machine. Times in seconds."""
+
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    first_token: float
+    later_mean: float
+    later_p90: float
+    later_p99: float
+    load_seconds: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return self.prompt_tokens / max(self.first_token, 1e-9)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The speed after the first token."""
+        return 1 / max(self.later_mean, 1e-9)
+
+    def to_dict(self) -> dict[str, Any]:
+        speeds = {
+            "prompt_tokens_per_second": self.prompt_tokens_per_second,
+            "tokens_per_second": self.tokens_per_second,
+        }
+        return asdict(self) | speeds
+
+
+def measure(
+    generate: Generate,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int = 3,
+    after_round: Callable[[str], None] | None = None,
+) -> Timings:
+    """Time a model: one round to warm up, then `rounds` that count. The time of the first token is their median."""
+    firsts: list[float] = []
+    gaps: list[float] = []
+    for number in range(rounds + 1):
+        seconds = list(generate(new_tokens))
+        if len(seconds) < 2:
+            raise ValueError(
+                f"a round needs at least 2 tokens to tell the first from the later ones, got {len(seconds)}"
+            )
+        if number:
+            firsts.append(seconds[0])
+            gaps += [later - earlier for earlier, later in pairwise(seconds)]
+        if after_round is not None:
+            after_round(f"round {number} of {rounds}" if number else "warm")
+    return Timings(
+        prompt_tokens,
+        new_tokens,
+        rounds,
+        first_token=statistics.median(firsts),
+        later_mean=statistics.fmean(gaps),
+        later_p90=percentile(gaps, 0.90),
+        later_p99=percentile(gaps, 0.99),
+        peak_bytes=peak_memory(),
+    )
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which a share of the values lies, on a straight line between neighbours."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def peak_memory() -> int:
+    """The most memory in bytes that this process has held at once."""
+    if _PROCESS_STATUS.is_file():  # getrusage would also count what the parent held before it started us
+        for line in _PROCESS_STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

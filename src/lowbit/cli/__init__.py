@@ -1,0 +1,159 @@
+"""The command `lowbit`: a table of commands, of which only the one that was asked for is imported.
+
+    lowbit COMMAND ... -> COMMANDS[name] -> its module's add_arguments(parser), then run(options) -> exit code
+
+A command is one file with `DESCRIPTION`, `EXAMPLES`, `add_arguments` and `run`, and one line in the table. This file
+imports neither torch nor rich, and no command does so before its arguments have been read: help and usage errors come
+at once.
+
+Exit codes: 0 done, 1 a failure that is said in one line on stderr, 2 wrong usage, 130 stopped by Ctrl-C, 141 the reader
+of our output has gone. A traceback is a bug of ours, never an answer to what the user did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol, cast
+
+import lowbit
+from lowbit.cli.failures import explain_failure
+from lowbit.errors import LowbitError, nearest
+
+OK, FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+
+
+class CommandModule(Protocol):
+    """What the file of a command offers."""
+
+    DESCRIPTION: str
+    EXAMPLES: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, options: argparse.Namespace) -> int: ...
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the table: where a command lives, and its line in the help."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("lowbit.cli.demo", "the whole way once, on a small model that comes as a package"),
+    "quantize": Command("lowbit.cli.quantize", "make a model low-bit and save it, with a report of every layer"),
+    "generate": Command("lowbit.cli.generate", "answer one prompt, word by word"),
+    "chat": Command("lowbit.cli.chat", "talk with a model"),
+    "inspect": Command("lowbit.cli.inspect", "what lies in a checkpoint: layers, formats, sizes"),
+    "evaluate": Command("lowbit.cli.evaluate", "perplexity on a text, and the distance from the original model"),
+    "bench": Command("lowbit.cli.bench", "time to the first token, to the later ones, memory"),
+    "doctor": Command("lowbit.cli.doctor", "what is installed, what this machine can do, what is wrong"),
+}
+
+EXAMPLES = """\
+examples:
+  lowbit demo                                        see everything once
+  lowbit quantize ./SmolLM2-135M ./small             int4, with a report
+  lowbit chat ./small                                talk with it
+  lowbit quantize model.gguf ./small --format nf4    a GGUF file as the source
+  lowbit doctor                                      is this machine ready?
+
+`lowbit COMMAND --help` explains a command."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.partition(" ")[2]
+        self.exit(USAGE, f"lowbit: error: {message} (see 'lowbit {command + ' ' if command else ''}--help')\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    _never_fail_on_characters()
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\nlowbit: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _forget_stdout()
+        return PIPE_CLOSED
+    except (LowbitError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        sentence = explain_failure(error)
+        if sentence is None:
+            raise
+        print(f"lowbit: error: {sentence}", file=sys.stderr)
+        return FAILED
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help") or words == ["help"]:
+        print(_help(), end="")
+        return OK
+    if words[0] in ("-V", "--version"):
+        print(f"lowbit {lowbit.__version__}")
+        return OK
+    if words[0] == "help":
+        words = [words[1], "--help"]
+    name, *rest = words
+    if name not in COMMANDS:
+        what = "option" if name.startswith("-") else "command"
+        hint = "see 'lowbit --help'" if what == "option" else nearest(name, COMMANDS, count=1)
+        print(f"lowbit: error: there is no {what} {name!r}: {hint}", file=sys.stderr)
+        return USAGE
+    module = cast(CommandModule, importlib.import_module(COMMANDS[name].module))
+    try:
+        options = command_parser(name, module).parse_args(rest)
+    except SystemExit as stop:  # how argparse ends on --help and on errors, after it has printed
+        return stop.code if isinstance(stop.code, int) else USAGE
+    return module.run(options)
+
+
+def command_parser(name: str, module: CommandModule) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    parser = Parser(
+        prog=f"lowbit {name}",
+        description=module.DESCRIPTION,
+        epilog="examples:\n" + module.EXAMPLES.rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    return parser
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [
+        "usage: lowbit COMMAND ...",
+        "",
+        "Make a model low-bit, and run, save and load it on the hardware at hand.",
+        "",
+    ]
+    lines += ["commands:"] + [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", EXAMPLES]) + "\n"
+
+
+def _never_fail_on_characters() -> None:
+    """A model may say any character, a terminal may know only a few: the others become question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _forget_stdout() -> None:
+    """Nobody reads stdout any more (`lowbit inspect ... | head`): let the flush at exit go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

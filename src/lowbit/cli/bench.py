@@ -1,0 +1,80 @@
+"""`lowbit bench`: how fast a model answers on this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from lowbit.bench import Timings, measure
+from lowbit.cli.options import COUNT, Sampling, add_format_on_the_fly, add_json, add_loading, loading_from, number
+from lowbit.cli.output import Output, seconds_text, size_text
+from lowbit.cli.source import find_source
+from lowbit.progress import progress
+
+DESCRIPTION = """\
+Time a model: loading, the first token after a prompt, the later tokens (mean, P90, P99), peak memory.
+
+The prompt is always the same text, cut to length; the answer is not stopped at its end. One round warms up before
+the rounds that count."""
+EXAMPLES = """\
+  lowbit bench ./small
+  lowbit bench ./small --prompt-tokens 1024 --new-tokens 128 --threads 4
+  lowbit bench ./SmolLM2-135M --format int4 --rounds 5
+  lowbit bench ./small --json | jq .tokens_per_second"""
+_PROMPT = "The quick brown fox jumps over the lazy dog while seven wise owls count the stars above a quiet harbour. "
+_AT_LEAST_TWO = number(int, 2, 1 << 31, "a number from 2 up (the first token is timed apart from the later ones)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder (low-bit or not), a .gguf file, or a name on the hub")
+    parser.add_argument(
+        "--prompt-tokens", type=COUNT, default=32, metavar="N", help="length of the prompt (default: 32)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=_AT_LEAST_TWO, default=64, metavar="N", help="length of the answer (default: 64)"
+    )
+    parser.add_argument("--rounds", type=COUNT, default=3, metavar="N", help="rounds that count (default: 3)")
+    add_format_on_the_fly(parser)
+    add_loading(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    output = Output(options.json)
+    source, load = find_source(options.model), loading_from(options)
+    from lowbit.cli.session import Session, prepare_torch
+
+    prepare_torch(options.threads)
+    session = Session.load(source, load)
+    prompt = prompt_of(session.encode(_PROMPT, raw=True), options.prompt_tokens)
+
+    def generate(new_tokens: int) -> tuple[float, ...]:
+        return session.generate(prompt, Sampling(new_tokens, temperature=0, ignore_end=True)).token_seconds
+
+    with progress("timing", options.rounds + 1) as advance:
+        timings = measure(generate, len(prompt), options.new_tokens, options.rounds, advance)
+    facts = timings.to_dict() | {"load_seconds": session.load_seconds, "peak_bytes": session.peak_memory()}
+    print_timings(output, timings, session.load_seconds, session.peak_memory())
+    output.result({"model": options.model} | facts)
+    return 0
+
+
+def prompt_of(tokens: list[int], length: int) -> list[int]:
+    """A prompt of an exact length: the tokens over and over."""
+    return (tokens * (length // len(tokens) + 1))[:length]
+
+
+def print_timings(output: Output, timings: Timings, load_seconds: float, peak_bytes: int) -> None:
+    reading = f"{timings.prompt_tokens} tokens ({timings.prompt_tokens_per_second:.0f} tokens/s)"
+    later = (
+        f"{seconds_text(timings.later_mean)} mean, {seconds_text(timings.later_p90)} P90, "
+        f"{seconds_text(timings.later_p99)} P99 ({timings.tokens_per_second:.1f} tokens/s)"
+    )
+    output.facts(
+        [
+            ("load", seconds_text(load_seconds)),
+            ("first token", f"{seconds_text(timings.first_token)} for {reading}"),
+            ("later tokens", later),
+            ("peak memory", size_text(peak_bytes)),
+            ("measured", f"{timings.rounds} rounds of {timings.new_tokens} tokens after one to warm up"),
+        ]
+    )

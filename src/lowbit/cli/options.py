@@ -1,0 +1,130 @@
+"""Arguments that several commands share, and the values that their words become."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowbit.recipe import Recipe
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LEAVE = "none"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded. Without a recipe it is taken as it is."""
+
+    recipe: Recipe | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. None leaves a choice to the model's own generation config."""
+
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    ignore_end: bool = False
+
+
+def number(kind: Callable[[str], Any], low: float, high: float, what: str) -> Callable[[str], Any]:
+    """A type for argparse: a number within limits, both included."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1, 1 << 31, "a number from 1 up")
+SEED = number(int, 0, (1 << 63) - 1, "a number from 0 up")
+TEMPERATURE = number(float, 0, 100, "a number from 0 (always the likeliest token) to 100")
+SHARE = number(float, 1e-9, 1, "a number between 0 and 1")
+PENALTY = number(float, 1e-3, 100, "a number above 0")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, everything else on stderr")
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that loads a model."""
+    group = parser.add_argument_group("loading")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="what the model computes in (default: what it was saved in)"
+    )
+    group.add_argument("--device", help="where it runs: cpu, cuda, cuda:1, xpu (default: cpu)")
+    group.add_argument("--threads", type=COUNT, metavar="N", help="threads on the CPU (default: all cores)")
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="also read .bin weights, which may run code of their author"
+    )
+    group.add_argument("--trust-remote-code", action="store_true", help="run the Python files that come with the model")
+
+
+def add_format_on_the_fly(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", metavar="F", help="make the model low-bit while it loads: int4, nf4, q4_k, ... (default: as it is)"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Arguments of the commands that draw tokens."""
+    group = parser.add_argument_group("sampling (default: what the model's generation config says)")
+    group.add_argument(
+        "--max-new-tokens",
+        type=COUNT,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"stop after N tokens (default: {max_new_tokens})",
+    )
+    group.add_argument(
+        "--temperature", type=TEMPERATURE, metavar="T", help="0 always takes the likeliest token, higher is freer"
+    )
+    group.add_argument("--top-k", type=COUNT, metavar="K", help="draw from the K likeliest tokens")
+    group.add_argument(
+        "--top-p", type=SHARE, metavar="P", help="draw from the likeliest tokens that hold a share P together"
+    )
+    group.add_argument("--repetition-penalty", type=PENALTY, metavar="R", help="above 1: avoid what was said already")
+    group.add_argument("--seed", type=SEED, metavar="N", help="draw the same tokens every time")
+
+
+def sampling_from(options: argparse.Namespace) -> Sampling:
+    return Sampling(
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.repetition_penalty,
+        options.seed,
+    )
+
+
+def loading_from(options: argparse.Namespace) -> LoadOptions:
+    """The load options of a command; `--format` becomes a recipe."""
+    from lowbit.recipe import recipe_named
+
+    name = getattr(options, "format", None)
+    return LoadOptions(
+        recipe_named(name) if name else None,
+        options.dtype,
+        options.device,
+        options.allow_pickle,
+        options.trust_remote_code,
+    )

@@ -1,0 +1,150 @@
+"""`lowbit quantize`: any model in, a low-bit folder and the report out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowbit.cli.options import LEAVE, LoadOptions, add_json, add_loading
+from lowbit.cli.output import Output, size_text
+from lowbit.cli.source import CONFIG, Source, find_source, opened_source
+from lowbit.errors import LowbitError, RecipeError
+
+if TYPE_CHECKING:
+    from lowbit.formats import Format
+    from lowbit.recipe import Recipe
+    from lowbit.report import Report
+
+DESCRIPTION = """\
+Make a model low-bit and save it as a Hugging Face folder, with a report of every weight.
+
+SOURCE is a Hugging Face folder, a .gguf file, or a name on the hub. OUT appears once it is complete: whatever
+interrupts the work leaves nothing half-written there."""
+EXAMPLES = """\
+  lowbit quantize ./SmolLM2-135M ./small                          int4
+  lowbit quantize model-q8_0.gguf ./small --format nf4            from a GGUF file
+  lowbit quantize ./model ./small --format int4_asym_g32          any width, zero points, any group
+  lowbit quantize ./model ./small --skip lm_head --skip layers.0  leave what contains these names
+  lowbit quantize ./model ./small --override 'down_proj$=int8'    more bits where it matters
+  lowbit quantize ./model ./small --json > report.json            the report for a script"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="Hugging Face folder, .gguf file, or name on the hub")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    group = parser.add_argument_group("recipe")
+    group.add_argument(
+        "--format",
+        default="int4",
+        metavar="F",
+        help="int2 .. int8, nf4, fp8_e4m3, mxfp4, q4_k, ... with suffixes (default: int4)",
+    )
+    group.add_argument("--head", metavar="F", help=f"the format of the output head, or '{LEAVE}'")
+    group.add_argument("--embedding", metavar="F", help=f"the format of the embedding, or '{LEAVE}'")
+    group.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave weights whose path contains NAME (may be repeated)",
+    )
+    override_help = (
+        f"another format, or '{LEAVE}', where the path matches (may be repeated; the first that matches holds)"
+    )
+    group.add_argument("--override", action="append", default=[], metavar="REGEX=F", help=override_help)
+    group.add_argument("--rounder", metavar="R", help="rtn searches the scales, plain_rtn does not (default: rtn)")
+    add_loading(parser)
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model already")
+    parser.add_argument("--all", action="store_true", help="show every weight in the report")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    output = Output(options.json)
+    recipe = recipe_from(options)
+    source = find_source(options.source)
+    check_target(options.out, source, options.force)
+    load = LoadOptions(recipe, options.dtype, options.device, options.allow_pickle, options.trust_remote_code)
+    report = quantize_and_save(source, options.out, load, output, options.threads)
+    from lowbit.cli.report import print_report
+
+    print_report(output, report, options.all)
+    output.say(
+        f"\nsaved in {options.out} ({size_text(folder_bytes(options.out))} on disk); next: lowbit chat {options.out}"
+    )
+    output.result(
+        {"source": source.name, "out": str(options.out), "bytes_on_disk": folder_bytes(options.out)} | report.to_dict()
+    )
+    return 0
+
+
+def quantize_and_save(
+    source: Source, out: Path, load: LoadOptions, output: Output, threads: int | None = None
+) -> Report:
+    """Load a model low-bit, save it, return the report."""
+    import lowbit
+    from lowbit.cli.session import load_model, load_tokenizer, prepare_torch
+
+    prepare_torch(threads)
+    with opened_source(source, load.dtype, beside=out.absolute().parent) as name:
+        model = load_model(name, load)
+        tokenizer = load_tokenizer(name, load)
+        if tokenizer is None:
+            output.note("lowbit: the source has no tokenizer, so none is saved")
+        lowbit.save_low_bit(model, out, tokenizer=tokenizer)
+    report: Report = model.lowbit_report
+    return report
+
+
+def recipe_from(options: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments spell."""
+    from lowbit.recipe import recipe_named
+
+    changes: dict[str, object] = {
+        "skip": tuple(options.skip),
+        "overrides": tuple(_override(text) for text in options.override),
+    }
+    if options.head is not None:
+        changes["head"] = format_or_none(options.head)
+    if options.embedding is not None:
+        changes["embedding"] = format_or_none(options.embedding)
+    if options.rounder is not None:
+        changes["rounder"] = options.rounder
+    recipe = recipe_named(options.format)
+    # Ours first, so that they win over those that a mixture such as gguf_q4k_m brings along.
+    changes["overrides"] = (*changes["overrides"], *recipe.overrides)  # type: ignore[misc]
+    return recipe.replace(**changes)
+
+
+def format_or_none(name: str) -> Format | None:
+    from lowbit.formats import as_format
+
+    return None if name.strip().lower() == LEAVE else as_format(name)
+
+
+def _override(text: str) -> tuple[str, Format | None]:
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise RecipeError(
+            f"--override {text!r} is not REGEX=FORMAT: write for example 'down_proj$=int8' or 'layers\\.0\\.={LEAVE}'"
+        )
+    return pattern, format_or_none(name)
+
+
+def check_target(out: Path, source: Source, force: bool) -> None:
+    """Refuse, before any work, to write where something else lies."""
+    if out.exists() and not out.is_dir():
+        raise LowbitError(f"{out} is a file: name a folder that does not exist yet")
+    if source.kind == "folder" and out.exists() and out.samefile(source.path):
+        raise LowbitError(f"{out} is the source itself: name another folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / CONFIG).is_file():
+        raise LowbitError(f"{out} is not empty, and what it holds is no model: name a folder that does not exist yet")
+    if not force:
+        raise LowbitError(f"{out} holds a model already: name another folder, or replace it with --force")
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

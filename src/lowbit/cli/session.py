@@ -1,0 +1,262 @@
+"""A model ready to answer: loading, prompts, streaming. The one file of the command line that runs a model.
+
+    session = Session.load(find_source("./small"), LoadOptions())
+    answer = session.generate(session.encode("Why is the sky blue?"), Sampling(), emit=print)
+
+Commands know only this class and `Answer`, so that another engine can take the place of transformers' `generate` in
+this file alone. Text is handed out in the thread that asked for it: Ctrl-C is an ordinary KeyboardInterrupt in the
+middle of an answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers.generation import BaseStreamer
+
+import lowbit
+from lowbit.bench import peak_memory
+from lowbit.cli.failures import one_line
+from lowbit.cli.options import LoadOptions, Sampling
+from lowbit.cli.source import Source, opened_source
+from lowbit.errors import CheckpointError, LowbitError
+from lowbit.kernels.core import library_path
+from lowbit.kernels.cpu import set_threads
+
+Message = dict[str, str]
+Emit = Callable[[str], None]
+# What a decoder gives for bytes that are no whole character yet.
+_UNFINISHED = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said. `token_seconds` holds when each token came, counted from the start."""
+
+    text: str
+    prompt_tokens: int
+    token_seconds: tuple[float, ...]
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.token_seconds)
+
+    @property
+    def first_token_seconds(self) -> float:
+        return self.token_seconds[0] if self.token_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The speed after the first token, which also pays for reading the prompt."""
+        if self.new_tokens < 2:
+            return 0.0
+        return (self.new_tokens - 1) / max(self.token_seconds[-1] - self.token_seconds[0], 1e-9)
+
+
+class TextPieces:
+    """Turns tokens into text as they come: whole characters only, and what was handed out is never changed later.
+
+    A token's text depends on the tokens before it (spaces, characters of several bytes), so a short window is decoded
+    with and without the new token; the difference is the piece. `read` tokens have been handed out, those from `kept`
+    on give the context.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.decode = decode
+        self.tokens: list[int] = []
+        self.kept = self.read = 0
+
+    def add(self, token: int) -> str:
+        self.tokens.append(token)
+        return self._piece(final=False)
+
+    def rest(self) -> str:
+        """What was held back, once no token follows."""
+        return self._piece(final=True)
+
+    def _piece(self, final: bool) -> str:
+        before = self.decode(self.tokens[self.kept : self.read])
+        whole = self.decode(self.tokens[self.kept :])
+        if len(whole) <= len(before) or (whole.endswith(_UNFINISHED) and not final):
+            return ""
+        self.kept, self.read = self.read, len(self.tokens)
+        return whole[len(before) :]
+
+
+class _Stream(BaseStreamer):  # type: ignore[misc]
+    """Receives tokens from `generate`: notes when each came, hands its text on."""
+
+    def __init__(self, pieces: TextPieces, emit: Emit | None) -> None:
+        self.pieces, self.emit = pieces, emit
+        self.text: list[str] = []
+        self.token_seconds: list[float] = []
+        self.start = time.perf_counter()
+        self.seen_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.seen_prompt:
+            self.seen_prompt = True
+            return
+        self.token_seconds.append(time.perf_counter() - self.start)
+        for token in value.flatten().tolist():
+            self._hand_on(self.pieces.add(token))
+
+    def end(self) -> None:
+        self._hand_on(self.pieces.rest())
+
+    def _hand_on(self, piece: str) -> None:
+        if piece:
+            self.text.append(piece)
+            if self.emit is not None:
+                self.emit(piece)
+
+
+class Session:
+    """A loaded model and its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Any, load_seconds: float = 0.0) -> None:
+        self.model, self.tokenizer, self.load_seconds = model, tokenizer, load_seconds
+
+    @classmethod
+    def load(cls, source: Source, options: LoadOptions) -> Session:
+        start = time.perf_counter()
+        with opened_source(source, options.dtype) as name:
+            model = load_model(name, options)
+            tokenizer = load_tokenizer(name, options)
+        if tokenizer is None:
+            raise CheckpointError(
+                f"{source.name} has no tokenizer: copy the tokenizer*.json files of the original beside it"
+            )
+        return cls(model.eval(), tokenizer, time.perf_counter() - start)
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the model was made for."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def peak_memory(self) -> int:
+        """The most memory used so far: of the GPU if the model is on one, else of this process."""
+        if self.model.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.model.device))
+        return peak_memory()
+
+    def encode(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
+        """A prompt as tokens: as a user's message if there is a chat template, else, or if `raw`, as it stands."""
+        if raw or not self.tokenizer.chat_template:
+            return [int(t) for t in self.tokenizer(prompt)["input_ids"]]
+        opening = [{"role": "system", "content": system}] if system else []
+        return self.encode_chat([*opening, {"role": "user", "content": prompt}])
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """A conversation as tokens, up to where the model speaks."""
+        if not self.tokenizer.chat_template:
+            spoken = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
+            return [int(t) for t in self.tokenizer(spoken + "assistant:")["input_ids"]]
+        encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return [int(t) for t in encoded["input_ids"]]
+
+    def generate(self, prompt: list[int], sampling: Sampling, emit: Emit | None = None) -> Answer:
+        """Answer a prompt; each piece of text goes to `emit` as it comes."""
+        self._check_room(len(prompt))
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        pieces = TextPieces(lambda tokens: str(self.tokenizer.decode(tokens, skip_special_tokens=True)))
+        stream = _Stream(pieces, emit)
+        ids = torch.tensor([prompt], device=self.model.device)
+        with torch.inference_mode():
+            self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stream, **self._arguments(sampling))
+        return Answer("".join(stream.text), len(prompt), tuple(stream.token_seconds))
+
+    def chat(self, messages: list[Message], sampling: Sampling, emit: Emit | None = None) -> Answer:
+        """Answer the last message of a conversation."""
+        return self.generate(self.encode_chat(messages), sampling, emit)
+
+    def _check_room(self, prompt_tokens: int) -> None:
+        if not prompt_tokens:
+            raise LowbitError("the prompt is empty: give the model some text to answer")
+        if self.context_length is not None and prompt_tokens >= self.context_length:
+            raise LowbitError(
+                f"the text has {prompt_tokens} tokens, and the model was made for {self.context_length}: shorten it"
+            )
+
+    def _arguments(self, sampling: Sampling) -> dict[str, Any]:
+        given = {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
+        drawn = {name: value for name, value in given.items() if value is not None}
+        arguments: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens}
+        if sampling.temperature == 0:
+            arguments |= {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        elif drawn:
+            arguments |= {"do_sample": True, **drawn}
+        if sampling.repetition_penalty is not None:
+            arguments["repetition_penalty"] = sampling.repetition_penalty
+        if sampling.ignore_end:
+            arguments["min_new_tokens"] = sampling.max_new_tokens
+        if self.model.generation_config.pad_token_id is None:
+            end = self.model.generation_config.eos_token_id
+            arguments["pad_token_id"] = end[0] if isinstance(end, list) else end
+        return arguments
+
+
+def load_model(name: str, options: LoadOptions) -> Any:
+    """A model from a folder or the hub, made low-bit while it loads if there is a recipe."""
+    arguments: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    if options.device is not None:
+        arguments["device_map"] = _checked_device(options.device)
+    if options.recipe is not None:
+        arguments["load_in_low_bit"] = options.recipe
+    with _foreign_errors(f"cannot load {name}"):
+        return lowbit.AutoModelForCausalLM.from_pretrained(name, allow_pickle=options.allow_pickle, **arguments)
+
+
+def load_tokenizer(name: str, options: LoadOptions) -> Any | None:
+    """The tokenizer of a model, or None if it has none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError):  # transformers has no error of its own for a missing tokenizer
+        return None
+
+
+def prepare_torch(threads: int | None) -> None:
+    """Settings for the whole process: threads, and no chatter of transformers between our lines."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+        if library_path() is not None:
+            set_threads(threads)
+
+
+def _checked_device(name: str) -> str:
+    """The device if it is there; else a sentence, before a model is read for nothing."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise LowbitError(f"there is no device {name!r}: use cpu, cuda, cuda:1 or xpu") from None
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
+    if not available.get(device.type, True):
+        raise LowbitError(f"torch sees no {device.type} device here: leave --device out, or see 'lowbit doctor'")
+    return name
+
+
+@contextmanager
+def _foreign_errors(doing: str) -> Iterator[None]:
+    """Errors of transformers and safetensors about a checkpoint, as one sentence of ours."""
+    try:
+        yield
+    except LowbitError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CheckpointError(f"{doing}: {one_line(str(error))}") from error

