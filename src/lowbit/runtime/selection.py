@@ -1,0 +1,159 @@
+"""Which token comes next: the settings, and the choice by the core.
+
+The settings carry the names and the meaning of transformers' generate, and give the same distribution; presence and frequency
+penalties are those of the chat servers. temperature 0 (the default) is greedy. Draws come from a generator of 64 bits seeded by
+`seed`, so the same seed gives the same text on every machine whose logits agree.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbit.errors import RecipeError, nearest
+from lowbit.kernels.core import check, library
+
+Floats = NDArray[np.float32]
+Tokens = NDArray[np.int32]
+
+
+class CSelection(ctypes.Structure):
+    """`lowbit_selection` of select_api.h."""
+
+    _fields_ = [
+        ("temperature", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+        ("top_p", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("typical_p", ctypes.c_float),
+        ("repetition_penalty", ctypes.c_float),
+        ("presence_penalty", ctypes.c_float),
+        ("frequency_penalty", ctypes.c_float),
+        ("bias_count", ctypes.c_int32),
+        ("bias_tokens", ctypes.c_void_p),
+        ("bias_values", ctypes.c_void_p),
+    ]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How tokens are chosen."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bias: dict[int, float] = field(default_factory=dict)
+    forbidden: tuple[tuple[int, ...], ...] = ()
+    min_new_tokens: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "typical_p": 0 < self.typical_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        for name, holds in limits.items():
+            if not holds:
+                raise RecipeError(f"{name}={getattr(self, name)} is out of range; {_RANGES[name]}")
+
+    @classmethod
+    def from_generation_config(cls, config: dict[str, Any]) -> Selection:
+        """The settings of a generation_config.json: greedy unless it samples."""
+        names = {f.name for f in fields(cls)}
+        values = {key: value for key, value in config.items() if key in names and value is not None}
+        if config.get("do_sample"):
+            values.setdefault("temperature", 1.0)
+            values.setdefault("top_k", 50)
+        else:
+            for name in ("temperature", "top_k", "top_p", "min_p", "typical_p"):
+                values.pop(name, None)
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> Selection:
+        names = {f.name for f in fields(self)}
+        for name in changes:
+            if name not in names:
+                raise RecipeError(f"there is no setting {name!r}: {nearest(name, names)}")
+        return Selection(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
+
+_RANGES = {
+    "temperature": "use 0 for greedy, or a number above it",
+    "top_k": "use 0 for off, or the number of tokens to keep",
+    "top_p": "use a share above 0 and at most 1",
+    "min_p": "use a share between 0 and 1",
+    "typical_p": "use a share above 0 and at most 1",
+    "repetition_penalty": "use 1 for off, or a number above 0",
+}
+
+
+class Selector:
+    """Chooses the tokens of one sequence. Holds the generator, and knows which tokens may not come now."""
+
+    def __init__(self, selection: Selection, stop_tokens: tuple[int, ...] = ()) -> None:
+        self.selection = selection
+        self.stop_tokens = stop_tokens
+        seed = selection.seed if selection.seed is not None else secrets.randbits(63)
+        self.generator = ctypes.c_uint64(seed)
+        self.chosen = 0
+
+    def choose(self, logits: Floats, history: Tokens) -> int:
+        """The next token; `history` are all tokens so far."""
+        token = ctypes.c_int32()
+        arguments = self._arguments(logits, history)
+        check(library().lowbit_select(*arguments, ctypes.byref(self.generator), ctypes.byref(token), None))
+        self.chosen += 1
+        return int(token.value)
+
+    def probabilities(self, logits: Floats, history: Tokens) -> Floats:
+        """The distribution that `choose` draws from."""
+        result = np.empty(len(logits), np.float32)
+        check(library().lowbit_probabilities(*self._arguments(logits, history), result.ctypes.data))
+        return result
+
+    def _arguments(self, logits: Floats, history: Tokens) -> tuple[Any, ...]:
+        self._logits = np.ascontiguousarray(logits, np.float32)
+        self._history = np.ascontiguousarray(history, np.int32)
+        self._settings = self._c_selection(self._history)
+        return (
+            self._logits.ctypes.data,
+            len(self._logits),
+            ctypes.byref(self._settings),
+            self._history.ctypes.data,
+            len(self._history),
+        )
+
+    def _c_selection(self, history: Tokens) -> CSelection:
+        s = self.selection
+        bias = dict(s.bias)
+        for token in self._forbidden_now(history):
+            bias[token] = -np.inf
+        self._bias_tokens = np.fromiter(bias, np.int32, len(bias))
+        self._bias_values = np.fromiter(bias.values(), np.float32, len(bias))
+        return CSelection(
+            s.temperature, s.top_k, s.top_p, s.min_p, s.typical_p, s.repetition_penalty, s.presence_penalty,
+            s.frequency_penalty, len(bias), self._bias_tokens.ctypes.data, self._bias_values.ctypes.data,
+        )  # fmt: skip
+
+    def _forbidden_now(self, history: Tokens) -> list[int]:
+        """Tokens that would complete a forbidden sequence, and the stop tokens while the answer is too short."""
+        forbidden = list(self.stop_tokens) if self.chosen < self.selection.min_new_tokens else []
+        for words in self.selection.forbidden:
+            *start, last = words
+            if len(start) <= len(history) and list(history[len(history) - len(start) :]) == start:
+                forbidden.append(last)
+        return forbidden

@@ -1,0 +1,64 @@
+"""Every code block of the README and the docs runs, and every example too.
+
+The blocks of one page run in order in one empty folder: python blocks in a process each, shell blocks line by line. Lines that set
+the project up (`make`, `pip`, `git`, `cd`) are what brought this test here and are checked for existing targets only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SETTING_UP = ("make ", "pip ", "git ", "cd ")
+SECONDS = 300
+
+
+def run(command: list[str], folder: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    result = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=SECONDS, input="", check=False
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+
+
+def run_shell(block: str, folder: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in block.splitlines():
+        command = line.partition("  #")[0].strip()
+        if command.startswith("make "):
+            assert set(command.split()[1:]) <= targets, command
+        elif command and not command.startswith(("#", *SETTING_UP)):
+            run(["bash", "-c", command], folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
+    for language, block in BLOCK.findall(page.read_text()):
+        if language == "python":
+            run([sys.executable, "-c", block], tmp_path)
+        elif language in ("sh", "shell", "bash", "console"):
+            run_shell(block, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_run(example: Path, tmp_path: Path) -> None:
+    assert len(example.read_text().splitlines()) <= 40
+    run([sys.executable, str(example)], tmp_path)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith(("http:", "https:")):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
