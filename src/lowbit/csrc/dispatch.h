@@ -2,13 +2,24 @@
 #pragma once
 #include "product.h"
 #include "quantize.h"
+#include "repack.h"
 
 namespace lowbit {
 
+// Every function works on a range of items and starts no threads: the pool drives them.
 struct Isa {
     const char* name;
+    int panel_tokens, panel_blocks;  // register tile of the many-token products
+    int wide_bias;                   // what the dot product takes from weights that exceed 127
     void (*quantize_rows)(const QuantizeJob& job, int64_t begin, int64_t end);
     void (*dequantize_rows)(const DequantizeJob& job, int64_t begin, int64_t end);
+    void (*prepare_block)(const RepackJob& job, int64_t block, uint8_t* bytes);
+    void (*restore_block)(const RepackJob& job, int64_t block, uint8_t* bytes);
+    void (*quantize_tile)(const Activations& job, int64_t tile);
+    void (*widen_tile)(const Activations& job, int64_t tile);
+    void (*decode_rows)(const ProductJob& job, int64_t begin, int64_t end);  // items: blocks of 16 rows
+    void (*panel_items)(const ProductJob& job, int64_t begin, int64_t end);  // items: token blocks x panels
+    void (*float_items)(const ProductJob& job, int64_t begin, int64_t end);  // items: token blocks x panels
 };
 
 const Isa& isa();  // the one in use

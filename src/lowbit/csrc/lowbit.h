@@ -85,3 +85,5 @@ LOWBIT_API int lowbit_run(const void* prepared, int64_t prepared_bytes, const vo
 #ifdef __cplusplus
 }
 #endif
+
+#include "select_api.h"

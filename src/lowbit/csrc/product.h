@@ -1,1 +1,38 @@
+// One product y = x W^T over a prepared weight: what product.cpp plans and product_lanes.h computes, once per instruction set.
 #pragma once
+#include "layout.h"
+
+namespace lowbit {
+
+// How the integer product treats zero points:  sum((u - z) x) = sum(u x) - z sum(x), the second part starting the sum.
+struct ZeroPlan {
+    bool wide;       // weights exceed 127 as unsigned bytes
+    bool per_row;    // z is read beside the scales; else it is `constant`
+    int32_t constant;
+};
+
+// Activations of one call, laid out in tiles of `tile` tokens:
+//   integer   bytes [positions / 4][tile][4] | scales [segments][tile] | -constant * sum [segments][tile]
+//   float     fp32 [positions][tile]
+struct Activations {
+    const Header* header;
+    const void* x;
+    int dtype;
+    int64_t tokens, stride;
+    int tile;
+    int32_t zero_constant;
+    uint8_t* data;
+    int64_t tile_bytes;
+};
+
+struct ProductJob {
+    Activations activations;
+    ZeroPlan zeros;
+    const float* bias;
+    void* y;
+    int y_dtype;
+    int64_t y_stride;
+    int64_t token_block;  // tokens of a panel item
+};
+
+}  // namespace lowbit

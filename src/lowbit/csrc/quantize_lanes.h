@@ -86,31 +86,37 @@ inline F32 round_scales_wide(F32 x, const QuantizeJob& job) {
     return round_scales(x, job);
 }
 
-// The value that the nearest code of each x stands for; ties go to the lower level.
-inline F32 nearest_level(F32 x, const QuantizeJob& job) {
-    if (job.level_count <= 16) {
-        F32 value = splat(job.levels[0]);
-        for (int i = 1; i < job.level_count; ++i) value = select(x > job.borders[i], splat(job.levels[i]), value);
-        return value;
-    }
-    // borders[0] is -infinity, so that the search always ends on a level that exists.
+inline F32 gather(const float* table, I32 index) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_i32gather_ps((__m512i)index, table, 4);
+#else
+    F32 out;
+    for (int lane = 0; lane < kLanes; ++lane) out[lane] = table[index[lane]];
+    return out;
+#endif
+}
+
+constexpr int kFewLevels = 16;  // up to here comparing with every border beats a search through memory
+
+// The place in rising order of the level nearest to each x; ties go to the lower level.
+inline I32 nearest_index(F32 x, const QuantizeJob& job) {
     I32 index = {};
+    if (job.level_count <= kFewLevels) {
+        for (int i = 1; i < job.level_count; ++i) index -= x > job.borders[i];
+        return index;
+    }
     for (int step = kMostLevels / 2; step > 0; step /= 2) {
         const I32 probe = index + step;
-        F32 border;
-#if defined(__AVX512F__)
-        border = (F32)_mm512_i32gather_ps((__m512i)probe, job.borders, 4);
-#else
-        for (int lane = 0; lane < kLanes; ++lane) border[lane] = job.borders[probe[lane]];
-#endif
-        index = x > border ? probe : index;
+        index = x > gather(job.borders, probe) ? probe : index;
     }
-    F32 value;
-#if defined(__AVX512F__)
-    value = (F32)_mm512_i32gather_ps((__m512i)index, job.levels, 4);
-#else
-    for (int lane = 0; lane < kLanes; ++lane) value[lane] = job.levels[index[lane]];
-#endif
+    return index;
+}
+
+// The value that the nearest code of each x stands for.
+inline F32 nearest_level(F32 x, const QuantizeJob& job) {
+    if (job.level_count > kFewLevels) return gather(job.levels, nearest_index(x, job));
+    F32 value = splat(job.levels[0]);
+    for (int i = 1; i < job.level_count; ++i) value = select(x > job.borders[i], splat(job.levels[i]), value);
     return value;
 }
 
@@ -232,22 +238,6 @@ inline LaneGrid search_grid(const Lanes& lanes, const QuantizeJob& job, const La
     return {best.scales, best.zeros};
 }
 
-// The code of each value that nearest_value gave.
-inline uint8_t code_of(float value, float zero, const QuantizeJob& job) {
-    if (job.format.kind == LOWBIT_INT) return static_cast<uint8_t>(value + zero);
-    int low = 0, high = job.level_count - 1;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (job.levels[middle] < value) low = middle + 1;
-        else high = middle;
-    }
-    return job.level_codes[low];
-}
-
-struct Place {
-    int64_t row, group;
-};
-
 inline void store_scale(const QuantizeJob& job, int64_t index, float scale) {
     uint8_t* bytes = static_cast<uint8_t*>(job.scales);
     switch (job.format.scale_type) {
@@ -346,12 +336,17 @@ private:
     }
 
     void store(int64_t begin, int64_t first, int count, const LaneGrid& grid) {
-        for (int64_t i = 0; i < length_; ++i) lanes_.values[i] = nearest_value(lanes_.weights[i], grid, job_);
+        const bool levels = job_.format.kind == LOWBIT_LEVELS;
+        I32* places = reinterpret_cast<I32*>(lanes_.values);  // codes, or places of levels in rising order
+        for (int64_t i = 0; i < length_; ++i)
+            places[i] = levels ? nearest_index(lanes_.weights[i] / grid.scales, job_)
+                               : __builtin_convertvector(nearest_value(lanes_.weights[i], grid, job_) + grid.zeros, I32);
         for (int lane = 0; lane < count; ++lane) {
             const int64_t flat = first + lane, group = flat % groups_, width = width_of(group);
             uint8_t* codes = codes_ + (flat / groups_) * job_.shape.cols + group * length_;
-            const float* values = reinterpret_cast<const float*>(lanes_.values) + lane;
-            for (int64_t i = 0; i < width; ++i) codes[i] = code_of(values[i * kLanes], grid.zeros[lane], job_);
+            const int32_t* place = reinterpret_cast<const int32_t*>(lanes_.values) + lane;
+            for (int64_t i = 0; i < width; ++i)
+                codes[i] = levels ? job_.level_codes[place[i * kLanes]] : static_cast<uint8_t>(place[i * kLanes]);
             const int64_t index = begin * groups_ + flat;
             store_scale(job_, index, grid.scales[lane]);
             if (job_.zeros) job_.zeros[index] = static_cast<uint8_t>(grid.zeros[lane]);

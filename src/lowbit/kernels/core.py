@@ -20,6 +20,7 @@ LIBRARY = "liblowbit.so"
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 SCALE_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "e8m0": 3, "e4m3": 4}
 _KINDS = {"int": 0, "codebook": 1, "float": 1}
+_DENSE = 2
 _OK, _BAD_WEIGHT = 0, 2
 
 
@@ -59,13 +60,15 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "lowbit_set_threads": (_I, [_I]),
     "lowbit_threads": (_I, []),
     "lowbit_quantize": (_I, [_F, _P, _I, _L, _L, _L, _S, _P, _P, _P, _P]),
+    "lowbit_select": (_I, [_P, _L, _P, _P, _L, _P, _P, _P]),
+    "lowbit_probabilities": (_I, [_P, _L, _P, _P, _L, _P]),
     "lowbit_pack": (_I, [_I, _L, _L, _P, _P]),
     "lowbit_unpack": (_I, [_I, _L, _L, _P, _P]),
     "lowbit_dequantize": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _I, _L]),
-    # "lowbit_prepared_bytes": (_L, [_F, _L, _L]),
-    # "lowbit_prepare": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _L]),
-    # "lowbit_restore": (_I, [_P, _L, _P, _P, _P, _P]),
-    # "lowbit_run": (_I, [_P, _L, _P, _I, _L, _L, _P, _P, _I, _L, _I]),
+    "lowbit_prepared_bytes": (_L, [_F, _L, _L]),
+    "lowbit_prepare": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _L]),
+    "lowbit_restore": (_I, [_P, _L, _P, _P, _P, _P]),
+    "lowbit_run": (_I, [_P, _L, _P, _I, _L, _L, _P, _P, _I, _L, _I]),
 }
 
 
@@ -120,6 +123,11 @@ def c_format(format: Format) -> CFormat:
         len(format.levels),
         pointer,
     )
+
+
+def c_dense(dtype: str) -> CFormat:
+    """The C face of a plain weight of an element type."""
+    return CFormat(0, _DENSE, 1, -1, DTYPES[dtype], 0, None)
 
 
 def c_search(ratios: Sequence[float], zero_steps: int, importance: int) -> CSearch:

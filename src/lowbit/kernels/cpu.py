@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowbit.errors import KernelError
 from lowbit.formats import Format
-from lowbit.kernels.core import DTYPES, c_format, c_search, check, library
+from lowbit.kernels.core import DTYPES, c_dense, c_format, c_search, check, last_error, library
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,66 @@ def pack(bits: int, rows: int, cols: int, values: int, codes: int) -> None:
 def unpack(bits: int, rows: int, cols: int, codes: int, values: int) -> None:
     """The inverse of `pack`."""
     check(library().lowbit_unpack(bits, rows, cols, codes, values))
+
+
+_COMPUTE = {"auto": 0, "int8": 0, "fp32": 1}
+# Codes of other widths have no table lookup in the kernels.
+_TABLE_BITS = (3, 4, 6, 8)
+
+
+def refuses(format: Format, shape: tuple[int, ...], compute: str = "auto") -> str | None:
+    """Why the core cannot multiply by a weight of this format and shape, or None when it can."""
+    if format.kind == "kquant":
+        return f"the compiled core has no product for k-quants ({format}) yet"
+    if format.scale_block:
+        return f"the compiled core reads no doubly quantised scales yet ({format})"
+    if format.levels and format.bits not in _TABLE_BITS:
+        return f"the compiled core has no table of {format.bits} bits ({format})"
+    if format.act_bits == 8 and compute == "fp32":
+        return f"{format} quantises its activations, so compute='fp32' contradicts it"
+    if len(shape) != 2:
+        return f"the compiled core multiplies one matrix at a time, not a weight of shape {list(shape)}"
+    if compute not in _COMPUTE:
+        return f"the compiled core computes in int8 or fp32, not in {compute}"
+    return None
+
+
+def prepared_bytes(format: Format, rows: int, cols: int) -> int:
+    """Size of the prepared form of a weight [rows, cols]."""
+    size = int(library().lowbit_prepared_bytes(c_format(format), rows, cols))
+    if size < 0:
+        raise KernelError(last_error())
+    return size
+
+
+def prepare(format: Format, rows: int, cols: int, packed: Canonical, prepared: int, size: int) -> None:
+    """Lay a weight out at `prepared` (on a 64-byte boundary) for the products."""
+    status = library().lowbit_prepare(
+        c_format(format), rows, cols, packed.codes, packed.scales or None, packed.zeros or None, packed.scale_scales or None,
+        prepared, size,
+    )  # fmt: skip
+    check(status)
+
+
+def prepare_dense(weight: Rows, prepared: int, size: int) -> None:
+    """Lay a plain weight out; its rows must be contiguous."""
+    check(library().lowbit_prepare(c_dense(weight.dtype), weight.rows, weight.cols, weight.address, None, None, None, prepared, size))
+
+
+def dense_bytes(dtype: str, rows: int, cols: int) -> int:
+    """Size of the prepared form of a plain weight."""
+    return int(library().lowbit_prepared_bytes(c_dense(dtype), rows, cols))
+
+
+def restore(prepared: int, size: int, packed: Canonical) -> None:
+    """Write the canonical buffers that `prepare` read, bit for bit."""
+    check(library().lowbit_restore(prepared, size, packed.codes, packed.scales or None, packed.zeros or None, packed.scale_scales or None))
+
+
+def run(prepared: int, size: int, x: Rows, y: Rows, bias: int = 0, compute: str = "auto") -> None:
+    """y = x W^T + bias; `bias` is the address of fp32 [out], or 0. "auto" and "int8" round activations, "fp32" rounds nothing."""
+    status = library().lowbit_run(
+        prepared, size, x.address, DTYPES[x.dtype], x.rows, x.step, bias or None, y.address, DTYPES[y.dtype], y.step,
+        _COMPUTE[compute],
+    )  # fmt: skip
+    check(status)

@@ -1,0 +1,139 @@
+// Few tokens: the weights stream past once, straight from the bit planes, and every unpacked vector meets all tokens of a tile.
+//
+//   y[t][r] = sum over segments  scale[r] * sx[t] * (sum(u x) - z sum(x))
+//
+// The integer sums start at -z sum(x) instead of 0, so that zero points cost nothing inside; one conversion and one fused product
+// close a segment. Bound by memory: about 30 instructions go with the 40 cycles in which DRAM delivers 256 bytes to a core.
+#pragma once
+#include "activation_lanes.h"
+#include "unpack_lanes.h"
+
+namespace lowbit {
+namespace {
+
+// How far ahead of the codes being read memory is asked for more: the hardware stops at each 4 KiB page.
+constexpr int kAhead = 2048;
+
+// The scales and zero points of the group that a segment belongs to.
+struct GroupReader {
+    const Header& header;
+    const uint8_t* block;
+    bool row_zeros;
+    int32_t zero_bias;
+    int64_t group = 0, left = 0;
+    Floats scales = splat_floats(0.0f);
+    Ints zeros = splat_ints(0);
+
+    void step() {
+        if (left == 0) {
+            scales = scales_at(block, header.scale_type, group);
+            if (row_zeros)
+                zeros = subtract_ints(widen_bytes(block + header.zeros_offset + group * kBlockRows), splat_ints(zero_bias));
+            ++group;
+            left = header.plan.split;
+        }
+        --left;
+    }
+};
+
+template <int kTokens>
+inline void begin_segment(const GroupReader& reader, const int32_t* sums, Ints* partial) {
+    LOWBIT_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+        partial[t] = splat_ints(sums[t]);
+        if (reader.row_zeros) partial[t] = multiply_ints(partial[t], reader.zeros);
+    }
+}
+
+template <int kTokens>
+inline void end_segment(const GroupReader& reader, const float* scales, const Ints* partial, Floats* total) {
+    LOWBIT_UNROLL
+    for (int t = 0; t < kTokens; ++t)
+        total[t] = multiply_add(to_floats(partial[t]), multiply(reader.scales, splat_floats(scales[t])), total[t]);
+}
+
+template <int kTokens, bool kWide>
+inline void dot_steps(const Bytes* steps, int count, const int32_t* x, Ints* partial) {
+    LOWBIT_UNROLL
+    for (int s = 0; s < count; ++s)
+    LOWBIT_UNROLL
+        for (int t = 0; t < kTokens; ++t) partial[t] = dot<kWide>(partial[t], steps[s], splat_ints(x[s * kTokens + t]));
+}
+
+template <int kBits, bool kTable, int kTokens>
+void decode_block(const Header& header, const uint8_t* block, const TileView& x, const ZeroPlan& zeros, Floats* total) {
+    constexpr bool kWide = kTable || kBits == 8;
+    const Table table = load_table(header.bytes);
+    const Plan& plan = header.plan;
+    const uint8_t* planes = block + header.codes_offset;
+    GroupReader reader{header, block, zeros.per_row, kWide ? kWideBias : 0};
+    const int32_t* inputs = x.bytes;
+    Ints partial[kTokens];
+    Bytes steps[kSteps];
+    for (int t = 0; t < kTokens; ++t) total[t] = splat_floats(0.0f);
+    const bool halves = plan.segment < kUnit;
+    const int64_t units = plan.segment / kUnit;
+    for (int64_t s = 0; s < plan.segments; ++s) {
+        reader.step();
+        begin_segment<kTokens>(reader, x.sums + s * kTokens, partial);
+        if (halves) {
+            if (s % 2 == 0) unpack_unit<kBits, kTable>(planes + s / 2 * kBits * kVector, table, steps);
+            dot_steps<kTokens, kWide>(steps + s % 2 * (kSteps / 2), kSteps / 2, inputs, partial);
+            inputs += kSteps / 2 * kTokens;
+        } else {
+            for (int64_t u = 0; u < units; ++u) {
+    LOWBIT_UNROLL
+                for (int v = 0; v < kBits; ++v) fetch(planes + kAhead + v * kVector);
+                unpack_unit<kBits, kTable>(planes, table, steps);
+                dot_steps<kTokens, kWide>(steps, kSteps, inputs, partial);
+                planes += kBits * kVector;
+                inputs += kSteps * kTokens;
+            }
+        }
+        end_segment<kTokens>(reader, x.scales + s * kTokens, partial, total);
+    }
+}
+
+// Blocks [begin, end) for all tokens, tile by tile. A block of a few thousand inputs stays in the nearest cache between tiles.
+template <int kBits, bool kTable, int kTokens>
+void decode_blocks(const ProductJob& job, int64_t begin, int64_t end) {
+    const Header& header = *job.activations.header;
+    const int64_t tiles = divide_up(job.activations.tokens, kTokens);
+    for (int64_t block = begin; block < end; ++block)
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            Floats total[kTokens];
+            decode_block<kBits, kTable, kTokens>(header, block_at(header, block), view_tile(job.activations, tile), job.zeros, total);
+            for (int t = 0; t < kTokens; ++t)
+                if (tile * kTokens + t < job.activations.tokens) store_outputs(job, tile * kTokens + t, block, total[t]);
+        }
+}
+
+template <int kBits, bool kTable>
+void decode_tokens(const ProductJob& job, int64_t begin, int64_t end) {
+    switch (job.activations.tile) {
+        case 1: return decode_blocks<kBits, kTable, 1>(job, begin, end);
+        case 2: return decode_blocks<kBits, kTable, 2>(job, begin, end);
+        case 4: return decode_blocks<kBits, kTable, 4>(job, begin, end);
+        default: return decode_blocks<kBits, kTable, 8>(job, begin, end);
+    }
+}
+
+void decode_rows(const ProductJob& job, int64_t begin, int64_t end) {
+    const Header& header = *job.activations.header;
+    switch (header.bits + (header.table ? 16 : 0)) {
+        case 2: return decode_tokens<2, false>(job, begin, end);
+        case 3: return decode_tokens<3, false>(job, begin, end);
+        case 4: return decode_tokens<4, false>(job, begin, end);
+        case 5: return decode_tokens<5, false>(job, begin, end);
+        case 6: return decode_tokens<6, false>(job, begin, end);
+        case 7: return decode_tokens<7, false>(job, begin, end);
+        case 8: return decode_tokens<8, false>(job, begin, end);
+        case 16 + 3: return decode_tokens<3, true>(job, begin, end);
+        case 16 + 4: return decode_tokens<4, true>(job, begin, end);
+        case 16 + 6: return decode_tokens<6, true>(job, begin, end);
+        default: return decode_tokens<8, true>(job, begin, end);
+    }
+}
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,74 @@
+// The engine's inner functions that exist once per instruction set: everything between the products of a token.
+#pragma once
+#include <cstdint>
+
+#include "engine_api.h"
+
+namespace lowbit {
+
+constexpr int kKeyBlock = 16;  // keys whose channels lie side by side in the cache
+constexpr int kKeyTile = 64;   // keys that share one step of the online softmax
+
+struct NormJob {
+    int kind;  // lowbit_norm_kind
+    float eps;
+    lowbit_vector vector;
+};
+
+// Rows of queries over a range of the keys and values of one head of one sequence (attention_lanes.h has the formula).
+struct AttendJob {
+    const float* queries;  // [rows][head_dim], already scaled
+    int64_t rows;
+    int head_dim, padded;  // padded: head_dim rounded up to whole vectors, the width of a value
+    int cache_type;
+    const void* keys;      // [blocks of 16 keys][head_dim][16]
+    const void* values;    // [keys][padded]
+    const float* key_scales;    // int8 only, one for each key
+    const float* value_scales;
+    const int64_t* positions;   // of each row: it sees keys up to its own
+    int64_t window;             // 0: all of them
+    const float* slopes;        // ALiBi of each row, or NULL
+    float soft_cap;             // 0: none
+    int64_t key_begin, key_end;
+    float* scores;         // room for [rows][kKeyTile]
+    float* out;            // [rows][padded], not yet divided by `total`
+    float* most;           // [rows] largest score
+    float* total;          // [rows] sum of e^(score - most)
+};
+
+// y[t][r] = bias[r] + sum x[t][k] w[r][k] for rows [row_begin, row_end) of a plain matrix.
+struct DenseJob {
+    const float* x;
+    int64_t x_stride, tokens;
+    const void* weight;
+    int dtype;
+    int64_t cols, row_begin, row_end;
+    const float* bias;
+    float* y;
+    int64_t y_stride;
+};
+
+struct EngineIsa {
+    void (*normalize)(const NormJob& job, const float* x, int64_t count, float* y);
+    // act(gate) * up, or act(gate) without up.
+    void (*activate)(const lowbit_mlp& mlp, const float* gate, const float* up, int64_t count, float* y);
+    void (*add_scaled)(float* to, const float* from, float factor, int64_t count);
+    void (*cap)(float* x, float multiplier, float soft_cap, int64_t count);
+    void (*widen)(const void* from, int dtype, int64_t index, int64_t count, float* to);
+    int64_t (*largest)(const float* x, int64_t count);
+    void (*dense)(const DenseJob& job);
+    void (*attend)(const AttendJob& job);
+    // One key or value of a head into the cache; int8 returns its scale.
+    float (*store_key)(int cache_type, const float* key, int head_dim, void* keys, int64_t position);
+    float (*store_value)(int cache_type, const float* value, int head_dim, int padded, void* values, int64_t position);
+};
+
+const EngineIsa& engine_isa();  // follows isa()
+
+extern const EngineIsa kEnginePortable;
+#if defined(LOWBIT_X86)
+extern const EngineIsa kEngineAvx2;
+extern const EngineIsa kEngineAvx512;
+#endif
+
+}  // namespace lowbit

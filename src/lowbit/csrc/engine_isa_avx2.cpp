@@ -1,0 +1,9 @@
+#include <immintrin.h>
+
+#include "attention_lanes.h"
+#include "engine_lanes.h"
+
+namespace lowbit {
+const EngineIsa kEngineAvx2 = {normalize,     activate,      add_scaled, cap_values, widen_numbers,
+                             largest_index, dense_product, attend,     store_key,  store_value};
+}  // namespace lowbit

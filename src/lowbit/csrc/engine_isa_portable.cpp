@@ -1,0 +1,7 @@
+#include "attention_lanes.h"
+#include "engine_lanes.h"
+
+namespace lowbit {
+const EngineIsa kEnginePortable = {normalize,     activate,      add_scaled, cap_values, widen_numbers,
+                             largest_index, dense_product, attend,     store_key,  store_value};
+}  // namespace lowbit

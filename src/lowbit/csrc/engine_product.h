@@ -1,0 +1,72 @@
+// Products inside a step: the core's kernels for prepared weights, the engine's own for plain rows, both as items that a team shares.
+#pragma once
+#include "dispatch.h"
+#include "engine_isa.h"
+#include "product.h"
+
+namespace lowbit {
+
+// One matrix of the model: `header` for a prepared one, else plain rows; no rows when the model has none.
+struct View {
+    const Header* header = nullptr;
+    const void* data = nullptr;
+    const float* bias = nullptr;
+    int64_t rows = 0, cols = 0;
+    int dtype = LOWBIT_FP32;
+
+    explicit operator bool() const { return rows > 0; }
+    int64_t bytes() const;
+};
+
+View view_of(const lowbit_matrix& matrix, int64_t index = 0);
+
+// The activations of a product in the form that a prepared weight asks for. Weights of one format and width share it.
+struct Form {
+    Activations activations;
+    ZeroPlan zeros;
+    bool integer, few;
+    int64_t token_block;
+};
+
+// Rows of fp32 that several matrices are multiplied with.
+struct Input {
+    static constexpr int kMostForms = 4;
+    const float* rows = nullptr;
+    int64_t stride = 0, tokens = 0;
+    int form_count = 0;
+    Form forms[kMostForms];
+
+    void start(const float* from, int64_t row_stride, int64_t count);
+    // The form that this weight needs, placed at `room` behind the ones before; nullptr for plain rows.
+    const Form* form_for(const View& view, int compute, uint8_t* room, int64_t* used);
+    // Make all forms ready for tokens [begin, end), which are whole tiles or the last ones.
+    void make_ready(int64_t begin, int64_t end) const;
+};
+
+// Bytes that form_for places at most, for up to `tokens` tokens.
+int64_t room_for(const View& view, int64_t tokens, int compute);
+// Tokens that every form can be cut at.
+int64_t token_unit();
+
+// What an item of a product covers.
+struct Piece {
+    int64_t token_begin, token_end, row_begin, row_end;
+};
+
+// y = x W^T, and with `second` also z = x V^T for a matrix of the same shape; then y = act(y) * z where an MLP is given.
+struct Task {
+    View view, second;
+    const Form *form = nullptr, *second_form = nullptr;
+    const Input* input = nullptr;
+    float *y = nullptr, *z = nullptr;
+    int64_t y_stride = 0;
+    const lowbit_mlp* mlp = nullptr;
+    int64_t items = 0, grain = 1;
+
+    // Cut into items for a team of this size.
+    void plan(int team);
+    Piece run(int64_t item) const;
+    bool pairs_with(const View& other, const Form* other_form) const;
+};
+
+}  // namespace lowbit

@@ -1,0 +1,124 @@
+#include "layout.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "error.h"
+
+namespace lowbit {
+namespace {
+
+constexpr char kMagic[8] = {'l', 'o', 'w', 'b', 'i', 't', 'P', '1'};
+constexpr int32_t kVersion = 1;
+constexpr int64_t kShortSegment = 16;
+constexpr int kByteMidpoint = 128;
+constexpr float kByteMost = 127.0f;
+
+int64_t round_up(int64_t n, int64_t step) { return divide_up(n, step) * step; }
+
+// The multiplier that turns levels into bytes: a power of two where that is exact (the small floats), else the full byte range.
+float byte_multiplier(const float* levels, int count, float most) {
+    for (float multiplier = 1.0f; multiplier * most <= kByteMost; multiplier *= 2) {
+        bool exact = true;
+        for (int i = 0; i < count; ++i)
+            exact = exact && (!std::isfinite(levels[i]) || levels[i] * multiplier == std::nearbyintf(levels[i] * multiplier));
+        if (exact) return multiplier;
+    }
+    return kByteMost / most;
+}
+
+void fill_levels(const lowbit_format& format, Header* header) {
+    float most = 0.0f;
+    for (int i = 0; i < format.level_count; ++i)
+        if (std::isfinite(format.levels[i])) most = std::max(most, std::fabs(format.levels[i]));
+    const float multiplier = byte_multiplier(format.levels, format.level_count, most);
+    header->byte_factor = 1.0f / multiplier;
+    for (int i = 0; i < format.level_count; ++i) {
+        header->levels[i] = format.levels[i];
+        const float level = std::isfinite(format.levels[i]) ? format.levels[i] : 0.0f;
+        header->bytes[i] = static_cast<uint8_t>(static_cast<int>(std::nearbyintf(level * multiplier)) + kByteMidpoint);
+    }
+}
+
+}  // namespace
+
+Plan make_plan(const lowbit_format& format, int64_t cols) {
+    Plan plan{};
+    plan.group = format.kind == LOWBIT_DENSE ? cols : group_length(format, cols);
+    plan.groups = divide_up(cols, plan.group);
+    const int64_t length = std::min(plan.group, cols);
+    if (length <= kShortSegment) {
+        plan.split = 1;
+        plan.segment = kShortSegment;
+        plan.filled = length;
+    } else {
+        // A few more segments than necessary may leave less padding.
+        int64_t least = INT64_MAX;
+        const int64_t fewest = divide_up(length, kLongestSegment);
+        for (int64_t split = fewest; split <= fewest + 4; ++split) {
+            const int64_t filled = divide_up(length, split), segment = round_up(filled, kUnit);
+            if (split * segment >= least) continue;
+            least = split * segment;
+            plan.split = split;
+            plan.filled = filled;
+            plan.segment = segment;
+        }
+    }
+    const int64_t tail = cols - (plan.groups - 1) * plan.group;
+    plan.segments = (plan.groups - 1) * plan.split + divide_up(tail, plan.filled);
+    plan.straight = plan.filled == plan.segment && (plan.groups == 1 || plan.group == plan.split * plan.segment);
+    plan.units = format.kind == LOWBIT_DENSE ? divide_up(cols, kUnit) : divide_up(plan.segments * plan.segment, kUnit);
+    return plan;
+}
+
+void make_header(const lowbit_format& format, Shape shape, Header* header) {
+    memset(static_cast<void*>(header), 0, sizeof *header);
+    memcpy(header->magic, kMagic, sizeof kMagic);
+    header->version = kVersion;
+    header->bits = format.kind == LOWBIT_DENSE ? dtype_bytes(format.scale_type) * 8 : format.bits;
+    header->kind = format.kind;
+    header->symmetric = format.symmetric;
+    header->group_size = format.group_size;
+    header->scale_type = format.scale_type;
+    header->level_count = format.kind == LOWBIT_LEVELS ? format.level_count : 0;
+    header->table = format.kind == LOWBIT_LEVELS;
+    header->rows = shape.rows;
+    header->cols = shape.cols;
+    header->blocks = divide_up(shape.rows, kBlockRows);
+    header->plan = make_plan(format, shape.cols);
+    header->unit = header->byte_factor = 1.0f;
+    const int64_t lanes = header->plan.groups * kBlockRows;
+    const bool dense = format.kind == LOWBIT_DENSE;
+    header->zeros_offset = dense ? 0 : round_up(lanes * scale_bytes(format.scale_type), kVector);
+    header->codes_offset = header->zeros_offset + (stores_zeros(*header) ? round_up(lanes, kVector) : 0);
+    header->block_bytes = header->codes_offset + header->plan.units * header->bits * kVector;
+    header->total_bytes = kHeaderBytes + header->blocks * header->block_bytes;
+    if (format.kind == LOWBIT_LEVELS) fill_levels(format, header);
+}
+
+bool stores_zeros(const Header& header) { return header.kind == LOWBIT_INT && !header.symmetric; }
+
+const Header* check_prepared(const void* prepared, int64_t bytes) {
+    if (!prepared || bytes < kHeaderBytes) {
+        fail(LOWBIT_BAD_ARGUMENT, "a prepared weight of %lld bytes is too short to hold its header", static_cast<long long>(bytes));
+        return nullptr;
+    }
+    const Header* header = static_cast<const Header*>(prepared);
+    if (reinterpret_cast<uintptr_t>(prepared) % kVector) {
+        fail(LOWBIT_BAD_ARGUMENT, "a prepared weight must lie on a 64-byte boundary");
+        return nullptr;
+    }
+    if (memcmp(header->magic, kMagic, sizeof kMagic) || header->version != kVersion) {
+        fail(LOWBIT_BAD_ARGUMENT, "the buffer does not hold a weight prepared by this version of the core; prepare it again");
+        return nullptr;
+    }
+    if (header->total_bytes != bytes) {
+        fail(LOWBIT_BAD_ARGUMENT, "a prepared weight [%lld, %lld] has %lld bytes, got %lld", static_cast<long long>(header->rows),
+             static_cast<long long>(header->cols), static_cast<long long>(header->total_bytes), static_cast<long long>(bytes));
+        return nullptr;
+    }
+    return header;
+}
+
+}  // namespace lowbit

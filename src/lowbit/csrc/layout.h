@@ -1,0 +1,81 @@
+// The prepared form of a weight: one buffer, read front to back by the products.
+//
+//   header | block 0 | block 1 | ...        a block holds 16 rows of the weight (outputs), the lanes of one 512-bit vector
+//   block  = scales [groups][16] | zeros [groups][16] (asymmetric) | codes [units][bits][64 bytes]
+//   unit   = 32 consecutive inputs of the 16 rows = 8 steps of 4 inputs; as 8-bit codes a step is 64 bytes, where row r owns bytes
+//            4r..4r+3, so that one dot-product instruction adds 4 inputs to each of 16 outputs and no sum ever crosses lanes
+//
+// The codes of a unit lie as bit planes, each a whole number of 64-byte vectors, and are put together by shifts and masks:
+//   8 bits: 8 vectors, one per step        4-bit plane: 4 vectors, low nibble = step 2v, high nibble = step 2v + 1
+//   2-bit plane: 2 vectors, bits 2i..2i+1 of each byte = step 4v + i        1-bit plane: 1 vector, bit i = step i
+//   3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1 (low bits first)
+//
+// Activations are quantised in segments: a group, or a part of a long one (at most 128 inputs), padded with zeros to a multiple of
+// 32 (or to exactly 16). Where segments are padded, position in the buffer and column of the weight differ; Plan knows the mapping.
+// Dense weights have no segments; their unit is 32 inputs x 16 rows of plain numbers, [input][row], bf16 in pairs of inputs.
+#pragma once
+#include <cstdint>
+
+#include "format.h"
+
+namespace lowbit {
+
+constexpr int kBlockRows = 16;
+constexpr int kUnit = 32;       // inputs of a unit
+constexpr int kSteps = 8;       // steps of a unit
+constexpr int kVector = 64;     // bytes
+constexpr int kLongestSegment = 128;
+constexpr int64_t kHeaderBytes = 2048;
+
+// How the inputs of a row are laid out.
+struct Plan {
+    int64_t group;      // inputs per group
+    int64_t groups;     // groups per row
+    int64_t split;      // segments per group
+    int64_t segment;    // padded inputs per segment
+    int64_t filled;     // inputs per segment before padding
+    int64_t segments;   // segments per row; the last group may have fewer
+    int64_t units;      // units per row
+    int64_t straight;   // 1 when position equals column everywhere
+
+    int64_t positions() const { return units * kUnit; }
+    int64_t position_of(int64_t column) const {
+        const int64_t inside = column % group;
+        return (column / group * split + inside / filled) * segment + inside % filled;
+    }
+    // First column and number of columns of a segment.
+    int64_t column_of(int64_t index) const { return index / split * group + index % split * filled; }
+    int64_t width_of(int64_t index, int64_t cols) const {
+        const int64_t begin = column_of(index), group_end = (index / split + 1) * group;
+        int64_t end = begin + filled < group_end ? begin + filled : group_end;
+        end = end < cols ? end : cols;
+        return end > begin ? end - begin : 0;
+    }
+};
+
+struct Header {
+    char magic[8];
+    int32_t version;
+    int32_t bits, kind, symmetric, group_size, scale_type, level_count;
+    int32_t table;          // 1 when codes go through `bytes` before the integer product
+    int64_t rows, cols, blocks, block_bytes, zeros_offset, codes_offset, total_bytes;
+    Plan plan;
+    float unit;             // global factor of the scales
+    float byte_factor;      // what one unit of `bytes` is worth
+    uint8_t bytes[256];     // integer levels, offset by 128
+    float levels[256];
+};
+static_assert(sizeof(Header) <= kHeaderBytes, "the header has its fixed place");
+
+Plan make_plan(const lowbit_format& format, int64_t cols);
+// Fill everything but the unit. The format was checked.
+void make_header(const lowbit_format& format, Shape shape, Header* header);
+// A header that belongs to this buffer, or nullptr with a sentence.
+const Header* check_prepared(const void* prepared, int64_t bytes);
+bool stores_zeros(const Header& header);
+
+inline const uint8_t* block_at(const Header& header, int64_t block) {
+    return reinterpret_cast<const uint8_t*>(&header) + kHeaderBytes + block * header.block_bytes;
+}
+
+}  // namespace lowbit

@@ -1,0 +1,84 @@
+// The threads of one step: they enter together, share out items by an atomic counter, and meet at barriers.
+//
+// One step is one job of the pool; inside it a barrier costs a few hundred nanoseconds, where a job of its own for each of the five
+// stages of a layer would cost microseconds. The last thread to arrive may do a piece of serial work before it lets the others go.
+#pragma once
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+#include "threads.h"
+
+namespace lowbit {
+
+class Team {
+public:
+    // Run body(member) once on each of `size` threads; members are numbered from 0, and member 0 is not always the caller.
+    template <class Body>
+    static void run(Team& team, int size, const Body& body) {
+        team.size_ = size;
+        team.arrived_.store(0);
+        team.next_.store(0);
+        if (size == 1) return body(0);
+        parallel_for(size, 1, [&](int64_t begin, int64_t, int) { body(static_cast<int>(begin)); });
+    }
+
+    // How many threads really meet inside a job of the pool: fewer than asked for where the system gave no more, or inside another job.
+    static int measure(int wanted) {
+        std::atomic<int> met{0}, done{0};
+        parallel_for(wanted, 1, [&](int64_t begin, int64_t end, int) {
+            if (end - begin > 1) return;
+            met.fetch_add(1);
+            const auto start = std::chrono::steady_clock::now();
+            while (met.load() < wanted && !done.load() && std::chrono::steady_clock::now() - start < std::chrono::seconds(1)) sched_yield();
+            if (met.load() < wanted) done.store(1);
+        });
+        return met.load() == wanted ? wanted : 1;
+    }
+
+    int size() const { return size_; }
+    bool alone() const { return size_ == 1; }
+
+    // The next `grain` items of this stage, or begin >= items when there are none left.
+    int64_t claim(int64_t grain) { return next_.fetch_add(grain, std::memory_order_relaxed); }
+
+    template <class Body>
+    void share(int64_t items, int64_t grain, const Body& body) {
+        for (int64_t begin = claim(grain); begin < items; begin = claim(grain)) body(begin, std::min(begin + grain, items));
+    }
+
+    // Wait for everybody; the counter of items starts again at 0.
+    template <class Serial>
+    void meet(const Serial& serial) {
+        const uint32_t generation = generation_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+            serial();
+            next_.store(0, std::memory_order_relaxed);
+            arrived_.store(0, std::memory_order_relaxed);
+            generation_.store(generation + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+            if (spins > kPatience) sched_yield();
+        }
+    }
+    void meet() {
+        meet([] {});
+    }
+
+private:
+    static constexpr int kPatience = 4000;  // about 100 microseconds; then others may need the core
+
+    int size_ = 1;
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint32_t> generation_{0};
+};
+
+}  // namespace lowbit

@@ -1,0 +1,65 @@
+// From the bit planes of a unit (layout.h) to eight vectors of one code per byte, ready for the dot product.
+#pragma once
+#include "layout.h"
+
+namespace lowbit {
+namespace {
+
+// Step kStep of a plane of kWidth bits that begins at vector kFirst, moved up to bit kLow.
+template <int kWidth, int kFirst, int kLow, int kStep>
+inline Bytes plane_part(const Bytes* vectors) {
+    constexpr int kPerByte = 8 / kWidth;
+    constexpr int kMask = ((1 << kWidth) - 1) << kLow;
+    return part<kStep % kPerByte * kWidth - kLow, kMask>(vectors[kFirst + kStep / kPerByte]);
+}
+
+template <int kBits, int kStep>
+inline Bytes step_codes(const Bytes* vectors) {
+    if constexpr (kBits == 8) {
+        return vectors[kStep];
+    } else {
+        constexpr int kNibbles = kBits & 4, kPairs = kBits & 2;
+        Bytes codes;
+        if constexpr (kNibbles != 0) codes = plane_part<4, 0, 0, kStep>(vectors);
+        if constexpr (kPairs != 0) {
+            const Bytes pairs = plane_part<2, kNibbles, kNibbles, kStep>(vectors);
+            if constexpr (kNibbles != 0) codes = merge(codes, pairs);
+            else codes = pairs;
+        }
+        if constexpr ((kBits & 1) != 0) codes = merge(codes, plane_part<1, kNibbles + kPairs, kNibbles + kPairs, kStep>(vectors));
+        return codes;
+    }
+}
+
+template <int kBits, bool kTable>
+inline void unpack_unit(const uint8_t* planes, const Table& table, Bytes* steps) {
+    Bytes vectors[kBits];
+    LOWBIT_UNROLL
+    for (int v = 0; v < kBits; ++v) vectors[v] = load_bytes(planes + v * kVector);
+    steps[0] = step_codes<kBits, 0>(vectors);
+    steps[1] = step_codes<kBits, 1>(vectors);
+    steps[2] = step_codes<kBits, 2>(vectors);
+    steps[3] = step_codes<kBits, 3>(vectors);
+    steps[4] = step_codes<kBits, 4>(vectors);
+    steps[5] = step_codes<kBits, 5>(vectors);
+    steps[6] = step_codes<kBits, 6>(vectors);
+    steps[7] = step_codes<kBits, 7>(vectors);
+    if constexpr (kTable) {
+    LOWBIT_UNROLL
+        for (int s = 0; s < kSteps; ++s) steps[s] = look_up<kBits>(table, steps[s]);
+    }
+}
+
+// Scales of 16 rows, without the tensor's factor.
+inline Floats scales_at(const uint8_t* block, int scale_type, int64_t group) {
+    switch (scale_type) {
+        case LOWBIT_SCALE_FP16: return halves_to_floats(block + group * kBlockRows * 2);
+        case LOWBIT_SCALE_BF16: return brains_to_floats(block + group * kBlockRows * 2);
+        case LOWBIT_SCALE_FP32: return load_floats(reinterpret_cast<const float*>(block) + group * kBlockRows);
+        case LOWBIT_SCALE_E8M0: return exponents_to_floats(block + group * kBlockRows);
+        default: return e4m3_to_floats(block + group * kBlockRows);
+    }
+}
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,122 @@
+// Sixteen 32-bit lanes (64 bytes) on AVX-512 VNNI. vec_avx2.h and vec_portable.h hold the same names.
+#pragma once
+#include <immintrin.h>
+
+#include "number.h"
+
+// Loops over register arrays must vanish, or the arrays live in memory. Only where they fit the registers: the portable file would
+// take minutes to compile for nothing.
+#define LOWBIT_UNROLL _Pragma("GCC unroll 8")
+#define LOWBIT_UNROLL_REPACK _Pragma("GCC unroll 32")
+
+namespace lowbit {
+namespace {
+
+typedef __m512i Bytes;   // 64 bytes: lane r holds 4 inputs of row r
+typedef __m512i Ints;
+typedef __m512 Floats;
+
+// Tokens and blocks of the register tile: 12 integer and 12 float sums, two weights and the scales fill the 32 registers.
+constexpr int kPanelTokens = 6;
+constexpr int kPanelBlocks = 2;
+constexpr int kWideBias = 0;  // the dot product takes weights as unsigned bytes, all 256 values
+
+inline Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
+inline void store_bytes(void* to, Bytes value) { _mm512_storeu_si512(to, value); }
+inline void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+
+// (v >> kRight) & kMask in each byte; a negative kRight shifts left.
+template <int kRight, int kMask>
+inline Bytes part(Bytes v) {
+    if (kRight > 0) v = _mm512_srli_epi16(v, kRight > 0 ? kRight : 0);
+    if (kRight < 0) v = _mm512_slli_epi16(v, kRight < 0 ? -kRight : 0);
+    return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(kMask)));
+}
+inline Bytes merge(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+inline Bytes subtract_bytes(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+
+inline Ints splat_ints(int32_t value) { return _mm512_set1_epi32(value); }
+inline Ints multiply_ints(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+inline Ints widen_bytes(const uint8_t* from) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+inline Ints subtract_ints(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+// Four copies of each row's byte.
+inline Bytes spread_bytes(const uint8_t* from) { return _mm512_mullo_epi32(widen_bytes(from), splat_ints(0x01010101)); }
+
+// sums + weights (unsigned) . x (signed, the same 4 inputs in every lane); kWide when weights exceed 127.
+template <bool kWide>
+inline Ints dot(Ints sums, Bytes weights, Ints x) {
+    return _mm512_dpbusd_epi32(sums, weights, x);
+}
+
+inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+inline Floats splat_floats(float value) { return _mm512_set1_ps(value); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
+inline void store_floats(float* to, Floats value) { _mm512_storeu_ps(to, value); }
+
+inline __m256i load_half(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline Floats halves_to_floats(const void* from) { return _mm512_cvtph_ps(load_half(from)); }
+inline Floats brains_to_floats(const void* from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(from)), 16));
+}
+// Even and odd bf16 of each 32-bit lane.
+inline Floats even_brains(Bytes v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
+inline Floats odd_brains(Bytes v) { return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))); }
+
+inline Floats exponents_to_floats(const uint8_t* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(widen_bytes(from), 23)); }
+// E4M3 through fp16, whose exponent is biased by 8 more; the factor 256 is the caller's.
+inline Floats e4m3_to_floats(const uint8_t* from) {
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+    const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
+    return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)), _mm512_set1_ps(256.0f));
+}
+
+inline void floats_to_halves(void* to, Floats value) { _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtps_ph(value, 0)); }
+inline void floats_to_brains(void* to, Floats value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
+    _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+
+// Codes to bytes through a table of 2^kBits entries.
+struct Table {
+    __m512i parts[4];
+};
+inline Table load_table(const uint8_t* bytes) {
+    return {{load_bytes(bytes), load_bytes(bytes + 64), load_bytes(bytes + 128), load_bytes(bytes + 192)}};
+}
+template <int kBits>
+inline Bytes look_up(const Table& table, Bytes codes) {
+    if (kBits <= 6) return _mm512_permutexvar_epi8(codes, table.parts[0]);
+    const __m512i low = _mm512_permutex2var_epi8(table.parts[0], codes, table.parts[1]);
+    const __m512i high = _mm512_permutex2var_epi8(table.parts[2], codes, table.parts[3]);
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+}
+
+// Input kInput (0..3) of each row as an integer.
+template <int kInput>
+inline Ints byte_of(Bytes v) {
+    return _mm512_and_si512(_mm512_srli_epi32(v, 8 * kInput), _mm512_set1_epi32(0xff));
+}
+template <int kBits>
+inline Floats look_up_floats(const float* levels, Ints codes) {
+    if (kBits <= 4) return _mm512_permutexvar_ps(codes, _mm512_loadu_ps(levels));
+    return _mm512_i32gather_ps(codes, levels, 4);
+}
+
+// x scaled and rounded half to even, as bytes; |x * inverse| <= 127.
+inline void floats_to_bytes(int8_t* to, Floats x, Floats inverse) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse))));
+}
+inline Floats absolute_most(Floats most, Floats x) { return _mm512_max_ps(most, _mm512_abs_ps(x)); }
+inline float most_of(Floats v) { return _mm512_reduce_max_ps(v); }
+inline float sum_of(Floats v) { return _mm512_reduce_add_ps(v); }
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,173 @@
+// Sixteen 32-bit lanes in plain C++, for processors without a file of their own. vec_avx512.h says what each name means.
+#pragma once
+#include <cmath>
+
+#include "number.h"
+
+#define LOWBIT_UNROLL 
+#define LOWBIT_UNROLL_REPACK
+
+namespace lowbit {
+namespace {
+
+struct Bytes {
+    uint32_t lane[16];
+};
+typedef Bytes Ints;
+struct Floats {
+    float lane[16];
+};
+
+constexpr int kPanelTokens = 2;
+constexpr int kPanelBlocks = 1;
+constexpr int kWideBias = 0;
+
+template <class Operation>
+inline Bytes each(Operation operation) {
+    Bytes out;
+    for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<uint32_t>(operation(i));
+    return out;
+}
+template <class Operation>
+inline Floats each_float(Operation operation) {
+    Floats out;
+    for (int i = 0; i < 16; ++i) out.lane[i] = operation(i);
+    return out;
+}
+
+inline Bytes load_bytes(const void* from) {
+    Bytes out;
+    memcpy(&out, from, sizeof out);
+    return out;
+}
+inline void store_bytes(void* to, const Bytes& value) { memcpy(to, &value, sizeof value); }
+inline void fetch(const void* address) { __builtin_prefetch(address); }
+
+template <int kRight, int kMask>
+inline Bytes part(const Bytes& v) {
+    return each([&](int i) { return (kRight > 0 ? v.lane[i] >> (kRight > 0 ? kRight : 0) : v.lane[i] << (kRight < 0 ? -kRight : 0)) & (kMask * 0x01010101u); });
+}
+inline Bytes merge(const Bytes& a, const Bytes& b) {
+    return each([&](int i) { return a.lane[i] | b.lane[i]; });
+}
+inline Bytes subtract_bytes(const Bytes& a, const Bytes& b) {
+    return each([&](int i) {
+        // The top bit of each byte is kept out of the borrow and put right afterwards.
+        const uint32_t high = 0x80808080u;
+        return ((a.lane[i] | high) - (b.lane[i] & ~high)) ^ ((a.lane[i] ^ ~b.lane[i]) & high);
+    });
+}
+inline Ints splat_ints(int32_t value) {
+    return each([=](int) { return static_cast<uint32_t>(value); });
+}
+inline Ints multiply_ints(const Ints& a, const Ints& b) {
+    return each([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline Ints widen_bytes(const uint8_t* from) {
+    return each([=](int i) { return from[i]; });
+}
+inline Ints subtract_ints(const Ints& a, const Ints& b) {
+    return each([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline Bytes spread_bytes(const uint8_t* from) {
+    return each([=](int i) { return from[i] * 0x01010101u; });
+}
+
+template <bool kWide>
+inline Ints dot(const Ints& sums, const Bytes& weights, const Ints& x) {
+    return each([&](int i) {
+        int32_t sum = static_cast<int32_t>(sums.lane[i]);
+        for (int k = 0; k < 32; k += 8)
+            sum += static_cast<int32_t>((weights.lane[i] >> k) & 0xff) * static_cast<int8_t>((x.lane[i] >> k) & 0xff);
+        return static_cast<uint32_t>(sum);
+    });
+}
+
+inline Floats to_floats(const Ints& v) {
+    return each_float([&](int i) { return static_cast<float>(static_cast<int32_t>(v.lane[i])); });
+}
+inline Floats splat_floats(float value) {
+    return each_float([=](int) { return value; });
+}
+inline Floats multiply(const Floats& a, const Floats& b) {
+    return each_float([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline Floats multiply_add(const Floats& a, const Floats& b, const Floats& c) {
+    return each_float([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+inline Floats add(const Floats& a, const Floats& b) {
+    return each_float([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline Floats load_floats(const float* from) {
+    Floats out;
+    memcpy(&out, from, sizeof out);
+    return out;
+}
+inline void store_floats(float* to, const Floats& value) { memcpy(to, &value, sizeof value); }
+
+inline uint16_t half_at(const void* from, int i) { return static_cast<const uint16_t*>(from)[i]; }
+inline Floats halves_to_floats(const void* from) {
+    return each_float([=](int i) { return from_fp16(half_at(from, i)); });
+}
+inline Floats brains_to_floats(const void* from) {
+    return each_float([=](int i) { return from_bf16(half_at(from, i)); });
+}
+inline Floats even_brains(const Bytes& v) {
+    return each_float([&](int i) { return float_of(v.lane[i] << 16); });
+}
+inline Floats odd_brains(const Bytes& v) {
+    return each_float([&](int i) { return float_of(v.lane[i] & 0xffff0000u); });
+}
+inline Floats exponents_to_floats(const uint8_t* from) {
+    return each_float([=](int i) { return from_e8m0(from[i]); });
+}
+inline Floats e4m3_to_floats(const uint8_t* from) {
+    return each_float([=](int i) { return from_e4m3(from[i]); });
+}
+inline void floats_to_halves(void* to, const Floats& value) {
+    for (int i = 0; i < 16; ++i) static_cast<uint16_t*>(to)[i] = to_fp16(value.lane[i]);
+}
+inline void floats_to_brains(void* to, const Floats& value) {
+    for (int i = 0; i < 16; ++i) static_cast<uint16_t*>(to)[i] = to_bf16(value.lane[i]);
+}
+
+struct Table {
+    const uint8_t* bytes;
+};
+inline Table load_table(const uint8_t* bytes) { return {bytes}; }
+template <int kBits>
+inline Bytes look_up(const Table& table, const Bytes& codes) {
+    uint8_t values[64];
+    store_bytes(values, codes);
+    for (uint8_t& value : values) value = table.bytes[value];
+    return load_bytes(values);
+}
+
+template <int kInput>
+inline Ints byte_of(const Bytes& v) {
+    return each([&](int i) { return (v.lane[i] >> (8 * kInput)) & 0xff; });
+}
+template <int kBits>
+inline Floats look_up_floats(const float* levels, const Ints& codes) {
+    return each_float([&](int i) { return levels[codes.lane[i]]; });
+}
+
+inline void floats_to_bytes(int8_t* to, const Floats& x, const Floats& inverse) {
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<int8_t>(nearbyintf(x.lane[i] * inverse.lane[i]));
+}
+inline Floats absolute_most(const Floats& most, const Floats& x) {
+    return each_float([&](int i) { return fabsf(x.lane[i]) > most.lane[i] ? fabsf(x.lane[i]) : most.lane[i]; });
+}
+inline float most_of(const Floats& v) {
+    float most = v.lane[0];
+    for (float value : v.lane) most = value > most ? value : most;
+    return most;
+}
+inline float sum_of(const Floats& v) {
+    float sum = 0.0f;
+    for (float value : v.lane) sum += value;
+    return sum;
+}
+
+}  // namespace
+}  // namespace lowbit

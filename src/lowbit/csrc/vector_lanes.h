@@ -1,0 +1,252 @@
+// Sixteen floats at a time, whatever the processor: one 512-bit register, two of 256 bits, or an array that the compiler unrolls.
+// Each instruction set's file includes this and compiles its own copy; everything is static.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "number.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int kLane = 16;
+
+#if defined(__AVX512F__)
+
+struct F32 {
+    __m512 v;
+};
+inline F32 splat(float x) { return {_mm512_set1_ps(x)}; }
+inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
+inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline F32 load_first(const float* p, int count) { return {_mm512_maskz_loadu_ps(first(count), p)}; }
+inline void store_first(float* p, F32 x, int count) { _mm512_mask_storeu_ps(p, first(count), x.v); }
+inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 larger(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F32 smaller(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline float sum_of(F32 x) { return _mm512_reduce_add_ps(x.v); }
+inline float largest_of(F32 x) { return _mm512_reduce_max_ps(x.v); }
+inline F32 round_near(F32 x) { return {_mm512_roundscale_ps(x.v, 0)}; }
+inline F32 times_power(F32 x, F32 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+inline F32 load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline void store_half(uint16_t* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, 0)); }
+inline F32 load_brain(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline F32 load_bytes(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline void store_bytes(int8_t* p, F32 x) {  // rounded to nearest and saturated
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+// x where from <= lane < to, else `other`.
+inline F32 inside(F32 x, int from, int to, float other) {
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(other), static_cast<__mmask16>(first(to) & ~first(from)), x.v)};
+}
+inline F32 count_up() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+inline F32 select_negative(F32 sign, F32 yes, F32 no) {
+    return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign.v)), no.v, yes.v)};
+}
+
+#elif defined(__AVX2__)
+
+struct F32 {
+    __m256 a, b;
+};
+inline F32 splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, F32 x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+inline F32 load_first(const float* p, int count) {
+    float all[kLane] = {};
+    memcpy(all, p, static_cast<size_t>(count) * sizeof(float));
+    return load(all);
+}
+inline void store_first(float* p, F32 x, int count) {
+    float all[kLane];
+    store(all, x);
+    memcpy(p, all, static_cast<size_t>(count) * sizeof(float));
+}
+inline F32 operator+(F32 x, F32 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F32 operator-(F32 x, F32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline F32 operator*(F32 x, F32 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F32 operator/(F32 x, F32 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline F32 multiply_add(F32 x, F32 y, F32 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline F32 larger(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline F32 smaller(F32 x, F32 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline float sum_of(F32 x) {
+    const __m256 s = _mm256_add_ps(x.a, x.b);
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
+}
+inline float largest_of(F32 x) {
+    const __m256 s = _mm256_max_ps(x.a, x.b);
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_shuffle_ps(t, t, 1)));
+}
+inline F32 round_near(F32 x) { return {_mm256_round_ps(x.a, 0 | 8), _mm256_round_ps(x.b, 0 | 8)}; }
+inline __m256 power_of(__m256 n) {  // 2^n for whole n, 0 below the normal numbers
+    n = _mm256_max_ps(n, _mm256_set1_ps(-127.0f));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline F32 times_power(F32 x, F32 n) { return {_mm256_mul_ps(x.a, power_of(n.a)), _mm256_mul_ps(x.b, power_of(n.b))}; }
+inline F32 load_half(const uint16_t* p) {
+    const __m128i* q = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+inline void store_half(uint16_t* p, F32 x) {
+    __m128i* q = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(q, _mm256_cvtps_ph(x.a, 0));
+    _mm_storeu_si128(q + 1, _mm256_cvtps_ph(x.b, 0));
+}
+inline __m256 brain(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline F32 load_brain(const uint16_t* p) { return {brain(p), brain(p + 8)}; }
+inline __m256 bytes_of(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline F32 load_bytes(const int8_t* p) { return {bytes_of(p), bytes_of(p + 8)}; }
+inline void store_bytes(int8_t* p, F32 x) {
+    float all[kLane];
+    store(all, x);
+    for (int i = 0; i < kLane; ++i) p[i] = static_cast<int8_t>(all[i] > 127.0f ? 127.0f : all[i] < -128.0f ? -128.0f : nearbyintf(all[i]));
+}
+inline F32 inside(F32 x, int from, int to, float other) {
+    float all[kLane];
+    store(all, x);
+    for (int i = 0; i < kLane; ++i) all[i] = i >= from && i < to ? all[i] : other;
+    return load(all);
+}
+inline F32 count_up() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15)}; }
+inline F32 select_negative(F32 s, F32 yes, F32 no) {
+    return {_mm256_blendv_ps(no.a, yes.a, s.a), _mm256_blendv_ps(no.b, yes.b, s.b)};
+}
+
+#else
+
+struct F32 {
+    float v[kLane];
+};
+template <class Function>
+inline F32 each(const Function& function) {
+    F32 out;
+    for (int i = 0; i < kLane; ++i) out.v[i] = function(i);
+    return out;
+}
+inline F32 splat(float x) {
+    return each([&](int) { return x; });
+}
+inline F32 load(const float* p) {
+    return each([&](int i) { return p[i]; });
+}
+inline void store(float* p, F32 x) { memcpy(p, x.v, sizeof x.v); }
+inline F32 load_first(const float* p, int count) {
+    return each([&](int i) { return i < count ? p[i] : 0.0f; });
+}
+inline void store_first(float* p, F32 x, int count) { memcpy(p, x.v, static_cast<size_t>(count) * sizeof(float)); }
+inline F32 operator+(F32 a, F32 b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F32 operator-(F32 a, F32 b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F32 operator*(F32 a, F32 b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline F32 operator/(F32 a, F32 b) {
+    return each([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline F32 multiply_add(F32 a, F32 b, F32 c) {
+    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+inline F32 larger(F32 a, F32 b) {
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F32 smaller(F32 a, F32 b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline float sum_of(F32 x) {
+    for (int half = kLane / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
+    return x.v[0];
+}
+inline float largest_of(F32 x) {
+    float most = x.v[0];
+    for (int i = 1; i < kLane; ++i) most = x.v[i] > most ? x.v[i] : most;
+    return most;
+}
+inline F32 round_near(F32 x) {  // |x| is far below 2^22 wherever this is used
+    return each([&](int i) { return (x.v[i] + 12582912.0f) - 12582912.0f; });
+}
+inline F32 times_power(F32 x, F32 n) {
+    return each([&](int i) {
+        const int power = n.v[i] < -127.0f ? -127 : static_cast<int>(n.v[i]);
+        return x.v[i] * float_of(static_cast<uint32_t>(power + 127) << 23);
+    });
+}
+inline F32 load_half(const uint16_t* p) {
+    return each([&](int i) { return from_fp16(p[i]); });
+}
+inline void store_half(uint16_t* p, F32 x) {
+    for (int i = 0; i < kLane; ++i) p[i] = to_fp16(x.v[i]);
+}
+inline F32 load_brain(const uint16_t* p) {
+    return each([&](int i) { return from_bf16(p[i]); });
+}
+inline F32 load_bytes(const int8_t* p) {
+    return each([&](int i) { return static_cast<float>(p[i]); });
+}
+inline void store_bytes(int8_t* p, F32 x) {
+    for (int i = 0; i < kLane; ++i)
+        p[i] = static_cast<int8_t>(x.v[i] > 127.0f ? 127.0f : x.v[i] < -128.0f ? -128.0f : nearbyintf(x.v[i]));
+}
+inline F32 inside(F32 x, int from, int to, float other) {
+    return each([&](int i) { return i >= from && i < to ? x.v[i] : other; });
+}
+inline F32 count_up() {
+    return each([](int i) { return static_cast<float>(i); });
+}
+inline F32 select_negative(F32 s, F32 yes, F32 no) {
+    return each([&](int i) { return std::signbit(s.v[i]) ? yes.v[i] : no.v[i]; });
+}
+
+#endif
+
+inline F32 clamp_to(F32 x, float low, float high) { return smaller(larger(x, splat(low)), splat(high)); }
+
+// e^x = 2^n e^r with |r| <= ln 2 / 2; the polynomial is good to two units in the last place. Below -87 the result is 0 or nearly.
+inline F32 exponential(F32 x) {
+    x = clamp_to(x, -104.0f, 88.3f);
+    const F32 n = round_near(x * splat(1.44269504f));
+    F32 r = multiply_add(n, splat(-0.693359375f), x);
+    r = multiply_add(n, splat(2.12194440e-4f), r);
+    F32 p = splat(1.9875691500e-4f);
+    p = multiply_add(p, r, splat(1.3981999507e-3f));
+    p = multiply_add(p, r, splat(8.3334519073e-3f));
+    p = multiply_add(p, r, splat(4.1665795894e-2f));
+    p = multiply_add(p, r, splat(1.6666665459e-1f));
+    p = multiply_add(p, r, splat(5.0000001201e-1f));
+    p = multiply_add(p, r * r, r + splat(1.0f));
+    return times_power(p, n);
+}
+
+inline F32 sigmoid(F32 x) { return splat(1.0f) / (splat(1.0f) + exponential(splat(0.0f) - x)); }
+inline F32 hyperbolic_tangent(F32 x) {
+    return splat(1.0f) - splat(2.0f) / (splat(1.0f) + exponential(x + x));
+}
+
+}  // namespace
+}  // namespace lowbit
