@@ -165,7 +165,8 @@ class LowBitEmbedding(nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows = gather_rows(self.packed_weight.packed(), ids.flatten())
         values = unpack(rows, self.packed_weight.dtype).view(*ids.shape, self.embedding_dim)
-        return values if self.scale == 1.0 else values * self.scale
+        # Rounded to the type of the values first, as the models do that scale their embedding.
+        return values if self.scale == 1.0 else values * values.new_tensor(self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -11,10 +11,17 @@ from lowbit.models.walk import Target, up_name
 
 
 def low_bit_module(target: Target, weights: list[PackedWeight]) -> nn.Module:
-    """The module that takes a target's place."""
+    """The module that takes a target's place. `stands_for` names the class it replaces: a saved form depends on it."""
+    new = _low_bit_module(target, weights)
+    new.stands_for = type(target.module).__name__  # type: ignore[assignment]
+    return new
+
+
+def _low_bit_module(target: Target, weights: list[PackedWeight]) -> nn.Module:
     module = target.module
     if target.role == "embedding":
-        scale = float(getattr(module, "embed_scale", 1.0))
+        # Gemma keeps its scale twice: as a buffer, which has no value while a model is being loaded, and as a number.
+        scale = float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
         return LowBitEmbedding(weights[0], module.padding_idx, scale)
     if target.role == "conv":
         return LowBitConv(weights[0], module)

@@ -62,14 +62,18 @@ def dense_weights(target: Target) -> Iterator[tuple[str, torch.Tensor]]:
     module = target.module
     if target.role == "experts":
         for name in (up_name(module), "down_proj"):
-            weight = getattr(module, name)
-            yield name, weight.transpose(-1, -2) if getattr(module, "is_transposed", False) else weight
-    elif target.role == "conv":
-        yield "weight", module.weight.flatten(1)
-    elif _is_conv1d(module):
-        yield "weight", module.weight.t()
+            yield name, stored_order(target, getattr(module, name))
     else:
-        yield "weight", module.weight
+        yield "weight", stored_order(target, module.weight)
+
+
+def stored_order(target: Target, weight: torch.Tensor) -> torch.Tensor:
+    """A weight of a target as [.., out, in], the order in which it is packed."""
+    if target.role == "experts":
+        return weight.transpose(-1, -2) if getattr(target.module, "is_transposed", False) else weight
+    if target.role == "conv":
+        return weight.flatten(1)
+    return weight.t() if _is_conv1d(target.module) else weight
 
 
 def _role(module: nn.Module, head: nn.Module | None) -> Role | None:

@@ -1,0 +1,192 @@
+"""compressed-tensors' `pack-quantized` form and ours: the same bits under other names.
+
+    ours     codes  [out, words]   scales [out, G]   zeros  uint8 [out, G]
+    theirs   weight_packed         weight_scale      weight_zero_point int32 [ceil(out * bits / 32), G]     weight_shape int64 [2]
+
+Both keep the codes of a row as one dense stream of unsigned numbers, least significant bit first, and both mean
+w = scale * (code - zero); only their zero points are packed too, along the outputs. So a folder is theirs or ours at the price of its
+names, and transformers, vLLM and SGLang read ours without lowbit. What their form cannot say (`refusal`) is saved under our own.
+
+Their config names schemes ("groups") and which modules each holds for: by class, by exact path, or by a regular expression.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lowbit.bits import pack_codes, unpack_codes
+from lowbit.checkpoint.layout import Held, stands_for
+from lowbit.errors import CheckpointError
+from lowbit.formats import PER_CHANNEL, Format
+from lowbit.packing import PackedTensor, code_shape, scale_shape
+
+METHOD = "compressed-tensors"
+FORMAT = "pack-quantized"
+PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+NAMES = (PACKED, SCALE, SHAPE, ZERO)
+_SCALE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_STRATEGIES = ("group", "channel")
+EXPERTS_TARGET = r"re:.*experts\..*"
+
+
+def refusal(held: Held) -> str | None:
+    """Why a packed weight cannot be said in their form, or None."""
+    format, in_features = held.weight.format, held.weight.shape[-1]
+    if held.role == "embedding" and not held.tied_to:
+        return None  # written dense
+    if format.kind != "int":
+        return f"{format} is not an integer format"
+    if format.scale_block:
+        return f"{format} has doubly quantised scales"
+    if format.act_bits != 16:
+        return f"{format} quantises activations"
+    if format.group_size == 0 or (format.group_size > 0 and in_features % format.group_size):
+        return f"{in_features} inputs in groups of {format.group_size} leave a tail"
+    if "order" in held.weight.tensors:
+        return "its inputs are reordered"
+    if held.role not in ("linear", "embedding", "experts") or stands_for(held.module) == "Conv1D":
+        return f"a {stands_for(held.module)} has no place in it"
+    return None
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def to_tensors(packed: PackedTensor) -> dict[str, torch.Tensor]:
+    """A packed weight [out, in] under their names."""
+    tensors = {
+        PACKED: packed.codes.contiguous(),
+        SCALE: packed.scales.contiguous(),
+        SHAPE: torch.tensor(packed.shape, dtype=torch.int64),
+    }
+    if packed.zeros is not None:
+        # Along the outputs: one stream per group.
+        tensors[ZERO] = pack_codes(packed.zeros.t().contiguous(), packed.format.bits).t().contiguous()
+    return tensors
+
+
+def config_for(linears: dict[str, Format], experts: Format | None, others: Iterable[str]) -> dict[str, Any]:
+    """Their configuration: the format of each packed linear and of all experts, and the paths that stay as they are."""
+    counts = Counter(linears.values())
+    main = counts.most_common(1)[0][0] if counts else None
+    groups: dict[Format, list[str]] = {} if main is None else {main: ["Linear"]}
+    for path, format in linears.items():
+        if format != main:
+            groups.setdefault(format, []).append(path)
+    if experts is not None and experts != main:
+        # By expression: a reader that fuses experts asks for one scheme for all.
+        groups.setdefault(experts, []).append(EXPERTS_TARGET)
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": _group(format, targets) for i, (format, targets) in enumerate(groups.items())},
+        "ignore": sorted(others),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _group(format: Format, targets: list[str]) -> dict[str, Any]:
+    channel = format.group_size == PER_CHANNEL
+    weights = {
+        "num_bits": format.bits,
+        "type": "int",
+        "symmetric": format.symmetric,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else format.group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def unreadable(config: dict[str, Any]) -> str | None:
+    """Why lowbit leaves a configuration of theirs to their own package, or None when it reads it."""
+    if config.get("kv_cache_scheme") or config.get("transform_config") or config.get("dequantize"):
+        return "it does more than pack weights"
+    if config.get("quantization_status") not in ("compressed", "frozen"):
+        return "its weights are not packed"
+    groups = config.get("config_groups") or {}
+    if not groups or not all(isinstance(group, dict) for group in groups.values()):
+        return "its groups are named presets"
+    for group in groups.values():
+        weights = group.get("weights") or {}
+        if (group.get("format") or config.get("format")) != FORMAT or weights.get("type", "int") != "int":
+            return "not all of its groups are packed integers"
+        if group.get("input_activations") or group.get("output_activations"):
+            return "it quantises activations"
+        if weights.get("strategy") not in _STRATEGIES or weights.get("actorder") in ("group", True):
+            return f"its strategy is {weights.get('strategy')} with actorder {weights.get('actorder')}"
+    return None
+
+
+def scheme_of(path: str, classes: tuple[str, ...], config: dict[str, Any]) -> dict[str, Any] | None:
+    """What a configuration says about the weights of a module: by path, then by expression, then by class; None if nothing."""
+    if any(_matches(path, classes, target) for target in config.get("ignore") or ()):
+        return None
+    found: dict[int, dict[str, Any]] = {}
+    for group in config["config_groups"].values():
+        for target in group["targets"]:
+            if _matches(path, classes, target):
+                rank = 0 if target == path else 1 if target.startswith("re:") else 2
+                found.setdefault(rank, group["weights"])
+    return found[min(found)] if found else None
+
+
+def _matches(path: str, classes: tuple[str, ...], target: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), path) is not None
+    return target == path or target in classes
+
+
+def from_tensors(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...], scheme: dict[str, Any]) -> PackedTensor:
+    """A packed weight of theirs [.., out, in] in canonical form."""
+    missing = [part for part in (PACKED, SCALE) if part not in tensors]
+    if missing:
+        raise CheckpointError(f"{name}: the checkpoint lacks its {missing[0]}")
+    format = _format_of(scheme, tensors[SCALE].dtype)
+    if tensors[SCALE].shape != scale_shape(format, shape):
+        raise CheckpointError(
+            f"{name}: scales of shape {list(tensors[SCALE].shape)} do not fit a {format} weight {list(shape)}; config.json disagrees"
+        )
+    codes = _dense_codes(name, tensors[PACKED], format, shape)
+    zeros = None
+    if not format.symmetric:
+        if ZERO not in tensors:
+            raise CheckpointError(f"{name}: the checkpoint lacks its {ZERO}")
+        columns = unpack_codes(tensors[ZERO].transpose(-1, -2).contiguous(), format.bits, shape[-2])
+        zeros = columns.transpose(-1, -2).contiguous()
+    return PackedTensor(format, shape, codes, tensors[SCALE], zeros)
+
+
+def _format_of(scheme: dict[str, Any], scale_dtype: torch.dtype) -> Format:
+    channel = scheme["strategy"] == "channel"
+    return Format(f"int{scheme['num_bits']}", int(scheme["num_bits"])).replace(
+        symmetric=bool(scheme.get("symmetric", True)),
+        group_size=PER_CHANNEL if channel else int(scheme["group_size"]),
+        scale_dtype=_SCALE_DTYPES[scale_dtype],
+    )
+
+
+def _dense_codes(name: str, codes: torch.Tensor, format: Format, shape: tuple[int, ...]) -> torch.Tensor:
+    """Their codes as one dense stream: before mid 2026 they left the bits over at the end of each word unused."""
+    expected = code_shape(format, shape)
+    if tuple(codes.shape) == expected:
+        return codes
+    per_word = 32 // format.bits
+    if tuple(codes.shape) != (*expected[:-1], -(-shape[-1] // per_word)):
+        raise CheckpointError(
+            f"{name}: codes of shape {list(codes.shape)} do not fit a {format} weight {list(shape)}; config.json disagrees"
+        )
+    shifts = torch.arange(per_word, device=codes.device) * format.bits
+    loose = (codes.to(torch.int64).unsqueeze(-1) >> shifts) & format.max_code
+    return pack_codes(loose.flatten(-2)[..., : shape[-1]].to(torch.uint8), format.bits)

@@ -1,0 +1,349 @@
+"""The meeting with transformers: a configuration and a quantiser for its loader.
+
+transformers asks a quantiser three things while it loads a model: which tensors of the checkpoint are the quantiser's (`wants`), what to
+do with each (an operation that gets one weight at a time and returns nothing, because the packed weight is already in its place), and
+what is left to do at the end (choose kernels, leave the report). The same class serves a checkpoint in full precision, packed on the
+way in, and a folder that is low-bit already.
+
+What differs between minor versions of transformers 5 is met here and nowhere else: arguments are taken by name and extra ones ignored.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowbit.checkpoint import compressed
+from lowbit.checkpoint.folder import REPORT, check_safetensors, read_json
+from lowbit.checkpoint.form import parts, saved_form
+from lowbit.checkpoint.hf_names import keep_renamings_only_
+from lowbit.checkpoint.layout import held_weights
+from lowbit.checkpoint.pages import release_pages
+from lowbit.checkpoint.save import recipe_fields, save_low_bit
+from lowbit.checkpoint.sites import Packing, Reading
+from lowbit.errors import CheckpointError, FormatError, LowbitError
+from lowbit.hook import COMPRESSED_METHOD, OWN_METHOD
+from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitExperts, prepare_
+from lowbit.packing import BUFFERS
+from lowbit.quantize import finish
+from lowbit.recipe import Recipe
+from lowbit.report import LayerReport, Report
+
+_UP_PATTERNS = ("up_proj", "down_proj")
+
+
+def reads(fields: dict[str, Any]) -> bool:
+    """Whether lowbit reads a folder with this quantization_config."""
+    method = fields.get("quant_method")
+    return method == OWN_METHOD or (method == COMPRESSED_METHOD and compressed.unreadable(fields) is None)
+
+
+class Job:
+    """What one load shares between copies of its configuration: how to run it, and what went wrong."""
+
+    def __init__(self, kernel: str | None = None, compute: str = "auto") -> None:
+        self.kernel, self.compute = kernel, compute
+        self.failure: LowbitError | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Job:
+        return self
+
+
+class LowBitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What config.json says about a low-bit model, or the recipe for one that is being made."""
+
+    def __init__(self, fields: dict[str, Any] | None = None, recipe: Recipe | None = None, job: Job | None = None) -> None:
+        self.fields = fields or {"quant_method": OWN_METHOD, "recipe": recipe.to_dict() if recipe else {}}
+        self.recipe = recipe
+        self.job = job or Job()
+        self.quant_method = self.fields["quant_method"]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **options: Any) -> Any:
+        fields = copy.deepcopy(config_dict)
+        own = fields if fields["quant_method"] == OWN_METHOD else fields.get(OWN_METHOD) or {}
+        if fields["quant_method"] == OWN_METHOD and not fields.get("layers") and not own.get("recipe"):
+            raise FormatError("quantization_config says quant_method 'lowbit' but names neither layers nor a recipe")
+        config = cls(fields, Recipe.from_dict(own["recipe"]) if own.get("recipe") else None)
+        return (config, options) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.fields)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class PackWeight(ConversionOps):  # type: ignore[misc]
+    """Packs one dense weight of the checkpoint and hands nothing on."""
+
+    def __init__(self, hf_quantizer: LowBitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], missing_keys: set[str] | None = None, **_: Any) -> dict[str, Any]:
+        left = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            if self.hf_quantizer.packing.wants(name):
+                self.hf_quantizer.pack(name, weight, missing_keys)
+            else:
+                left[name] = value
+        return left
+
+
+class ReadWeight(ConversionOps):  # type: ignore[misc]
+    """Puts one packed weight in place. `sources` are the linears that the checkpoint keeps of a fused weight, in their order."""
+
+    def __init__(self, hf_quantizer: LowBitQuantizer, sources: tuple[str, ...] = ()) -> None:
+        self.hf_quantizer = hf_quantizer
+        self.sources = sources
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReadWeight:
+        """The loader copies a converter for every weight; a copy of the quantiser, and of the model in it, would be lost."""
+        return self
+
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        tensors: dict[str, torch.Tensor] = {}
+        if self.sources:
+            tensors = fuse(input_dict, self.sources)
+        else:
+            for pattern, values in input_dict.items():
+                tensors[pattern.rpartition(".")[2]] = values[0]
+        self.hf_quantizer.read(full_layer_name, tensors, missing_keys)
+        return {}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def fuse(collected: dict[str, list[torch.Tensor]], sources: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The linears of all experts as one fused packed weight: experts stacked, sources joined along the outputs."""
+    tensors = {}
+    for part in (compressed.PACKED, compressed.SCALE, compressed.ZERO):
+        names = [source.removesuffix("weight") + part for source in sources]
+        if all(collected.get(name) for name in names):
+            stacked = [torch.stack(list(collected[name])) for name in names]
+            tensors[part] = torch.cat(stacked, dim=1)
+    return tensors
+
+
+class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Packs, reads and saves low-bit models for transformers."""
+
+    requires_calibration = False
+    quantization_config: LowBitConfig
+
+    def __init__(self, quantization_config: LowBitConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.packing: Any = None
+        self.reading: Any = None
+        self.files: list[str] = []
+
+    # --- before loading ---
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **options: Any) -> None:
+        files = [str(f) for f in options.get("checkpoint_files") or ()]
+        self.files = [f for f in files if f.endswith(".safetensors")]
+        for file in self.files:
+            check_safetensors(Path(file))
+        if self.pre_quantized:
+            self.reading = Reading(model, self.quantization_config.fields)
+        elif self.quantization_config.recipe is not None:
+            self.packing = Packing(model, self.quantization_config.recipe)
+        else:
+            raise FormatError("the quantization_config given names no recipe")
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        return self.packing is not None and self.packing.wants(param_name)
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        sites = self.packing or self.reading
+        if sites is None or not sites.wants(param_name):
+            return float(param.element_size())
+        recipe = self.quantization_config.recipe
+        return recipe.linear.bits_per_weight / 8 if recipe else 0.6
+
+    # --- while loading ---
+
+    def get_quantize_ops(self) -> PackWeight:
+        return PackWeight(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.pre_quantized:
+            return []
+        if self.quantization_config.quant_method == COMPRESSED_METHOD:
+            copies = [WeightConverter(name, name, [ReadWeight(self)]) for name in self.reading.copies]
+            return [*copies, WeightConverter(list(compressed.NAMES), "weight", [ReadWeight(self)])]
+        whole = [f"packed_weight.{name}" for name in BUFFERS]
+        converters = [WeightConverter(whole, "weight", [ReadWeight(self)])]
+        for kind in _UP_PATTERNS:
+            converters.append(WeightConverter([f"{kind}.{name}" for name in BUFFERS], kind, [ReadWeight(self)]))
+        return converters
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """A checkpoint of packed experts is fused by lowbit: transformers' own operations know only dense ones."""
+        if not self.pre_quantized or self.quantization_config.quant_method != COMPRESSED_METHOD:
+            return [*weight_conversions, *self.get_weight_conversions()]
+        return [*(self._fusing(c) for c in weight_conversions), *self.get_weight_conversions()]
+
+    def _fusing(self, conversion: Any) -> Any:
+        if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+            return conversion
+        if not any(self.reading.wants(n) for n in self.reading.by_name if n.endswith(conversion.target_patterns[0])):
+            return conversion
+        sources = tuple(conversion.source_patterns)
+        packed = [source.removesuffix("weight") + part for source in sources for part in compressed.NAMES]
+        fused = WeightConverter(packed, conversion.target_patterns[0], [ReadWeight(self, sources)])
+        for scope in ("scope_prefix", "base_model_prefix"):
+            if hasattr(conversion, scope):
+                setattr(fused, scope, getattr(conversion, scope))
+        return fused
+
+    def pack(self, name: str, weight: torch.Tensor, missing: set[str] | None) -> None:
+        with torch.no_grad():
+            self._guarded(self.packing.pack, name, weight, missing)
+        release_pages(self.files, weight.nbytes)
+
+    def read(self, name: str, tensors: dict[str, torch.Tensor], missing: set[str] | None) -> None:
+        self._guarded(self.reading.read, name, tensors, missing)
+
+    def _guarded(self, step: Any, *arguments: Any) -> None:
+        """Keep lowbit's own sentence: the loader turns every error into a table of its own."""
+        try:
+            step(*arguments)
+        except LowbitError as error:
+            self.quantization_config.job.failure = error
+            raise
+
+    # --- after loading ---
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        job = self.quantization_config.job
+        if self.reading is not None:
+            self.reading.finish()
+            report = _saved_report(model)
+        else:
+            report = self.packing.finish()
+        self.packing = self.reading = None
+        attach(model, report, self.quantization_config.recipe, self, job)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return dequantize_(model, dtype)
+
+    # --- saving ---
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any, *_: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What transformers' own save_pretrained writes: the same tensors and configuration as save_low_bit."""
+        form = saved_form(model, recipe_fields(model))
+        model.config.quantization_config = LowBitConfig(form.fields, self.quantization_config.recipe)
+        if form.untie:
+            model.config.tie_word_embeddings = False
+        tensors: dict[str, torch.Tensor] = {}
+        for part in parts(model, form):
+            tensors |= part.make()
+        return tensors, {"format": "pt"}
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(
+    model: Any, report: Report, recipe: Recipe | None, quantizer: LowBitQuantizer | None = None, job: Job | None = None
+) -> None:
+    """Make a model with packed weights one that transformers, peft and Trainer know how to treat."""
+    job = job or Job()
+    for held in held_weights(model):
+        held.weight.compute = job.compute
+    prepare_(model, job.kernel)
+    finish(model, report, prepare=False)
+    model.lowbit_recipe = recipe
+    model.save_low_bit = partial(save_low_bit, model)
+    form = saved_form(model, recipe_fields(model))
+    config = LowBitConfig(form.fields, recipe, job)
+    quantizer = quantizer or LowBitQuantizer(config, pre_quantized=True)
+    quantizer.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = config
+    model.quantization_method = form.method
+    # peft asks for a model "loaded in k bits". The flag for four would send `num_parameters` to bitsandbytes, the one for eight
+    # does not; `is_quantized` stays off, or transformers would refuse `.half()` and `.float()`, which our layers follow.
+    model.is_loaded_in_8bit = True
+    model.is_quantized = False
+    keep_renamings_only_(model)
+
+
+def _saved_report(model: Any) -> Report:
+    """The report that was saved with a model, or one made from what is there."""
+    path = Path(str(getattr(model.config, "_name_or_path", ""))) / REPORT
+    if path.is_file():
+        return Report.from_dict(read_json(path))
+    report = Report(recipe="unknown")
+    for held in held_weights(model):
+        if not held.tied_to:
+            packed = held.weight.packed()
+            before = 2 * int(torch.Size(packed.shape).numel())
+            row = LayerReport(held.path, held.role, packed.format.name, list(packed.shape), before, packed.nbytes, float("nan"))
+            report.layers.append(row)
+    return report
+
+
+def dequantize_(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Put dense modules back, of the classes that the model's configuration makes, with the weights that the packed ones stand for."""
+    dtype = dtype or model.dtype
+    config = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        skeleton = type(model)(config)
+    for held in held_weights(model):
+        path = held.path if not isinstance(held.module, LowBitExperts) else held.path.rpartition(".")[0]
+        dense = skeleton.get_submodule(path)
+        _fill_(dense, held, dtype)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, dense.train(held.module.training))
+    return model
+
+
+def _fill_(dense: Any, held: Any, dtype: torch.dtype) -> None:
+    weight = held.weight.dense().to(dtype)
+    if isinstance(held.module, LowBitExperts):
+        name = held.path.rpartition(".")[2]
+        value = weight.transpose(-1, -2) if getattr(dense, "is_transposed", False) else weight
+        setattr(dense, name, nn.Parameter(value.contiguous()))
+        bias = getattr(held.module, f"{name}_bias", None)
+        if bias is not None:
+            setattr(dense, f"{name}_bias", nn.Parameter(bias.detach().to(dtype)))
+        return
+    if "embed_scale" in dense._buffers:
+        dense.embed_scale = torch.tensor(held.module.scale)
+    if isinstance(held.module, LowBitConv):
+        weight = weight.view(held.module.weight_shape)
+    dense.weight = nn.Parameter((weight.t() if held.module.stands_for == "Conv1D" else weight).contiguous())
+    bias = None if isinstance(held.module, LowBitEmbedding) else held.module.bias
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().to(dtype))
+
+
+__all__ = ["CheckpointError", "Job", "LowBitConfig", "LowBitQuantizer", "attach", "reads"]

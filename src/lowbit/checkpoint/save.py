@@ -1,0 +1,164 @@
+"""Save: a low-bit model as a Hugging Face folder that other tools read too.
+
+    config.json               with quantization_config: compressed-tensors where it can say everything, else lowbit's own method
+    model*.safetensors        shards, and an index where there are several
+    lowbit_report.json        what happened to every weight
+    generation_config.json, tokenizer, processor, chat template, remote code, licence: as they came with the model
+
+Shards are made and written one at a time, so saving needs room for one of them. A model that is not transformers' own has a
+`lowbit.json` in the place of config.json. `model.save_pretrained` of transformers writes the same config and tensors (see `hf.py`),
+but without the rename at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from lowbit.checkpoint.folder import CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS, replace_folder
+from lowbit.checkpoint.form import Part, SavedForm, parts, saved_form
+from lowbit.checkpoint.hf_names import checkpoint_names, is_transformers_model
+from lowbit.errors import CheckpointError
+
+DEFAULT_SHARD = "5GB"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?")
+# What travels along with a model: everything small that is not weights. These suffixes, and licences whatever they are called.
+_COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_WRITTEN = (CONFIG, OWN_CONFIG, REPORT, INDEX, "generation_config.json", "pytorch_model.bin.index.json", "quantize_config.json")
+
+
+def save_low_bit(
+    model: nn.Module, folder: str | Path, tokenizer: Any = None, max_shard_size: int | str = DEFAULT_SHARD
+) -> Path:
+    """Save a low-bit model; returns the folder. An interrupted save leaves what was there before."""
+    target = Path(folder)
+    source = source_folder(model)
+    _refuse_to_replace_source(target, source, model)
+    form = saved_form(model, recipe_fields(model))
+    if not getattr(model, "lowbit_report", None):
+        raise CheckpointError("the model is not low-bit: pass it through optimize_model first, or save it with save_pretrained")
+    with replace_folder(target) as temporary:
+        try:
+            _write_weights(model, form, temporary, parse_size(max_shard_size))
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot save to {target}: {error}; nothing was changed there") from error
+        if source is not None:
+            _copy_companions(source, temporary)
+        if is_transformers_model(model):
+            _write_config(model, form, temporary)
+        else:
+            _write_json(temporary / OWN_CONFIG, form.fields)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        (temporary / REPORT).write_text(model.lowbit_report.to_json() + "\n", encoding="utf-8")  # type: ignore[union-attr, operator]
+    return target
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or from a text such as "5GB" or "500MiB"."""
+    match = _SIZE.fullmatch(str(size).strip().upper())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise CheckpointError(f"max_shard_size={size!r} is no size; write a number of bytes, or a text like '5GB'")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def recipe_fields(model: nn.Module) -> dict[str, Any]:
+    """The recipe that a model was made with, as plain values."""
+    recipe = getattr(model, "lowbit_recipe", None)
+    return recipe.to_dict() if recipe is not None else {}
+
+
+def source_folder(model: nn.Module) -> Path | None:
+    """The local folder that a model was read from."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return Path(name) if name and Path(name).is_dir() else None
+
+
+def _refuse_to_replace_source(target: Path, source: Path | None, model: nn.Module) -> None:
+    if source is None or not target.exists() or not target.samefile(source):
+        return
+    if not (source / REPORT).exists():
+        raise CheckpointError(f"cannot save to {target}: the full-precision model is there and would be lost; choose another folder")
+
+
+def _write_weights(model: nn.Module, form: SavedForm, folder: Path, limit: int) -> None:
+    shards = list(_shards(parts(model, form), limit))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, torch.Tensor] = {}
+        for part in shard:
+            tensors |= {key: tensor.cpu() for key, tensor in part.make().items()}
+        if is_transformers_model(model):
+            names = checkpoint_names(model, tensors)
+            tensors = {names[key]: tensor for key, tensor in tensors.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _shards(everything: Iterator[Part], limit: int) -> Iterator[list[Part]]:
+    """Parts in order, cut where the next would pass the limit."""
+    shard: list[Part] = []
+    size = 0
+    for part in everything:
+        if shard and size + part.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(part)
+        size += part.nbytes
+    if shard:
+        yield shard
+
+
+def _write_config(model: Any, form: SavedForm, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.quantization_config = form.fields
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if form.untie:
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        _write_json(folder / CONFIG, untied(fields))
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def untied(fields: dict[str, Any]) -> dict[str, Any]:
+    """A model's configuration that says its head and its embedding are separate."""
+    fields = fields | {"tie_word_embeddings": False}
+    if isinstance(fields.get("text_config"), dict):
+        fields["text_config"] = fields["text_config"] | {"tie_word_embeddings": False}
+    return fields
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, processor, remote code, templates and licences."""
+    for path in sorted(source.iterdir()):
+        licence = path.name.upper().startswith(_LICENCES)
+        if path.is_file() and path.name not in _WRITTEN and (path.suffix in _COMPANIONS or licence):
+            if not path.name.endswith(".safetensors.index.json"):
+                shutil.copyfile(path, folder / path.name)
+        elif path.is_dir() and path.name == "additional_chat_templates":
+            shutil.copytree(path, folder / path.name)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+
