@@ -22,7 +22,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [.., n] to int32 words [.., ceil(n * bits / 32)]."""
     count = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, -count % _PERIOD))
-    lanes = padded.unflatten(-1, (-1, _PERIOD)).to(torch.int64)
+    lanes = padded.reshape(*padded.shape[:-1], -1, _PERIOD).to(torch.int64)
     words = torch.zeros(*lanes.shape[:-1], bits, dtype=torch.int64, device=codes.device)
     for i in range(_PERIOD):
         word, offset = divmod(i * bits, 32)
@@ -37,7 +37,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_codes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """int32 words [.., W] to uint8 codes [.., count]."""
     padded = torch.nn.functional.pad(words, (0, -words.shape[-1] % bits))
-    lanes = padded.unflatten(-1, (-1, bits)).to(torch.int64) & 0xFFFFFFFF
+    lanes = padded.reshape(*padded.shape[:-1], -1, bits).to(torch.int64) & 0xFFFFFFFF
     codes = torch.empty(*lanes.shape[:-1], _PERIOD, dtype=torch.uint8, device=words.device)
     for i in range(_PERIOD):
         word, offset = divmod(i * bits, 32)

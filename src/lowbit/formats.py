@@ -55,7 +55,7 @@ class Format:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise FormatError(f"format {self.name}: kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
-        if not 1 <= self.bits <= 8:
+        if not 2 <= self.bits <= 8:
             raise FormatError(f"format {self.name}: {self.bits} bits; lowbit stores 2 to 8")
         if self.group_size < PER_CHANNEL:
             raise FormatError(f"format {self.name}: group size {self.group_size}; use a positive size, or {PER_CHANNEL} per channel")
@@ -132,6 +132,9 @@ class Format:
         unknown = set(fields) - known
         if unknown:
             raise FormatError(f"format {fields.get('name', '?')}: unknown field {', '.join(sorted(unknown))}")
+        missing = {"name", "bits"} - set(fields)
+        if missing:
+            raise FormatError(f"format {fields.get('name', '?')}: field {' and '.join(sorted(missing))} is missing")
         return cls(**fields)
 
     def __str__(self) -> str:
@@ -264,7 +267,12 @@ NOT_YET = {name: "the iq types need their own grids and an importance matrix" fo
 
 def _rename(format: Format) -> Format:
     """The format under the one name that its fields spell."""
-    base = next(b for b in _BASES.values() if _same_numbers(b, format))
+    base = next((b for b in _BASES.values() if _same_numbers(b, format)), None)
+    if base is None:
+        raise FormatError(f"no format has the fields of {format!r}; start from one of {', '.join(_BASES)}")
+    fixed = base.kind == "kquant" or SCALE_BITS[base.scale_dtype] == 8
+    if fixed and dataclasses.replace(format, name=base.name) != base:
+        raise FormatError(f"format {base.name} has a fixed layout; write just {base.name}")
     name = base.name
     if not format.symmetric:
         name += "_asym"

@@ -134,14 +134,17 @@ def unpack_by_definition(packed: PackedTensor) -> torch.Tensor:
 def effective_scales(packed: PackedTensor) -> torch.Tensor:
     """The scales of a weight in fp32, whatever they are stored as."""
     format, scales = packed.format, packed.scales
+    assert isinstance(scales, torch.Tensor)
     if format.scale_dtype == "e8m0":
         return torch.exp2(scales.float() - _E8M0_BIAS)
     if format.scale_dtype == "e4m3":
-        return scales.view(torch.float8_e4m3fn).float() * packed.scale_scales
+        factor: torch.Tensor = packed.scale_scales
+        return scales.view(torch.float8_e4m3fn).float() * factor
     if format.scale_block:
         block = torch.arange(scales.numel(), device=scales.device) // format.scale_block
-        step = packed.scale_scales[block].view(scales.shape)
-        return (scales.float() - _DQ_MIDPOINT) * step + packed.scale_offset
+        step: torch.Tensor = packed.scale_scales[block].view(scales.shape)
+        offset: torch.Tensor = packed.scale_offset
+        return (scales.float() - _DQ_MIDPOINT) * step + offset
     return scales.float()
 
 
@@ -169,7 +172,7 @@ class ScaleRounder:
     def __call__(self, scales: torch.Tensor) -> torch.Tensor:
         if self.format.scale_dtype == "e8m0":
             # The nearest power of two, not the nearest exponent: it leaves the least error of those that can be stored.
-            mantissa, exponent = torch.frexp(scales.abs())
+            mantissa, exponent = torch.frexp(scales.abs().clamp_min(2.0**-_E8M0_BIAS))
             exponent = torch.where(mantissa >= 0.75, exponent, exponent - 1)
             return torch.exp2(exponent.clamp(-_E8M0_BIAS, _E8M0_BIAS).float())
         if self.unit is not None:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.formats import SCALE_BITS, Format
+from lowbit.formats import Format
 from lowbit.kernels import cpu
 from lowbit.kernels.core import library_path
-from lowbit.packing import PackedTensor, code_shape, scale_shape
+from lowbit.packing import PackedTensor, empty_buffers
 
-_SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -37,7 +36,7 @@ def core_quantize(
     rows = weight.detach().reshape(-1, weight.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    buffers = _empty_buffers(format, tuple(weight.shape))
+    buffers = empty_buffers(format, tuple(weight.shape), torch)
     importance = None if importance is None else importance.float().contiguous()
     cpu.quantize(
         format,
@@ -65,21 +64,6 @@ def core_unpack(packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor | None
     rows = cpu.Rows(weight.data_ptr(), _DTYPE_NAMES[dtype], weight.numel() // shape[-1], shape[-1])
     cpu.dequantize(format, _addresses(contiguous), rows)
     return weight
-
-
-def _empty_buffers(format: Format, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Room for what a packed weight of a shape holds."""
-    small = SCALE_BITS[format.scale_dtype] == 8
-    scale_dtype = torch.uint8 if small else _SCALE_DTYPES[format.scale_dtype]
-    buffers = {
-        "codes": torch.empty(code_shape(format, shape), dtype=torch.int32),
-        "scales": torch.empty(scale_shape(format, shape), dtype=scale_dtype),
-    }
-    if not format.symmetric:
-        buffers["zeros"] = torch.empty(scale_shape(format, shape), dtype=torch.uint8)
-    if format.has_global_scale:
-        buffers["scale_scales"] = torch.empty(1)
-    return buffers
 
 
 def _addresses(buffers: dict[str, torch.Tensor]) -> cpu.Canonical:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lowbit.errors import WeightError
-from lowbit.formats import Format
+from lowbit.formats import SCALE_BITS, Format
 
 # Saved, moved and sharded under these names, in this order.
 BUFFERS = ("codes", "scales", "zeros", "scale_scales", "scale_offset", "order")
@@ -76,7 +76,20 @@ class PackedTensor:
         if len(self.shape) != 3:
             raise WeightError(f"a weight of shape {list(self.shape)} has no experts axis")
         parts = {n: t if n in ("order", "scale_offset", "scale_scales") else t[index] for n, t in self.tensors().items()}
+        if self.format.scale_block:
+            parts["scale_scales"] = self._expert_scale_scales(index)
         return PackedTensor(self.format, self.shape[1:], **parts)
+
+    def _expert_scale_scales(self, index: int) -> Any:
+        """The second-level blocks of one expert: they run through all experts, so they must end where it ends."""
+        count = self.shape[-2] * self.format.groups(self.shape[-1])
+        blocks, rest = divmod(count, self.format.scale_block)
+        if rest:
+            raise WeightError(
+                f"an expert's {count} scales are no whole blocks of {self.format.scale_block}; "
+                "use a format without _dq for these experts"
+            )
+        return self.scale_scales[index * blocks : (index + 1) * blocks]
 
     def shard(self, axis: int, rank: int, world: int) -> PackedTensor:
         """Rank's part of the weight cut along the output (axis 0) or the input (axis 1), sharing memory.
@@ -135,6 +148,22 @@ def scale_shape(format: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
     if format.group_size == 0:
         return (*shape[:-2], 1, 1)
     return (*shape[:-1], format.groups(shape[-1]))
+
+
+def empty_buffers(format: Format, shape: tuple[int, ...], library: Any) -> dict[str, Any]:
+    """Room for the arrays of a weight, made by `numpy` or `torch`. bf16 scales need torch; numpy gives their bits as uint16."""
+    bfloat16 = getattr(library, "bfloat16", None) or library.uint16
+    small = SCALE_BITS[format.scale_dtype] == 8
+    scale_dtype = library.uint8 if small else bfloat16 if format.scale_dtype == "bfloat16" else getattr(library, format.scale_dtype)
+    buffers = {"codes": library.empty(code_shape(format, shape), dtype=library.uint8 if format.block else library.int32)}
+    if format.block:
+        return buffers
+    buffers["scales"] = library.empty(scale_shape(format, shape), dtype=scale_dtype)
+    if not format.symmetric:
+        buffers["zeros"] = library.empty(scale_shape(format, shape), dtype=library.uint8)
+    if format.has_global_scale:
+        buffers["scale_scales"] = library.empty((1,), dtype=library.float32)
+    return buffers
 
 
 assert {field.name for field in fields(PackedTensor)} == {"format", "shape", *BUFFERS}
