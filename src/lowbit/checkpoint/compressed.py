@@ -1,13 +1,16 @@
 """compressed-tensors' `pack-quantized` form and ours: the same bits under other names.
 
     ours     codes  [out, words]   scales [out, G]   zeros  uint8 [out, G]
-    theirs   weight_packed         weight_scale      weight_zero_point int32 [ceil(out * bits / 32), G]     weight_shape int64 [2]
+    theirs   weight_packed         weight_scale      weight_zero_point int32 [ceil(out * bits / 32), G]
+    weight_shape int64 [2]
 
 Both keep the codes of a row as one dense stream of unsigned numbers, least significant bit first, and both mean
-w = scale * (code - zero); only their zero points are packed too, along the outputs. So a folder is theirs or ours at the price of its
-names, and transformers, vLLM and SGLang read ours without lowbit. What their form cannot say (`refusal`) is saved under our own.
+w = scale * (code - zero); only their zero points are packed too, along the outputs. So a folder is theirs or ours at
+the price of its names, and transformers, vLLM and SGLang read ours without lowbit. What their form cannot say
+(`refusal`) is saved under our own.
 
-Their config names schemes ("groups") and which modules each holds for: by class, by exact path, or by a regular expression.
+Their config names schemes ("groups") and which modules each holds for: by class, by exact path, or by a regular
+expression.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Folders of models: what is in one, whether it is whole, and how a new one takes its place.
 
-`check_folder` reads headers only: every safetensors file must be as long as its header says, and every file that the index names must
-exist. So a truncated download is one sentence before anything is loaded, not an error from deep inside a loader.
+`check_folder` reads headers only: every safetensors file must be as long as its header says, and every file that the
+index names must exist. So a truncated download is one sentence before anything is loaded, not an error from deep
+inside a loader.
 
-`replace_folder` gives its caller a temporary folder beside the target and renames it at the end. Whatever interrupts the writing, the
-target is either the old folder or the new one.
+`replace_folder` gives its caller a temporary folder beside the target and renames it at the end. Whatever interrupts
+the writing, the target is either the old folder or the new one.
 """
 
 from __future__ import annotations

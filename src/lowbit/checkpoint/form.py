@@ -1,12 +1,13 @@
 """The saved form of a model: which method its config.json names, and which tensors stand in its files.
 
-compressed-tensors where it can say everything (see `compressed.py`), else lowbit's own method: the canonical buffers under the names
-of the state dict (`...q_proj.packed_weight.codes`), and in the configuration the format of every path. One weight that
-compressed-tensors cannot express puts the whole folder under the own method, and `reason` says which.
+compressed-tensors where it can say everything (see `compressed.py`), else lowbit's own method: the canonical buffers
+under the names of the state dict (`...q_proj.packed_weight.codes`), and in the configuration the format of every path.
+One weight that compressed-tensors cannot express puts the whole folder under the own method, and `reason` says which.
 
-compressed-tensors folders keep a packed embedding dense, because transformers and vLLM read no other: the packed one unpacked, so the
-numbers are the same. A head tied to it is written packed, config.json says that the two are separate, and `tied` in lowbit's own part
-lets lowbit share the packed weight again and leave the dense copy unread. Under the own method a tied weight is stored once.
+compressed-tensors folders keep a packed embedding dense, because transformers and vLLM read no other: the packed one
+unpacked, so the numbers are the same. A head tied to it is written packed, config.json says that the two are separate,
+and `tied` in lowbit's own part lets lowbit share the packed weight again and leave the dense copy unread. Under the
+own method a tied weight is stored once.
 """
 
 from __future__ import annotations

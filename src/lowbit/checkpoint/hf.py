@@ -1,11 +1,12 @@
 """The meeting with transformers: a configuration and a quantiser for its loader.
 
-transformers asks a quantiser three things while it loads a model: which tensors of the checkpoint are the quantiser's (`wants`), what to
-do with each (an operation that gets one weight at a time and returns nothing, because the packed weight is already in its place), and
-what is left to do at the end (choose kernels, leave the report). The same class serves a checkpoint in full precision, packed on the
-way in, and a folder that is low-bit already.
+transformers asks a quantiser three things while it loads a model: which tensors of the checkpoint are the quantiser's
+(`wants`), what to do with each (an operation that gets one weight at a time and returns nothing, because the packed
+weight is already in its place), and what is left to do at the end (choose kernels, leave the report). The same class
+serves a checkpoint in full precision, packed on the way in, and a folder that is low-bit already.
 
-What differs between minor versions of transformers 5 is met here and nowhere else: arguments are taken by name and extra ones ignored.
+What differs between minor versions of transformers 5 is met here and nowhere else: arguments are taken by name and
+extra ones ignored.
 """
 
 from __future__ import annotations
@@ -289,8 +290,9 @@ def attach(
     model.hf_quantizer = quantizer
     model.config.quantization_config = config
     model.quantization_method = form.method
-    # peft asks for a model "loaded in k bits". The flag for four would send `num_parameters` to bitsandbytes, the one for eight
-    # does not; `is_quantized` stays off, or transformers would refuse `.half()` and `.float()`, which our layers follow.
+    # peft asks for a model "loaded in k bits". The flag for four would send `num_parameters` to bitsandbytes, the one
+    # for eight does not; `is_quantized` stays off, or transformers would refuse `.half()` and `.float()`, which our
+    # layers follow.
     model.is_loaded_in_8bit = True
     model.is_quantized = False
     keep_renamings_only_(model)

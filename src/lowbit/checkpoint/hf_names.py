@@ -1,8 +1,8 @@
 """Names: what a transformers model calls its weights, and what its checkpoints call them.
 
 transformers renames weights while it loads (`WeightRenaming`) and fuses the experts of a mixture into one 3-D weight
-(`WeightConverter`). A saved folder speaks the checkpoint's language, so that other readers find what they expect; this file is the
-only one that looks into transformers' tables of names.
+(`WeightConverter`). A saved folder speaks the checkpoint's language, so that other readers find what they expect; this
+file is the only one that looks into transformers' tables of names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-# An expert's weight in the checkpoint -> a row of the fused weight: stacked over experts, then joined along the outputs.
+# An expert's weight in the checkpoint -> a row of the fused weight: stacked over experts, then joined along the
+# outputs.
 _FUSING_STEPS = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 

@@ -1,8 +1,8 @@
 """Where the packed weights of a model are, and what each is called.
 
-A `Held` is one packed weight at one place. A head tied to its embedding is two places with one weight: the second says `tied_to`.
-The path of a linear, an embedding or a convolution is that of its module; a module of experts holds two weights and each has the path
-that its dense parameter had (`...experts.gate_up_proj`).
+A `Held` is one packed weight at one place. A head tied to its embedding is two places with one weight: the second says
+`tied_to`. The path of a linear, an embedding or a convolution is that of its module; a module of experts holds two
+weights and each has the path that its dense parameter had (`...experts.gate_up_proj`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Give back the memory of a checkpoint that has been read.
 
-safetensors maps its files into memory. Pages that were read count as the process's own until they are unmapped, which transformers
-does when all is loaded: by then a 2.2 GB checkpoint weighs 2.2 GB beside its packed copy. The pages are clean copies of the file, so
-the kernel may take them back at any time (`madvise` with MADV_DONTNEED) and reads them again if somebody asks. Linux only; elsewhere
-nothing happens and loading takes the more memory.
+safetensors maps its files into memory. Pages that were read count as the process's own until they are unmapped, which
+transformers does when all is loaded: by then a 2.2 GB checkpoint weighs 2.2 GB beside its packed copy. The pages are
+clean copies of the file, so the kernel may take them back at any time (`madvise` with MADV_DONTNEED) and reads them
+again if somebody asks. Linux only; elsewhere nothing happens and loading takes the more memory.
 """
 
 from __future__ import annotations

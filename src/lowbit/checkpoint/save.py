@@ -1,13 +1,13 @@
 """Save: a low-bit model as a Hugging Face folder that other tools read too.
 
-    config.json               with quantization_config: compressed-tensors where it can say everything, else lowbit's own method
-    model*.safetensors        shards, and an index where there are several
-    lowbit_report.json        what happened to every weight
-    generation_config.json, tokenizer, processor, chat template, remote code, licence: as they came with the model
+    config.json               with quantization_config: compressed-tensors where it can say everything, else lowbit's
+    own method model*.safetensors        shards, and an index where there are several lowbit_report.json        what
+    happened to every weight generation_config.json, tokenizer, processor, chat template, remote code, licence: as they
+    came with the model
 
-Shards are made and written one at a time, so saving needs room for one of them. A model that is not transformers' own has a
-`lowbit.json` in the place of config.json. `model.save_pretrained` of transformers writes the same config and tensors (see `hf.py`),
-but without the rename at the end.
+Shards are made and written one at a time, so saving needs room for one of them. A model that is not transformers' own
+has a `lowbit.json` in the place of config.json. `model.save_pretrained` of transformers writes the same config and
+tensors (see `hf.py`), but without the rename at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from lowbit.errors import CheckpointError
 DEFAULT_SHARD = "5GB"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?")
-# What travels along with a model: everything small that is not weights. These suffixes, and licences whatever they are called.
+# What travels along with a model: everything small that is not weights. These suffixes, and licences whatever they are
+# called.
 _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _WRITTEN = (CONFIG, OWN_CONFIG, REPORT, INDEX, "generation_config.json", "pytorch_model.bin.index.json", "quantize_config.json")
@@ -81,15 +82,15 @@ def recipe_fields(model: nn.Module) -> dict[str, Any]:
 
 
 def source_folder(model: nn.Module) -> Path | None:
-    """The local folder that a model was read from."""
+    """The local folder, or GGUF file, that a model was read from."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    return Path(name) if name and Path(name).is_dir() else None
+    return Path(name) if name and Path(name).exists() else None
 
 
 def _refuse_to_replace_source(target: Path, source: Path | None, model: nn.Module) -> None:
     if source is None or not target.exists() or not target.samefile(source):
         return
-    if not (source / REPORT).exists():
+    if source.is_dir() and not (source / REPORT).exists():
         raise CheckpointError(f"cannot save to {target}: the full-precision model is there and would be lost; choose another folder")
 
 
@@ -149,6 +150,11 @@ def untied(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer, processor, remote code, templates and licences."""
+    if source.is_file():
+        from lowbit.checkpoint.gguf_source import write_tokenizer
+
+        write_tokenizer(source, folder)
+        return
     for path in sorted(source.iterdir()):
         licence = path.name.upper().startswith(_LICENCES)
         if path.is_file() and path.name not in _WRITTEN and (path.suffix in _COMPANIONS or licence):

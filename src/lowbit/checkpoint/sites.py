@@ -1,11 +1,12 @@
 """Sites: the places of a model that is being loaded where a packed weight goes.
 
-transformers builds a model without weights and hands them over one tensor at a time. Here each tensor either is packed at once and let
-go (`Packing`: the checkpoint is in full precision) or is put in place as it is (`Reading`: the checkpoint is packed). In both cases
-the dense module stays until its weight is there and is then replaced, together with all modules tied to it; two weights make a module
-of experts, so the first waits for the second.
+transformers builds a model without weights and hands them over one tensor at a time. Here each tensor either is packed
+at once and let go (`Packing`: the checkpoint is in full precision) or is put in place as it is (`Reading`: the
+checkpoint is packed). In both cases the dense module stays until its weight is there and is then replaced, together
+with all modules tied to it; two weights make a module of experts, so the first waits for the second.
 
-transformers must not see packed weights as missing: their names are taken out of its set of missing keys and out of its list of ties.
+transformers must not see packed weights as missing: their names are taken out of its set of missing keys and out of
+its list of ties.
 """
 
 from __future__ import annotations

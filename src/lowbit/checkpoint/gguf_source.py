@@ -1,0 +1,67 @@
+"""A GGUF file as the source of a transformers model: unpacked tensor by tensor as the loader asks, and its tokenizer written out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.errors import CheckpointError
+from lowbit.interop.gguf import GgufModel, GgufTensor, open_gguf
+
+_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """One tensor of a file, read when it is indexed: what transformers' loader takes in the place of a tensor."""
+
+    tensor: GgufTensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.tensor.shape)
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        name = _NAMES[self.dtype]
+        values = torch.from_numpy(self.tensor.read(name))
+        return (values.view(torch.bfloat16) if self.dtype == torch.bfloat16 else values)[index]
+
+
+def gguf_file(source: Path, named: str | None) -> Path | None:
+    """The GGUF file that a source means: itself, the one named in it, or the only one in a folder without other weights."""
+    if source.is_file() and source.suffix == ".gguf":
+        return source
+    if named is not None:
+        if not (source / named).is_file():
+            raise CheckpointError(f"{source} has no file {named}")
+        return source / named
+    if not source.is_dir() or (source / "config.json").exists():
+        return None
+    found = sorted(source.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise CheckpointError(f"{source} holds several GGUF files ({names}); say which with gguf_file=")
+    return found[0] if found else None
+
+
+def lazy_tensors(gguf: GgufModel, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    return {name: LazyTensor(tensor, dtype) for name, tensor in gguf.tensors.items()}
+
+
+def write_tokenizer(path: Path, folder: Path) -> None:
+    """The tokenizer of a GGUF file as the files that transformers reads."""
+    gguf = open_gguf(path)
+    config = dict(gguf.tokenizer_config)
+    template = config.pop("chat_template", None)
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").write_text(gguf.tokenizer_json(), encoding="utf-8")

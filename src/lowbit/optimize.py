@@ -1,0 +1,120 @@
+"""One line for a model that is already there: `optimize_model(model)`, and `explain(model)` for what became of it.
+
+    model = lowbit.optimize_model(model, low_bit="sym_int4")
+    model.lowbit_report                 what happened to every weight
+    model.save_low_bit("folder")        written so that transformers and others read it
+    print(lowbit.explain(model))        which kernel runs each layer, and why the faster ones refused
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lowbit.checkpoint.hf_names import is_transformers_model
+from lowbit.checkpoint.keywords import Choices, as_dtype, build_recipe, cast_of, known_keywords
+from lowbit.checkpoint.layout import held_weights
+from lowbit.checkpoint.save import save_low_bit
+from lowbit.errors import RecipeError
+from lowbit.formats import Format
+from lowbit.kernels.table import refusals
+from lowbit.layers import prepare_
+from lowbit.quantize import finish, quantize_
+
+def optimize_model(
+    model: nn.Module,
+    low_bit: str | Format | None = "sym_int4",
+    optimize_llm: bool = True,
+    modules_to_not_convert: list[str] | str | None = None,
+    cpu_embedding: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Make a model low-bit in place; returns it.
+
+    `low_bit` is a format or an old system's name for one; a plain dtype (`bf16`) casts the model, and None leaves its weights alone.
+    `modules_to_not_convert` names layers to leave out, by any part of their path. `cpu_embedding` leaves the embedding dense.
+    `optimize_llm` is kept for old scripts: kernels are chosen per layer in any case. Further keywords are the fields of `Choices`.
+    """
+    if not isinstance(model, nn.Module):
+        raise RecipeError(f"optimize_model takes a torch module, not a {type(model).__name__}")
+    choices = Choices(**known_keywords(kwargs, "optimize_model"))
+    cast = cast_of(low_bit, choices)
+    if cast is not None or choices.torch_dtype is not None:
+        model.to(cast or as_dtype(choices.torch_dtype))
+    if low_bit is None and choices.recipe is None or cast is not None:
+        return model
+    if held_weights(model):
+        warnings.warn("the model is low-bit already and was left as it is", stacklevel=2)
+        return model
+    recipe = build_recipe(low_bit, modules_to_not_convert, cpu_embedding, choices)
+    report = quantize_(model, recipe, choices.progress, prepare=False)
+    if is_transformers_model(model):
+        from lowbit.checkpoint.hf import Job, attach
+
+        attach(model, report, recipe, job=Job(choices.kernel, choices.compute))
+        return model
+    for held in held_weights(model):
+        held.weight.compute = choices.compute
+    prepare_(model, choices.kernel)
+    finish(model, report, prepare=False)
+    model.lowbit_recipe = recipe  # type: ignore[assignment]
+    model.save_low_bit = partial(save_low_bit, model)  # type: ignore[assignment]
+    return model
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed weight: what runs it, and why each faster kernel does not."""
+
+    path: str
+    role: str
+    format: str
+    shape: tuple[int, ...]
+    device: str
+    kernel: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernel runs each packed weight of a model. Prints as a table, equal rows folded into one."""
+
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no weight of this model is packed; optimize_model packs them"
+        folded: dict[tuple[str, str, str, tuple[tuple[str, str], ...]], list[Row]] = {}
+        for row in self.rows:
+            folded.setdefault((row.kernel, row.device, row.format, row.refused), []).append(row)
+        lines = []
+        for (kernel, device, format, refused), rows in folded.items():
+            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+            lines.append(f"{kernel} on {device}: {format}, {rows[0].path} {list(rows[0].shape)}{more}")
+            lines += [f"    not {name}: {reason}" for name, reason in refused]
+        lines += [f"dense: {path}: {reason}" for path, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Which kernel runs each packed weight, and why each kernel before it in the table refused."""
+    rows = []
+    for held in held_weights(model):
+        weight = held.weight
+        device = weight.device.type
+        kernel = weight.kernel.name if weight.kernel else "chosen at first use"
+        refused = []
+        for name, reason in refusals(weight.format, weight.shape, device, weight.compute):
+            if name == kernel:
+                break
+            if reason:
+                refused.append((name, reason))
+        rows.append(Row(held.path, held.role, weight.format.name, weight.shape, device, kernel, tuple(refused)))
+    report = getattr(model, "lowbit_report", None)
+    skipped = [(row.path, row.reason) for row in report.skipped] if report else []
+    return Explanation(rows, skipped)
