@@ -4,8 +4,9 @@
     model = lowbit.AutoModelForCausalLM.from_pretrained(folder, load_in_4bit=True)
     model = lowbit.optimize_model(any_torch_module, low_bit="int4")
 
-The public names are imported when first used, so that `import lowbit` itself costs milliseconds and needs no torch. Importing it lets
-transformers read and write low-bit folders: the hook waits until transformers is imported and then adds one quantiser.
+The public names are imported when first used, so that `import lowbit` itself costs milliseconds and needs no torch.
+Importing it lets transformers read and write low-bit folders: the hook waits until transformers is imported and then
+adds one quantiser.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from lowbit import hook
 __version__ = "0.1.0"
 
 _HOMES = {
-    "errors": ("FormatError", "CheckpointError", "KernelError", "LowbitError", "MissingPackageError", "RecipeError", "WeightError"),
+    "errors": (
+        "CheckpointError",
+        "FormatError",
+        "KernelError",
+        "LowbitError",
+        "MissingPackageError",
+        "RecipeError",
+        "WeightError",
+    ),
     "formats": ("FORMATS", "Format", "format_from_name"),
     "recipe": ("RECIPES", "Recipe"),
     "report": ("Report",),
@@ -40,7 +49,7 @@ _HOMES = {
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [*sorted(_HOME_OF), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_HOME_OF), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

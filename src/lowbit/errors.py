@@ -46,7 +46,9 @@ class MissingPackageError(LowbitError, ImportError):
     """An optional package is absent."""
 
     def __init__(self, package: str, purpose: str, extra: str) -> None:
-        super().__init__(f"{purpose} needs the package '{package}', which is not installed: pip install 'lowbit[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed: pip install 'lowbit[{extra}]'"
+        )
         self.package = package
 
 

@@ -7,8 +7,8 @@ A weight row is cut into groups of `group_size` along the input axis, and each g
     float       w = scale * levels[code]           the same arithmetic; the table is a small floating point type
     kquant      a super-block of 256 weights packed as GGUF packs it; scales live inside the block
 
-A `Format` is a frozen value that checks itself, so that a name, its fields and the saved configuration are three spellings of
-one thing: `format_from_name(f.name) == f` for every format. Names follow a grammar
+A `Format` is a frozen value that checks itself, so that a name, its fields and the saved configuration are three
+spellings of one thing: `format_from_name(f.name) == f` for every format. Names follow a grammar
 
     int4  int4_asym  int4_g32  int4_channel  int3_asym_g64_bf16  nf4_g64_dq  fp8_e4m3_tensor  w8a8  q4_k
 
@@ -33,7 +33,8 @@ KINDS = ("int", "codebook", "float", "kquant")
 PER_CHANNEL = -1
 PER_TENSOR = 0
 DEFAULT_GROUP = 64
-# Second-level blocks of 256 scales, 8 bit each: what QLoRA uses, 0.127 bit per weight at groups of 64 instead of 0.25 in fp16.
+# Second-level blocks of 256 scales, 8 bit each: what QLoRA uses, 0.127 bit per weight at groups of 64 instead of 0.25
+# in fp16.
 DOUBLE_QUANT_BLOCK = 256
 SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "e8m0": 8, "e4m3": 8}
 
@@ -58,9 +59,13 @@ class Format:
         if not 2 <= self.bits <= 8:
             raise FormatError(f"format {self.name}: {self.bits} bits; lowbit stores 2 to 8")
         if self.group_size < PER_CHANNEL:
-            raise FormatError(f"format {self.name}: group size {self.group_size}; use a positive size, or {PER_CHANNEL} per channel")
+            raise FormatError(
+                f"format {self.name}: group size {self.group_size}; use a positive size, or {PER_CHANNEL} per channel"
+            )
         if self.scale_dtype not in SCALE_BITS:
-            raise FormatError(f"format {self.name}: scale type {self.scale_dtype!r}, {nearest(self.scale_dtype, SCALE_BITS)}")
+            raise FormatError(
+                f"format {self.name}: scale type {self.scale_dtype!r}, {nearest(self.scale_dtype, SCALE_BITS)}"
+            )
         if self.kind in ("codebook", "float") and self.table not in LEVELS:
             raise FormatError(f"format {self.name}: no table of levels named {self.table!r}")
         if not self.symmetric and self.kind != "int":
@@ -171,7 +176,7 @@ def _float_levels(exponent_bits: int, mantissa_bits: int, bias: int, largest: fl
 
 
 def _normal_levels(bits: int) -> tuple[float, ...]:
-    """QLoRA's construction for other widths: evenly spaced quantiles on each side of an exact zero, one more positive than negative."""
+    """QLoRA's construction for other widths: evenly spaced quantiles on each side of an exact zero, one more above it."""
     count = 1 << bits
     outermost = 1 - (1 / (2 * count) + 1 / (2 * (count - 1))) / 2
     quantile = NormalDist().inv_cdf
@@ -224,7 +229,9 @@ _BASES: dict[str, Format] = {
 }
 
 _SCALE_SUFFIX = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-_SUFFIX = re.compile(r"(?:_(?P<asym>asym))?(?:_(?P<group>g\d+|channel|tensor))?(?:_(?P<scale>fp16|bf16|fp32))?(?:_(?P<double>dq))?$")
+_SUFFIX = re.compile(
+    r"(?:_(?P<asym>asym))?(?:_(?P<group>g\d+|channel|tensor))?(?:_(?P<scale>fp16|bf16|fp32))?(?:_(?P<double>dq))?$"
+)
 
 # What the five systems called these formats. `sym_int4` and its kin used groups of 64 (BigDL-LLM's ggml blocks).
 ALIASES: dict[str, str] = {
@@ -261,8 +268,8 @@ MIXTURES: dict[str, tuple[str, str, str]] = {
     "gguf_q4k_m": ("q4_k", "q6_k", "q6_k"),
     "gguf_q4k_s": ("q4_k", "q6_k", "q5_k"),
 }
-NOT_YET = {name: "the iq types need their own grids and an importance matrix" for name in (
-    "gguf_iq2_xxs", "gguf_iq2_xs", "gguf_iq1_s", "gguf_iq1_m", "iq2_xxs", "iq2_xs", "iq1_s", "iq1_m")}  # fmt: skip
+_IQ_TYPES = ("gguf_iq2_xxs", "gguf_iq2_xs", "gguf_iq1_s", "gguf_iq1_m", "iq2_xxs", "iq2_xs", "iq1_s", "iq1_m")
+NOT_YET = dict.fromkeys(_IQ_TYPES, "the iq types need their own grids and an importance matrix")
 
 
 def _rename(format: Format) -> Format:
@@ -329,7 +336,9 @@ def _with_suffix(base: Format, match: re.Match[str]) -> Format:
     if changes and (base.kind == "kquant" or SCALE_BITS[base.scale_dtype] == 8):
         raise FormatError(f"format {base.name} has a fixed layout and takes no suffix; write just {base.name}")
     if changes.get("group_size", 1) == 0 and match["group"] not in ("tensor",):
-        raise FormatError(f"format {base.name}: a group must hold at least one weight; use {base.name}_channel for whole rows")
+        raise FormatError(
+            f"format {base.name}: a group must hold at least one weight; use {base.name}_channel for whole rows"
+        )
     return _rename(dataclasses.replace(base, **changes))
 
 

@@ -3,8 +3,8 @@
     core_quantize   weight -> PackedTensor      one pass over the weight, one slice of each row in cache
     core_unpack     PackedTensor -> weight
 
-`grid.py` is the definition and serves every other device; the tests hold the two together bit for bit. Both functions give None for
-what the core has no code for, and then the definition itself does the work.
+`grid.py` is the definition and serves every other device; the tests hold the two together bit for bit. Both functions
+give None for what the core has no code for, and then the definition itself does the work.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@
     LowBitConv       takes the place of nn.Conv1d/2d/3d: packed as [out, in * kernel], unpacked per call
     LowBitExperts    takes the place of the fused experts of transformers 5: 3-D weights [experts, out, in]
 
-A PackedWeight holds one form at a time: the canonical buffers of PackedTensor, or what its kernel prepared from them. `packed()`
-gives the canonical form whichever it is, the state dict always holds it, and moving to another device goes through it. Buffers keep
-their types: `.half()` or `.to(torch.bfloat16)` on a model changes what it computes in, never what is stored. A head tied to its
-embedding is a LowBitLinear over the same PackedWeight, so tied weights are stored once.
+A PackedWeight holds one form at a time: the canonical buffers of PackedTensor, or what its kernel prepared from them.
+`packed()` gives the canonical form whichever it is, the state dict always holds it, and moving to another device goes
+through it. Buffers keep their types: `.half()` or `.to(torch.bfloat16)` on a model changes what it computes in, never
+what is stored. A head tied to its embedding is a LowBitLinear over the same PackedWeight, so tied weights are stored
+once.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import nn
 
 from lowbit.formats import Format
 from lowbit.grid import effective_scales, unpack
-from lowbit.kernels.table import Kernel, choose
 from lowbit.kernels.autograd import multiply
+from lowbit.kernels.table import Kernel, choose
 from lowbit.packing import BUFFERS, PackedTensor
 
 
@@ -201,7 +202,12 @@ class LowBitConv(nn.Module):
         self.bias = conv.bias
         self.weight_shape = tuple(conv.weight.shape)
         self.functional = getattr(nn.functional, type(conv).__name__.lower())
-        self.options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+        self.options = {
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+        }
         self.pads = conv._reversed_padding_repeated_twice if conv.padding_mode != "zeros" else None
         self.padding_mode = conv.padding_mode
 
@@ -225,8 +231,9 @@ class LowBitConv(nn.Module):
 class LowBitExperts(nn.Module):
     """The experts of a mixture, as transformers 5 fuses them: one 3-D weight for gate and up, one for down.
 
-    Tokens are sorted by expert, so each expert that was routed to is multiplied once over its own rows. `apply_gate` is the
-    original module's own function from the first product to the input of the second, so that every family's activation is kept.
+    Tokens are sorted by expert, so each expert that was routed to is multiplied once over its own rows. `apply_gate`
+    is the original module's own function from the first product to the input of the second, so that every family's
+    activation is kept.
     """
 
     def __init__(
@@ -250,8 +257,10 @@ class LowBitExperts(nn.Module):
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden [tokens, width], top_k_index and top_k_weights [tokens, k] -> [tokens, width]."""
         output = torch.zeros_like(hidden)
-        for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:  # transformers marks tokens that stay on another rank by an index past the last
+        for expert in torch.unique(top_k_index).tolist():
+            if (
+                expert >= self.num_experts
+            ):  # transformers marks tokens that stay on another rank by an index past the last
                 continue
             token, slot = torch.where(top_k_index == expert)
             inner = self.apply_gate(self._product(self.up_name, expert, hidden[token]))

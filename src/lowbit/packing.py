@@ -2,16 +2,15 @@
 
 A weight [.., out, in] becomes a few plain arrays (shapes for an integer or codebook format, G groups along `in`):
 
-    codes         int32 [.., out, words]   each row one dense bit stream, least significant bit first, element i at bit i*bits
-    scales        [.., out, G]             fp16 / bf16 / fp32, or 8 bit (see Format)
-    zeros         uint8 [.., out, G]       asymmetric integers only
-    scale_scales  fp32 [blocks]            second level: scale = scales[i] * scale_scales[i // scale_block] + scale_offset
-    scale_offset  fp32 [1]
-    order         int32 [in]               a permutation of the input, where an algorithm needs one
+    codes         int32 [.., out, words]   each row one dense bit stream, least significant bit first, element i at bit
+    i*bits scales        [.., out, G]             fp16 / bf16 / fp32, or 8 bit (see Format) zeros         uint8 [..,
+    out, G]       asymmetric integers only scale_scales  fp32 [blocks]            second level: scale = scales[i] *
+    scale_scales[i // scale_block] + scale_offset scale_offset  fp32 [1] order         int32 [in]               a
+    permutation of the input, where an algorithm needs one
 
-The bit stream equals compressed-tensors' `weight_packed`, so our saved form is theirs, byte for byte. k-quants keep GGUF's blocks
-in `codes` as uint8 and have nothing else. The class holds numpy arrays or torch tensors alike and imports neither: it only slices
-and names. `pack` and `unpack`, which compute, are in `bits.py`.
+The bit stream equals compressed-tensors' `weight_packed`, so our saved form is theirs, byte for byte. k-quants keep
+GGUF's blocks in `codes` as uint8 and have nothing else. The class holds numpy arrays or torch tensors alike and
+imports neither: it only slices and names. `pack` and `unpack`, which compute, are in `bits.py`.
 """
 
 from __future__ import annotations
@@ -75,7 +74,9 @@ class PackedTensor:
         """One expert of a [experts, out, in] weight, sharing memory."""
         if len(self.shape) != 3:
             raise WeightError(f"a weight of shape {list(self.shape)} has no experts axis")
-        parts = {n: t if n in ("order", "scale_offset", "scale_scales") else t[index] for n, t in self.tensors().items()}
+        parts = {
+            n: t if n in ("order", "scale_offset", "scale_scales") else t[index] for n, t in self.tensors().items()
+        }
         if self.format.scale_block:
             parts["scale_scales"] = self._expert_scale_scales(index)
         return PackedTensor(self.format, self.shape[1:], **parts)
@@ -97,9 +98,13 @@ class PackedTensor:
         The only code that knows how each array splits. A cut along the input must fall on whole groups and whole words.
         """
         if axis not in (0, 1) or not 0 <= rank < world:
-            raise WeightError(f"cannot cut axis {axis} for rank {rank} of {world}; the axis is 0 (outputs) or 1 (inputs)")
+            raise WeightError(
+                f"cannot cut axis {axis} for rank {rank} of {world}; the axis is 0 (outputs) or 1 (inputs)"
+            )
         if self.scale_scales is not None and self.format.scale_block:
-            raise WeightError(f"{self.format} has doubly quantised scales, whose blocks cross rows; shard a format without _dq")
+            raise WeightError(
+                f"{self.format} has doubly quantised scales, whose blocks cross rows; shard a format without _dq"
+            )
         return self._shard_outputs(rank, world) if axis == 0 else self._shard_inputs(rank, world)
 
     def _shard_outputs(self, rank: int, world: int) -> PackedTensor:
@@ -120,11 +125,15 @@ class PackedTensor:
     def _shard_inputs(self, rank: int, world: int) -> PackedTensor:
         in_features, format = self.shape[-1], self.format
         if self.order is not None:
-            raise WeightError("a weight with reordered inputs cannot be cut along the input; quantise without act-order")
+            raise WeightError(
+                "a weight with reordered inputs cannot be cut along the input; quantise without act-order"
+            )
         step = in_features // world
         unit = format.block.weights if format.block else max(format.group_size, 1)
         if in_features % world or step % unit or (step * format.bits) % 32:
-            raise WeightError(f"{in_features} inputs in groups of {unit} do not divide into whole groups over {world} ranks")
+            raise WeightError(
+                f"{in_features} inputs in groups of {unit} do not divide into whole groups over {world} ranks"
+            )
         width = self.codes.shape[-1] // world
         parts = {"codes": self.codes[..., rank * width : (rank + 1) * width]}
         for name in ("scales", "zeros"):
@@ -154,8 +163,16 @@ def empty_buffers(format: Format, shape: tuple[int, ...], library: Any) -> dict[
     """Room for the arrays of a weight, made by `numpy` or `torch`. bf16 scales need torch; numpy gives their bits as uint16."""
     bfloat16 = getattr(library, "bfloat16", None) or library.uint16
     small = SCALE_BITS[format.scale_dtype] == 8
-    scale_dtype = library.uint8 if small else bfloat16 if format.scale_dtype == "bfloat16" else getattr(library, format.scale_dtype)
-    buffers = {"codes": library.empty(code_shape(format, shape), dtype=library.uint8 if format.block else library.int32)}
+    scale_dtype = (
+        library.uint8
+        if small
+        else bfloat16
+        if format.scale_dtype == "bfloat16"
+        else getattr(library, format.scale_dtype)
+    )
+    buffers = {
+        "codes": library.empty(code_shape(format, shape), dtype=library.uint8 if format.block else library.int32)
+    }
     if format.block:
         return buffers
     buffers["scales"] = library.empty(scale_shape(format, shape), dtype=scale_dtype)

@@ -1,7 +1,7 @@
 """The driver: model and recipe in, the same model with low-bit modules out, and a report of every weight.
 
-RTN needs no activations, so weights are packed one at a time in the order of the model, and each dense weight is let go before the
-next is read: the room needed is that of one weight.
+RTN needs no activations, so weights are packed one at a time in the order of the model, and each dense weight is let
+go before the next is read: the room needed is that of one weight.
 """
 
 from __future__ import annotations
@@ -135,5 +135,7 @@ def _skipped(target: Target, reason: str) -> Skipped:
 
 def _nothing_to_do(report: Report) -> str:
     if report.skipped:
-        return f"nothing was packed: {len(report.skipped)} weights were left, the first because {report.skipped[0].reason}"
+        return (
+            f"nothing was packed: {len(report.skipped)} weights were left, the first because {report.skipped[0].reason}"
+        )
     return "the model has no Linear, Embedding, convolution or experts that could be packed"

@@ -1,8 +1,9 @@
 """Recipe: what is done to a model, as a value that is saved with it.
 
-A recipe gives each role a format (see `models.walk`), names the algorithm that rounds, and lists exceptions by path. It is frozen, and
-`Recipe.from_dict(recipe.to_dict()) == recipe`. `recipe_named` turns what users type into one: a recipe's name (`int4`), or the name of
-any format (`int3_g32`, `nf4`, `sym_int8`), which then holds for every linear and for the head.
+A recipe gives each role a format (see `models.walk`), names the algorithm that rounds, and lists exceptions by path.
+It is frozen, and `Recipe.from_dict(recipe.to_dict()) == recipe`. `recipe_named` turns what users type into one: a
+recipe's name (`int4`), or the name of any format (`int3_g32`, `nf4`, `sym_int8`), which then holds for every linear
+and for the head.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{len(self.layers)} weights packed, {len(self.skipped)} left as they are",
-            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB, {self.bits_per_weight:.2f} bits per packed weight",
+            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB, "
+            f"{self.bits_per_weight:.2f} bits per packed weight",
         ]
         lines += [f"  left: {row.path}: {row.reason}" for row in self.skipped]
         return "\n".join(lines)

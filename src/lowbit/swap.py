@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +20,7 @@ def low_bit_module(target: Target, weights: list[PackedWeight]) -> nn.Module:
 
 
 def _low_bit_module(target: Target, weights: list[PackedWeight]) -> nn.Module:
-    module = target.module
+    module: Any = target.module
     if target.role == "embedding":
         # Gemma keeps its scale twice: as a buffer, which has no value while a model is being loaded, and as a number.
         scale = float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
@@ -37,11 +39,11 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
-def _experts(module: nn.Module, weights: list[PackedWeight]) -> LowBitExperts:
+def _experts(module: Any, weights: list[PackedWeight]) -> LowBitExperts:
     up = up_name(module)
     biases = [getattr(module, f"{name}_bias", None) for name in (up, "down_proj")]
     # What is left of the original once its weights are gone still knows the activation and its limits.
     for name in list(module._parameters):
         del module._parameters[name]
-    gate = partial(type(module)._apply_gate, module) if up == "gate_up_proj" else module.act_fn  # type: ignore[attr-defined]
+    gate = partial(type(module)._apply_gate, module) if up == "gate_up_proj" else module.act_fn
     return LowBitExperts(weights[0], weights[1], gate, biases[0], biases[1], up)

@@ -12,8 +12,18 @@ from lowbit.kernels.table import CORE, KERNELS, choose, refusals
 from lowbit.layers import LowBitLinear, PackedWeight
 
 ROWS = (1, 2, 8, 16, 17, 31, 33, 256)
-FORMAT_NAMES = [*FORMATS, "int4_g32", "int4_asym", "int2_asym_g16", "int8_channel", "int4_g128_bf16", "int5_fp32", "nf4_g32"]
-# Relative to the norm of the product. fp32: order of sums. int8: activations rounded to 1/127 of the largest of their group.
+FORMAT_NAMES = [
+    *FORMATS,
+    "int4_g32",
+    "int4_asym",
+    "int2_asym_g16",
+    "int8_channel",
+    "int4_g128_bf16",
+    "int5_fp32",
+    "nf4_g32",
+]
+# Relative to the norm of the product. fp32: order of sums. int8: activations rounded to 1/127 of the largest of their
+# group.
 TOLERANCE = {("fp32", torch.float32): 1e-6, ("fp32", torch.bfloat16): 4e-3, ("fp32", torch.float16): 5e-4}
 TOLERANCE_INT8 = 0.016
 
@@ -68,7 +78,9 @@ def test_unusual_inputs() -> None:
     assert torch.allclose(transposed, strided @ weight.T, atol=1e-4)
     assert CORE.run(torch.empty(0, 96), buffers, packed.format, packed.shape, "auto").shape == (0, 24)
     batch = torch.randn(2, 3, 96, dtype=torch.float64)
-    assert torch.allclose(CORE.run(batch, buffers, packed.format, packed.shape, "fp32"), batch @ weight.T.double(), atol=1e-4)
+    assert torch.allclose(
+        CORE.run(batch, buffers, packed.format, packed.shape, "fp32"), batch @ weight.T.double(), atol=1e-4
+    )
 
 
 def test_zeros_stay_zero_and_large_values_stay_finite() -> None:

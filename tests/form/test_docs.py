@@ -1,7 +1,8 @@
 """Every code block of the README and the docs runs, and every example too.
 
-The blocks of one page run in order in one empty folder: python blocks in a process each, shell blocks line by line. Lines that set
-the project up (`make`, `pip`, `git`, `cd`) are what brought this test here and are checked for existing targets only.
+The blocks of one page run in order in one empty folder: python blocks in a process each, shell blocks line by line.
+Lines that set the project up (`make`, `pip`, `git`, `cd`) are what brought this test here and are checked for existing
+targets only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ SECONDS = 300
 def run(command: list[str], folder: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     result = subprocess.run(
-        command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=SECONDS, input="", check=False
+        command,
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        input="",
+        check=False,
     )
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
 

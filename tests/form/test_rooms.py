@@ -30,7 +30,17 @@ ROWS = [
 ]
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 # Rooms that the engine and the readers of containers stand on.
-WITHOUT_TORCH = ["errors", "formats", "packing", "core", "models.spec", "models.families", "kernels.cpu", "interop.gguf", "cli"]
+WITHOUT_TORCH = [
+    "errors",
+    "formats",
+    "packing",
+    "core",
+    "models.spec",
+    "models.families",
+    "kernels.cpu",
+    "interop.gguf",
+    "cli",
+]
 OPTIONAL = {"gguf", "peft", "accelerate", "compressed_tensors", "openvino", "triton", "deepspeed", "libcst"}
 
 
@@ -79,7 +89,9 @@ def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_sizes(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
-    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions(path) if f.end_lineno and f.end_lineno - f.lineno >= 60}
+    long = {
+        f.name: f.end_lineno - f.lineno + 1 for f in functions(path) if f.end_lineno and f.end_lineno - f.lineno >= 60
+    }
     assert not long
 
 

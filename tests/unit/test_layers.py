@@ -106,12 +106,24 @@ def test_custom_op_is_well_formed() -> None:
 
     packed = quantize(torch.randn(8, 64), as_format("int4_g32"))
     names = ",".join(packed.tensors())
-    arguments = (torch.randn(2, 64, requires_grad=True), list(packed.tensors().values()), names, "reference", "int4_g32", [8, 64], "auto")
-    results = torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    arguments = (
+        torch.randn(2, 64, requires_grad=True),
+        list(packed.tensors().values()),
+        names,
+        "reference",
+        "int4_g32",
+        [8, 64],
+        "auto",
+    )
+    results = torch.library.opcheck(
+        op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("format", ["int4", "int8_channel", "nf4", "int4_dq", "nvfp4", "mxfp4", "q6_k", "fp8_e5m2_tensor_fp32", "int3_asym"])
+@pytest.mark.parametrize(
+    "format", ["int4", "int8_channel", "nf4", "int4_dq", "nvfp4", "mxfp4", "q6_k", "fp8_e5m2_tensor_fp32", "int3_asym"]
+)
 def test_embedding_looks_up_unpacked_rows(format: str) -> None:
     packed = quantize(torch.randn(50, 256), as_format(format))
     layer = LowBitEmbedding(PackedWeight(packed), padding_idx=0)

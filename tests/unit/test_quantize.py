@@ -20,7 +20,13 @@ from lowbit.report import Report
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 200}
 LLAMA = transformers.LlamaConfig(**SMALL, intermediate_size=160, num_key_value_heads=2)
 TIED = transformers.LlamaConfig(**SMALL, intermediate_size=160, num_key_value_heads=2, tie_word_embeddings=True)
-MOE = {"num_experts": 8, "num_experts_per_tok": 2, "head_dim": 16, "moe_intermediate_size": 96, "num_key_value_heads": 2}
+MOE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "head_dim": 16,
+    "moe_intermediate_size": 96,
+    "num_key_value_heads": 2,
+}
 CONFIGS = {
     "llama": LLAMA,
     "tied": TIED,
@@ -28,7 +34,9 @@ CONFIGS = {
     "mixtral": transformers.MixtralConfig(**SMALL, intermediate_size=96, num_local_experts=4, num_key_value_heads=2),
     "gpt_oss": transformers.GptOssConfig(**SMALL, intermediate_size=64, num_local_experts=4, head_dim=16, num_key_value_heads=2),
     "gpt2": transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=200, bos_token_id=1, eos_token_id=2),
-    "opt": transformers.OPTConfig(hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=200, word_embed_proj_dim=64),
+    "opt": transformers.OPTConfig(
+        hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=200, word_embed_proj_dim=64
+    ),
 }  # fmt: skip
 IDS = torch.arange(12).view(1, 12) * 7 % 200
 
@@ -84,7 +92,9 @@ def test_tied_weight_stays_when_either_name_is_skipped() -> None:
 
 def test_overrides_and_skips_are_obeyed_and_reported() -> None:
     model = model_of("llama")
-    recipe = recipe_named("int4").replace(skip=("layers.1",), overrides=((r"down_proj$", as_format("int8")), (r"q_proj$", None)))
+    recipe = recipe_named("int4").replace(
+        skip=("layers.1",), overrides=((r"down_proj$", as_format("int8")), (r"q_proj$", None))
+    )
     report = quantize_(model, recipe)
     formats = {row.path: row.format for row in report.layers}
     assert formats["model.layers.0.mlp.down_proj"] == "int8"
@@ -99,7 +109,9 @@ def test_report_counts_every_byte() -> None:
     model = model_of("llama")
     before = sum(p.nbytes for p in model.parameters())
     report = quantize_(model, recipe_named("int4"))
-    after = sum(p.nbytes for p in model.parameters()) + sum(held.packed().nbytes for held in packed_weights(model).values())
+    after = sum(p.nbytes for p in model.parameters()) + sum(
+        held.packed().nbytes for held in packed_weights(model).values()
+    )
     assert report.bytes_before == before
     assert report.bytes_after == after
     assert Report.from_dict(report.to_dict()).to_dict() == report.to_dict()

@@ -15,7 +15,8 @@ from lowbit.grid import PLAIN, Search, quantize, unpack
 from lowbit.packing import PackedTensor
 
 SEARCHES = {"rtn": Search(), "plain_rtn": PLAIN}
-# Rows whose fp32 working copies stay within a few MB, so that quantising needs room for a slice of a weight, not for the weight.
+# Rows whose fp32 working copies stay within a few MB, so that quantising needs room for a slice of a weight, not for
+# the weight.
 _SLICE_WEIGHTS = 1 << 21
 
 
@@ -36,7 +37,8 @@ def relative_error(weight: torch.Tensor, packed: PackedTensor) -> float:
     flat_shape = (-1, weight.shape[-1])
     rows = max(_SLICE_WEIGHTS // weight.shape[-1], 1)
     restored = unpack(packed).reshape(flat_shape)
-    for part, other in zip(weight.reshape(flat_shape).split(rows), restored.split(rows), strict=True):
+    parts, others = torch.split(weight.reshape(flat_shape), rows), torch.split(restored, rows)
+    for part, other in zip(parts, others, strict=True):
         part = part.float()
         error += float((part - other).square().sum())
         norm += float(part.square().sum())

@@ -3,8 +3,8 @@
     forward   y  = x W^T           by the layer's kernel
     backward  dx = dy W            W unpacked for the moment of the product; the packed weight itself is frozen
 
-torch.compile sees one opaque node per layer with a known output shape, whatever kernel is behind it. Outside of compilation and of
-gradients `multiply` calls the kernel directly: the dispatcher costs more than a small product.
+torch.compile sees one opaque node per layer with a known output shape, whatever kernel is behind it. Outside of
+compilation and of gradients `multiply` calls the kernel directly: the dispatcher costs more than a small product.
 """
 
 from __future__ import annotations
@@ -68,5 +68,6 @@ def multiply(
     """x times a packed weight, through the op where compilation or gradients need it and directly where they do not."""
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         names = ",".join(buffers)
-        return linear(x, list(buffers.values()), names, kernel.name, format, list(shape), compute)
+        y: torch.Tensor = linear(x, list(buffers.values()), names, kernel.name, format, list(shape), compute)
+        return y
     return kernel.run(x, buffers, format_from_name(format), shape, compute)

@@ -1,8 +1,9 @@
 """The compiled core behind ctypes: where the library lies, the C face of a `Format`, and errors as exceptions.
 
-The library is one file, `liblowbit.so`, beside the package (or, in an editable install, on another entry of its path). It is
-loaded at the first call and not at import, so that `import lowbit` costs nothing. ctypes releases the GIL during each call.
-Arguments are plain addresses and sizes: numpy arrays and torch tensors are served alike, and neither is imported here.
+The library is one file, `liblowbit.so`, beside the package (or, in an editable install, on another entry of its path).
+It is loaded at the first call and not at import, so that `import lowbit` costs nothing. ctypes releases the GIL during
+each call. Arguments are plain addresses and sizes: numpy arrays and torch tensors are served alike, and neither is
+imported here.
 """
 
 from __future__ import annotations

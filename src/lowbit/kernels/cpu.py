@@ -6,8 +6,9 @@
     prepare     canonical buffers -> one plain uint8 buffer laid out for wide loads, and `restore`, its exact inverse
     run         y [tokens, out] = x [tokens, in] W^T + bias from the prepared buffer
 
-Every buffer is given by its address (`array.ctypes.data`, `tensor.data_ptr()`), so that the torch layers and the engine without
-torch share these functions and one copy of the weights. The caller sizes and owns the buffers; the core checks what it can.
+Every buffer is given by its address (`array.ctypes.data`, `tensor.data_ptr()`), so that the torch layers and the
+engine without torch share these functions and one copy of the weights. The caller sizes and owns the buffers; the core
+checks what it can.
 """
 
 from __future__ import annotations
@@ -141,7 +142,11 @@ def prepare(format: Format, rows: int, cols: int, packed: Canonical, prepared: i
 
 def prepare_dense(weight: Rows, prepared: int, size: int) -> None:
     """Lay a plain weight out; its rows must be contiguous."""
-    check(library().lowbit_prepare(c_dense(weight.dtype), weight.rows, weight.cols, weight.address, None, None, None, prepared, size))
+    check(
+        library().lowbit_prepare(
+            c_dense(weight.dtype), weight.rows, weight.cols, weight.address, None, None, None, prepared, size
+        )
+    )
 
 
 def dense_bytes(dtype: str, rows: int, cols: int) -> int:
@@ -151,7 +156,11 @@ def dense_bytes(dtype: str, rows: int, cols: int) -> int:
 
 def restore(prepared: int, size: int, packed: Canonical) -> None:
     """Write the canonical buffers that `prepare` read, bit for bit."""
-    check(library().lowbit_restore(prepared, size, packed.codes, packed.scales or None, packed.zeros or None, packed.scale_scales or None))
+    check(
+        library().lowbit_restore(
+            prepared, size, packed.codes, packed.scales or None, packed.zeros or None, packed.scale_scales or None
+        )
+    )
 
 
 def run(prepared: int, size: int, x: Rows, y: Rows, bias: int = 0, compute: str = "auto") -> None:

@@ -1,8 +1,8 @@
 """The CPU row: the compiled core behind torch tensors.
 
-`cpu.py` speaks in addresses and imports no torch, so that the engine can use it alone; this file turns tensors into addresses. The
-prepared form is one plain uint8 buffer laid out for wide loads. It takes the place of the canonical buffers, and the engine of the
-same model reads the same buffer, so a weight lies in memory once.
+`cpu.py` speaks in addresses and imports no torch, so that the engine can use it alone; this file turns tensors into
+addresses. The prepared form is one plain uint8 buffer laid out for wide loads. It takes the place of the canonical
+buffers, and the engine of the same model reads the same buffer, so a weight lies in memory once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The reference kernel: unpack, then multiply in torch. Every format, every device, the truth that other rows are tested against.
 
-`compute` sets the precision of the product: "auto" is that of the activations. Formats that quantise activations (w8a8) round each
-row of x to int8 with one scale, which is what an integer kernel computes:  y = (round(x / s) s) W^T,  s = max|x| / 127.
+`compute` sets the precision of the product: "auto" is that of the activations. Formats that quantise activations
+(w8a8) round each row of x to int8 with one scale, which is what an integer kernel computes:  y = (round(x / s) s) W^T,
+s = max|x| / 127.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """The kernel table: which code multiplies a packed weight, chosen once per layer, refused aloud.
 
-A `Kernel` is a row: a name, a device, a function that refuses with a sentence or accepts with None, `prepare` and its inverse
-`restore` between the canonical buffers and whatever the kernel reads, and `run`. A layer holds one form at a time, so prepared
-weights never cost memory twice, and only the canonical form is saved, sharded or exported.
+A `Kernel` is a row: a name, a device, a function that refuses with a sentence or accepts with None, `prepare` and its
+inverse `restore` between the canonical buffers and whatever the kernel reads, and `run`. A layer holds one form at a
+time, so prepared weights never cost memory twice, and only the canonical form is saved, sharded or exported.
 
     KERNELS[device type] = rows in order of preference; the last is always `reference`, which refuses nothing
 
-`choose` walks the rows when a layer is prepared, never inside `forward`. A kernel asked for by name that refuses raises.
+`choose` walks the rows when a layer is prepared, never inside `forward`. A kernel asked for by name that refuses
+raises.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def kernel_named(name: str) -> Kernel:
     return _BY_NAME[name]
 
 
-def choose(format: Format, shape: tuple[int, ...], device: str, compute: str = "auto", name: str | None = None) -> Kernel:
+def choose(
+    format: Format, shape: tuple[int, ...], device: str, compute: str = "auto", name: str | None = None
+) -> Kernel:
     """The first row of a device that takes a weight, or the one asked for by name."""
     if compute not in COMPUTE:
         raise KernelError(f"compute={compute!r} is not known: {nearest(compute, COMPUTE)}")
@@ -73,6 +76,8 @@ def choose(format: Format, shape: tuple[int, ...], device: str, compute: str = "
     return next(row for row in rows if row.refuses(format, shape, compute) is None)
 
 
-def refusals(format: Format, shape: tuple[int, ...], device: str, compute: str = "auto") -> list[tuple[str, str | None]]:
+def refusals(
+    format: Format, shape: tuple[int, ...], device: str, compute: str = "auto"
+) -> list[tuple[str, str | None]]:
     """Each row of a device with the reason why it would not take a weight, or None."""
     return [(row.name, row.refuses(format, shape, compute)) for row in rows_for(device)]

@@ -8,14 +8,15 @@ A `Target` is one weight. Roles decide which format a recipe gives it:
     conv        nn.Conv1d/2d/3d
     experts     the fused 3-D experts of transformers 5 (two weights in one module)
 
-A router that picks experts is left alone (`is_router`): rounding it changes which experts run, for a handful of weights saved.
+A router that picks experts is left alone (`is_router`): rounding it changes which experts run, for a handful of
+weights saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def is_router(path: str, module: nn.Module) -> bool:
 
 def dense_weights(target: Target) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a target, each as [.., out, in] with the suffix of its name: one, or two for experts."""
-    module = target.module
+    module: Any = target.module
     if target.role == "experts":
         for name in (up_name(module), "down_proj"):
             yield name, stored_order(target, getattr(module, name))
