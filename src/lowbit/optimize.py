@@ -1,9 +1,9 @@
 """One line for a model that is already there: `optimize_model(model)`, and `explain(model)` for what became of it.
 
-    model = lowbit.optimize_model(model, low_bit="sym_int4")
-    model.lowbit_report                 what happened to every weight
-    model.save_low_bit("folder")        written so that transformers and others read it
-    print(lowbit.explain(model))        which kernel runs each layer, and why the faster ones refused
+model = lowbit.optimize_model(model, low_bit="sym_int4")
+model.lowbit_report                 what happened to every weight
+model.save_low_bit("folder")        written so that transformers and others read it
+print(lowbit.explain(model))        which kernel runs each layer, and why the faster ones refused
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lowbit.kernels.table import refusals
 from lowbit.layers import prepare_
 from lowbit.quantize import finish, quantize_
 
+
 def optimize_model(
     model: nn.Module,
     low_bit: str | Format | None = "sym_int4",
@@ -35,9 +36,9 @@ def optimize_model(
 ) -> nn.Module:
     """Make a model low-bit in place; returns it.
 
-    `low_bit` is a format or an old system's name for one; a plain dtype (`bf16`) casts the model, and None leaves its weights alone.
+    `low_bit` is a format or an old system's name for one; a plain dtype (`bf16`) casts the model, and None leaves it alone.
     `modules_to_not_convert` names layers to leave out, by any part of their path. `cpu_embedding` leaves the embedding dense.
-    `optimize_llm` is kept for old scripts: kernels are chosen per layer in any case. Further keywords are the fields of `Choices`.
+    `optimize_llm` is kept for old scripts: kernels are chosen per layer in any case. Further keywords: the fields of `Choices`.
     """
     if not isinstance(model, nn.Module):
         raise RecipeError(f"optimize_model takes a torch module, not a {type(model).__name__}")
@@ -45,7 +46,7 @@ def optimize_model(
     cast = cast_of(low_bit, choices)
     if cast is not None or choices.torch_dtype is not None:
         model.to(cast or as_dtype(choices.torch_dtype))
-    if low_bit is None and choices.recipe is None or cast is not None:
+    if (low_bit is None and choices.recipe is None) or cast is not None:
         return model
     if held_weights(model):
         warnings.warn("the model is low-bit already and was left as it is", stacklevel=2)

@@ -5,9 +5,9 @@
     AutoModelForCausalLM.from_pretrained("model.Q4_K_M.gguf", load_in_4bit=True)
     AutoModelForCausalLM.load_low_bit(folder)
 
-Weights are packed while the checkpoint streams in, one at a time, so a model never lies in memory in full precision. Without a low-bit
-keyword the call is transformers' own. A folder that is low-bit already loads as it is, whatever the keywords ask for. Keywords that
-belong to transformers go on to it untouched.
+Weights are packed while the checkpoint streams in, one at a time, so a model never lies in memory in full precision. Without a
+low-bit keyword the call is transformers' own. A folder that is low-bit already loads as it is, whatever the keywords ask for.
+Keywords that belong to transformers go on to it untouched.
 """
 
 from __future__ import annotations
@@ -111,15 +111,13 @@ def _low_bit_named(kwargs: dict[str, Any]) -> tuple[str | None, list[str]]:
 
 
 @contextlib.contextmanager
-def _one_sentence(source: str, job: Job) -> Iterator[None]:
+def _one_sentence(source: str) -> Iterator[None]:
     """transformers wraps whatever goes wrong while it loads; give back the sentence in it."""
     try:
         yield
     except SafetensorError as error:
         raise CheckpointError(f"{source}: {error}; the file is damaged, get it again") from None
     except RuntimeError as error:
-        if job.failure is not None:
-            raise job.failure from None
         if isinstance(error, LowbitError) or "mismatch" not in str(error):
             raise
         raise CheckpointError(
@@ -146,12 +144,13 @@ class _AutoBase:
             check_folder(folder)
             _admit_pickles(folder, request, kwargs)
             if request.recipe is not None and _is_low_bit(folder):
-                warnings.warn(f"{source} is low-bit already and is loaded as it is; the format asked for is ignored", stacklevel=2)
+                warnings.warn(
+                    f"{source} is low-bit already and is loaded as it is; the format asked for is ignored", stacklevel=2
+                )
                 request = _Request(None, request.dtype, request.choices)
         if request.recipe is not None:
             kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=request.job())
-        job = request.job() if request.recipe is None else kwargs["quantization_config"].job
-        with _one_sentence(str(source), job):
+        with _one_sentence(str(source)):
             loaded = cls.transformers_class.from_pretrained(
                 pretrained_model_name_or_path, *model_args, **request.with_dtype(kwargs)
             )
@@ -165,7 +164,9 @@ class _AutoBase:
         folder = Path(pretrained_model_name_or_path)
         check_folder(folder)
         if quantization_fields(folder) is None:
-            raise CheckpointError(f"{folder} is a model in full precision; load it with from_pretrained(..., load_in_4bit=True)")
+            raise CheckpointError(
+                f"{folder} is a model in full precision; load it with from_pretrained(..., load_in_4bit=True)"
+            )
         for name in ("optimize_model", "cpu_embedding", "disk_embedding", "embedding_qtype", "modules_to_not_convert"):
             kwargs.pop(name, None)
         return cls.from_pretrained(folder, *model_args, **kwargs)
@@ -186,10 +187,9 @@ class _AutoBase:
         config = transformers.AutoConfig.for_model(**gguf.config)
         model_class = cls.transformers_class._model_mapping[type(config)]
         model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
-        job = request.job()
         if request.recipe is not None:
-            kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=job)
-        with _one_sentence(str(path), job):
+            kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=request.job())
+        with _one_sentence(str(path)):
             model = model_class.from_pretrained(
                 None, *model_args, config=config, state_dict=lazy_tensors(gguf, dtype), dtype=dtype, **kwargs
             )

@@ -106,7 +106,13 @@ def _group(format: Format, targets: list[str]) -> dict[str, Any]:
         "dynamic": False,
         "actorder": None,
     }
-    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT}
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -151,7 +157,9 @@ def _matches(path: str, classes: tuple[str, ...], target: str) -> bool:
     return target == path or target in classes
 
 
-def from_tensors(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...], scheme: dict[str, Any]) -> PackedTensor:
+def from_tensors(
+    name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...], scheme: dict[str, Any]
+) -> PackedTensor:
     """A packed weight of theirs [.., out, in] in canonical form."""
     missing = [part for part in (PACKED, SCALE) if part not in tensors]
     if missing:
@@ -159,7 +167,7 @@ def from_tensors(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, 
     format = _format_of(scheme, tensors[SCALE].dtype)
     if tensors[SCALE].shape != scale_shape(format, shape):
         raise CheckpointError(
-            f"{name}: scales of shape {list(tensors[SCALE].shape)} do not fit a {format} weight {list(shape)}; config.json disagrees"
+            f"{name}: scales of shape {list(tensors[SCALE].shape)} do not fit a {format} weight {list(shape)} of config.json"
         )
     codes = _dense_codes(name, tensors[PACKED], format, shape)
     zeros = None
@@ -188,7 +196,7 @@ def _dense_codes(name: str, codes: torch.Tensor, format: Format, shape: tuple[in
     per_word = 32 // format.bits
     if tuple(codes.shape) != (*expected[:-1], -(-shape[-1] // per_word)):
         raise CheckpointError(
-            f"{name}: codes of shape {list(codes.shape)} do not fit a {format} weight {list(shape)}; config.json disagrees"
+            f"{name}: codes of shape {list(codes.shape)} do not fit a {format} weight {list(shape)} of config.json"
         )
     shifts = torch.arange(per_word, device=codes.device) * format.bits
     loose = (codes.to(torch.int64).unsqueeze(-1) >> shifts) & format.max_code

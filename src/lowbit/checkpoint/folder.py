@@ -111,7 +111,9 @@ def check_safetensors(path: Path) -> dict[str, Any]:
             prefix = file.read(_LENGTH_BYTES)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else 0
             if not 0 < length <= min(_LARGEST_HEADER, size - _LENGTH_BYTES):
-                raise CheckpointError(f"{path} is truncated or no safetensors file: it has {size} bytes and no whole header")
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file: it has {size} bytes and no whole header"
+                )
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the folder's index names it, get it again") from None
@@ -120,18 +122,22 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != _LENGTH_BYTES + length + end:
-        raise CheckpointError(f"{path} is truncated: it should have {_LENGTH_BYTES + length + end} bytes and has {size}")
+        raise CheckpointError(
+            f"{path} is truncated: it should have {_LENGTH_BYTES + length + end} bytes and has {size}"
+        )
     return entries
 
 
 @contextmanager
 def replace_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` if the block ends well, and vanishes if it does not."""
-    target = Path(os.path.abspath(target))
+    target = target.absolute()
     if target.is_file():
         raise CheckpointError(f"cannot save to {target}: it is a file")
     if target.is_dir() and any(target.iterdir()) and not ((target / CONFIG).exists() or (target / OWN_CONFIG).exists()):
-        raise CheckpointError(f"cannot save to {target}: it holds files that are not a model; choose a new or empty folder")
+        raise CheckpointError(
+            f"cannot save to {target}: it holds files that are not a model; choose a new or empty folder"
+        )
     temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
     aside = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
@@ -148,7 +154,9 @@ def replace_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"cannot save to {target}: {error.strerror or error}; nothing was changed there") from error
+        raise CheckpointError(
+            f"cannot save to {target}: {error.strerror or error}; nothing was changed there"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)

@@ -30,7 +30,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class SavedForm:
-    """How a model is written. `reason` says why it is not compressed-tensors; `untie` that config.json must part head and embedding."""
+    """How a model is written.
+
+    `reason` says why it is not compressed-tensors, `untie` that config.json must part head and embedding, and `sources` what the
+    experts of a fused weight are called in the checkpoint.
+    """
 
     method: str
     fields: dict[str, Any]
@@ -93,7 +97,8 @@ def _tie_refusal(model: nn.Module, held: list[Held]) -> str | None:
     others = set(getattr(model, "all_tied_weights_keys", None) or {}) - {f"{h.path}.weight" for h in tied}
     config = model.config
     owner = next(h for h in held if h.path == tied[0].tied_to)
-    if len(tied) > 1 or others or getattr(config, "is_encoder_decoder", False) or {tied[0].role, owner.role} != {"linear", "embedding"}:
+    is_pair = len(tied) == 1 and {tied[0].role, owner.role} == {"linear", "embedding"}
+    if not is_pair or others or getattr(config, "is_encoder_decoder", False):
         return f"{tied[0].path}: it shares its weight in a way that compressed-tensors cannot say"
     return None
 

@@ -1,4 +1,4 @@
-"""A GGUF file as the source of a transformers model: unpacked tensor by tensor as the loader asks, and its tokenizer written out."""
+"""A GGUF file as the source of a transformers model: read tensor by tensor as the loader asks, its tokenizer written out."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ extra ones ignored.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.pages import release_pages
 from lowbit.checkpoint.save import recipe_fields, save_low_bit
 from lowbit.checkpoint.sites import Packing, Reading
-from lowbit.errors import CheckpointError, FormatError, LowbitError
+from lowbit.errors import FormatError, LowbitError
 from lowbit.hook import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitExperts, prepare_
 from lowbit.packing import BUFFERS
@@ -47,21 +48,20 @@ def reads(fields: dict[str, Any]) -> bool:
     return method == OWN_METHOD or (method == COMPRESSED_METHOD and compressed.unreadable(fields) is None)
 
 
+@dataclass(frozen=True)
 class Job:
-    """What one load shares between copies of its configuration: how to run it, and what went wrong."""
+    """How a loaded model shall run: the kernel by name, or None for the first that takes a weight, and what it computes in."""
 
-    def __init__(self, kernel: str | None = None, compute: str = "auto") -> None:
-        self.kernel, self.compute = kernel, compute
-        self.failure: LowbitError | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Job:
-        return self
+    kernel: str | None = None
+    compute: str = "auto"
 
 
 class LowBitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What config.json says about a low-bit model, or the recipe for one that is being made."""
 
-    def __init__(self, fields: dict[str, Any] | None = None, recipe: Recipe | None = None, job: Job | None = None) -> None:
+    def __init__(
+        self, fields: dict[str, Any] | None = None, recipe: Recipe | None = None, job: Job | None = None
+    ) -> None:
         self.fields = fields or {"quant_method": OWN_METHOD, "recipe": recipe.to_dict() if recipe else {}}
         self.recipe = recipe
         self.job = job or Job()
@@ -83,6 +83,20 @@ class LowBitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
+class Unusable:
+    """Stands for a weight that could not be made: whoever touches it gets the reason.
+
+    transformers turns every error of an operation into a line of a table and goes on; an error that comes when the result is put
+    in its place ends the load at once, with lowbit's own sentence.
+    """
+
+    def __init__(self, error: LowbitError) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._error
+
+
 class PackWeight(ConversionOps):  # type: ignore[misc]
     """Packs one dense weight of the checkpoint and hands nothing on."""
 
@@ -93,10 +107,13 @@ class PackWeight(ConversionOps):  # type: ignore[misc]
         left = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            if self.hf_quantizer.packing.wants(name):
-                self.hf_quantizer.pack(name, weight, missing_keys)
-            else:
+            if not self.hf_quantizer.packing.wants(name):
                 left[name] = value
+                continue
+            try:
+                self.hf_quantizer.pack(name, weight, missing_keys)
+            except LowbitError as error:
+                return {name: Unusable(error)}
         return left
 
 
@@ -124,7 +141,10 @@ class ReadWeight(ConversionOps):  # type: ignore[misc]
         else:
             for pattern, values in input_dict.items():
                 tensors[pattern.rpartition(".")[2]] = values[0]
-        self.hf_quantizer.read(full_layer_name, tensors, missing_keys)
+        try:
+            self.hf_quantizer.reading.read(full_layer_name, tensors, missing_keys)
+        except LowbitError as error:
+            return {full_layer_name: Unusable(error)}
         return {}
 
     @property
@@ -217,19 +237,8 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def pack(self, name: str, weight: torch.Tensor, missing: set[str] | None) -> None:
         with torch.no_grad():
-            self._guarded(self.packing.pack, name, weight, missing)
+            self.packing.pack(name, weight, missing)
         release_pages(self.files, weight.nbytes)
-
-    def read(self, name: str, tensors: dict[str, torch.Tensor], missing: set[str] | None) -> None:
-        self._guarded(self.reading.read, name, tensors, missing)
-
-    def _guarded(self, step: Any, *arguments: Any) -> None:
-        """Keep lowbit's own sentence: the loader turns every error into a table of its own."""
-        try:
-            step(*arguments)
-        except LowbitError as error:
-            self.quantization_config.job.failure = error
-            raise
 
     # --- after loading ---
 
@@ -244,7 +253,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         attach(model, report, self.quantization_config.recipe, self, job)
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return dequantize_(model, dtype)
 
     # --- saving ---
@@ -308,13 +317,15 @@ def _saved_report(model: Any) -> Report:
         if not held.tied_to:
             packed = held.weight.packed()
             before = 2 * int(torch.Size(packed.shape).numel())
-            row = LayerReport(held.path, held.role, packed.format.name, list(packed.shape), before, packed.nbytes, float("nan"))
+            row = LayerReport(
+                held.path, held.role, packed.format.name, list(packed.shape), before, packed.nbytes, float("nan")
+            )
             report.layers.append(row)
     return report
 
 
 def dequantize_(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Put dense modules back, of the classes that the model's configuration makes, with the weights that the packed ones stand for."""
+    """Put dense modules back, of the classes that the model's configuration makes, with the weights unpacked."""
     dtype = dtype or model.dtype
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
@@ -346,6 +357,3 @@ def _fill_(dense: Any, held: Any, dtype: torch.dtype) -> None:
     bias = None if isinstance(held.module, LowBitEmbedding) else held.module.bias
     if bias is not None:
         dense.bias = nn.Parameter(bias.detach().to(dtype))
-
-
-__all__ = ["CheckpointError", "Job", "LowBitConfig", "LowBitQuantizer", "attach", "reads"]

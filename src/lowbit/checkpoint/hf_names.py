@@ -68,22 +68,6 @@ def checkpoint_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def model_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """For each name in a checkpoint, its name in the model: the inverse of `checkpoint_names`."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-    own = set(dict(model.named_parameters(remove_duplicate=False))) | set(dict(model.named_buffers(remove_duplicate=False)))
-    found = {}
-    for name in names:
-        renamed = name
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        found[name] = name if name in own and renamed not in own else renamed
-    return found
-
-
 def keep_renamings_only_(model: nn.Module) -> None:
     """Let transformers' own save revert names but leave fused weights alone: packed codes cannot go through its operations."""
     from transformers.core_model_loading import WeightRenaming

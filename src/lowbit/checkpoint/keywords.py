@@ -61,7 +61,9 @@ def cast_of(low_bit: str | Format | None, choices: Choices) -> torch.dtype | Non
 def as_dtype(value: torch.dtype | str | None) -> torch.dtype:
     found = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise RecipeError(f"{value!r} is no floating point type that a model could compute in; use float32, bfloat16 or float16")
+        raise RecipeError(
+            f"{value!r} is no floating point type that a model could compute in; use float32, bfloat16 or float16"
+        )
     return found
 
 

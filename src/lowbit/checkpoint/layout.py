@@ -43,7 +43,7 @@ def held_weights(model: nn.Module) -> list[Held]:
     owners: dict[int, str] = {}
     found = []
     for path, module in model.named_modules():
-        if not isinstance(module, tuple(_ROLES)):
+        if not isinstance(module, LowBitExperts | LowBitEmbedding | LowBitConv | LowBitLinear):
             continue
         for name, child in module.named_children():
             if isinstance(child, PackedWeight):

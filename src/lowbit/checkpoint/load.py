@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from lowbit.checkpoint.folder import REPORT, check_folder, quantization_fields, read_json, refuse_pickles, weight_files
-from lowbit.checkpoint.hf_names import is_transformers_model, model_names
+from lowbit.checkpoint.hf_names import is_transformers_model
 from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.sites import Reading
@@ -44,7 +44,9 @@ def load_low_bit(model: nn.Module, folder: str | Path) -> nn.Module:
     refuse_pickles(path)
     fields = quantization_fields(path)
     if fields is None:
-        raise CheckpointError(f"{path} is a model in full precision; use from_pretrained(..., load_in_4bit=True) or optimize_model")
+        raise CheckpointError(
+            f"{path} is a model in full precision; use from_pretrained(..., load_in_4bit=True) or optimize_model"
+        )
     if is_transformers_model(model):
         return _load_like_transformers(model, path)
     if fields.get("quant_method") != OWN_METHOD:
@@ -55,13 +57,19 @@ def load_low_bit(model: nn.Module, folder: str | Path) -> nn.Module:
 def _load_like_transformers(model: Any, folder: Path) -> nn.Module:
     """Load a fresh model the one way that transformers' own loading goes, and let the given one become it."""
     fresh = type(model).from_pretrained(folder)
-    if [type(m) for m in fresh.modules() if is_transformers_model(m)] != [type(m) for m in model.modules() if is_transformers_model(m)]:
+    if _kinds(fresh) != _kinds(model):
         raise CheckpointError(f"{folder} holds a model of other parts than the {type(model).__name__} given")
     training = model.training
     vars(model).clear()
     vars(model).update(vars(fresh))
     model.save_low_bit = partial(save_low_bit, model)
-    return model.train(training)
+    model.train(training)
+    return cast(nn.Module, model)
+
+
+def _kinds(model: nn.Module) -> list[type]:
+    """The classes of transformers that a model is made of."""
+    return [type(module) for module in model.modules() if is_transformers_model(module)]
 
 
 def _fill_(model: nn.Module, folder: Path, fields: dict[str, Any]) -> nn.Module:
@@ -102,10 +110,12 @@ def _fill_dense_(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Pat
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         if name not in own:
-            raise CheckpointError(f"{folder} holds {name}, which the model does not have; it was saved from another model")
+            raise CheckpointError(
+                f"{folder} holds {name}, which the model does not have; it was saved from another model"
+            )
         if own[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{name} has shape {list(tensor.shape)} in {folder} and {list(own[name].shape)} in the model; they are different models"
+                f"{name} has shape {list(tensor.shape)} in {folder} and {list(own[name].shape)} in the model"
             )
     shared = {id(tensor): name for name, tensor in own.items() if name in tensors}
     packed = {name for h in held_weights(model) for name, _ in h.module.named_buffers()}

@@ -31,13 +31,31 @@ from lowbit.checkpoint.hf_names import checkpoint_names, is_transformers_model
 from lowbit.errors import CheckpointError
 
 DEFAULT_SHARD = "5GB"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 1 << 10,
+    "MI": 1 << 20,
+    "GI": 1 << 30,
+    "TI": 1 << 40,
+}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?")
 # What travels along with a model: everything small that is not weights. These suffixes, and licences whatever they are
 # called.
 _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_WRITTEN = (CONFIG, OWN_CONFIG, REPORT, INDEX, "generation_config.json", "pytorch_model.bin.index.json", "quantize_config.json")
+_WRITTEN = (
+    CONFIG,
+    OWN_CONFIG,
+    REPORT,
+    INDEX,
+    "generation_config.json",
+    "pytorch_model.bin.index.json",
+    "quantize_config.json",
+)
 
 
 def save_low_bit(
@@ -49,7 +67,9 @@ def save_low_bit(
     _refuse_to_replace_source(target, source, model)
     form = saved_form(model, recipe_fields(model))
     if not getattr(model, "lowbit_report", None):
-        raise CheckpointError("the model is not low-bit: pass it through optimize_model first, or save it with save_pretrained")
+        raise CheckpointError(
+            "the model is not low-bit: pass it through optimize_model first, or save it with save_pretrained"
+        )
     with replace_folder(target) as temporary:
         try:
             _write_weights(model, form, temporary, parse_size(max_shard_size))
@@ -91,7 +111,9 @@ def _refuse_to_replace_source(target: Path, source: Path | None, model: nn.Modul
     if source is None or not target.exists() or not target.samefile(source):
         return
     if source.is_dir() and not (source / REPORT).exists():
-        raise CheckpointError(f"cannot save to {target}: the full-precision model is there and would be lost; choose another folder")
+        raise CheckpointError(
+            f"cannot save to {target}: it holds the full-precision model, which would be lost; choose another"
+        )
 
 
 def _write_weights(model: nn.Module, form: SavedForm, folder: Path, limit: int) -> None:
@@ -166,5 +188,3 @@ def _copy_companions(source: Path, folder: Path) -> None:
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-
-

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from lowbit.algorithms.rtn import relative_error
 from lowbit.checkpoint import compressed
 from lowbit.errors import CheckpointError, RecipeError, WeightError
-from lowbit.formats import format_from_name
+from lowbit.formats import Format, format_from_name
 from lowbit.hook import OWN_METHOD
 from lowbit.layers import LowBitLinear, PackedWeight
 from lowbit.models.walk import Target, dense_weights, find_targets, stored_order, up_name
@@ -139,7 +140,9 @@ class Packing(Sites):
                 self._skip(target, self.choices[target.path].reason)
         if not self.report.layers:
             reason = self.report.skipped[0].reason if self.report.skipped else "it has no Linear, Embedding or experts"
-            raise RecipeError(f"nothing was packed: {len(self.report.skipped)} weights were left, the first because {reason}")
+            raise RecipeError(
+                f"nothing was packed: {len(self.report.skipped)} weights were left, the first because {reason}"
+            )
         self.settle_biases()
         return self.report
 
@@ -152,7 +155,9 @@ class Packing(Sites):
                     name = f"{target.path}.{suffix}"
                     self.pack(name, getattr(target.module, suffix).detach(), None)
         elif re.search(r"\.\d+\.", names[0]):
-            raise CheckpointError(f"the checkpoint lacks {lost[0]}; it is incomplete, or of another model than config.json says")
+            raise CheckpointError(
+                f"the checkpoint lacks {lost[0]}; it is incomplete, or of another model than config.json says"
+            )
         else:
             self._skip(target, "it is not in the checkpoint and starts from random numbers")
 
@@ -185,7 +190,7 @@ class Reading(Sites):
         return found
 
     def _schemes(self) -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for target in self.targets:
             experts = target.role == "experts"
             path = f"{target.path}.0.down_proj" if experts else target.path
@@ -218,16 +223,28 @@ class Reading(Sites):
     def _packed(self, path: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> PackedTensor:
         if not self.own:
             return compressed.from_tensors(path, tensors, shape, self.formats[path])
-        if "codes" not in tensors:
-            raise CheckpointError(f"{path}: the checkpoint lacks its codes")
+        lacking = [part for part in _parts_of(self.formats[path]) if part not in tensors]
+        if lacking:
+            raise CheckpointError(f"{path}: the checkpoint lacks its {lacking[0]}; it is incomplete")
         return PackedTensor(self.formats[path], shape, **{n: t for n, t in tensors.items() if n in BUFFERS})
 
     def finish(self) -> None:
         """Refuse a checkpoint that lacks a weight which its configuration promises."""
         for name, (target, suffix) in self.by_name.items():
             if target.path not in self.placed and _held_path(target, suffix) in self.formats:
-                raise CheckpointError(f"the checkpoint lacks the packed weight {name}, which config.json promises; it is incomplete")
+                raise CheckpointError(f"the checkpoint lacks the packed weight {name} that config.json promises")
         self.settle_biases()
+
+
+def _parts_of(format: Format) -> Iterator[str]:
+    """The buffers that a weight of a format cannot be without."""
+    yield "codes"
+    if format.kind != "kquant":
+        yield "scales"
+    if not format.symmetric:
+        yield "zeros"
+    if format.scale_block or format.has_global_scale:
+        yield "scale_scales"
 
 
 def _held_path(target: Target, suffix: str) -> str:
