@@ -1,0 +1,278 @@
+"""A saved model as the engine needs it: its config, its tokenizer, and its weights one after another.
+
+    files = open_files(folder or .gguf)
+    for loaded in read_weights(files, spec, recipe): ...      # role, layer, weight, bias; pages given back behind it
+
+A folder holds plain weights, compressed-tensors' packed ones, or lowbit's own form; a GGUF file holds blocks. All
+become `Dense` or `PackedTensor` over numpy. With a recipe plain weights are rounded as they come, so that a model of
+any size is made low-bit with room for one weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lowbit.errors import CheckpointError, RecipeError
+from lowbit.formats import Format, format_from_name
+from lowbit.interop.gguf import GgufTensor, open_gguf
+from lowbit.kernels import cpu
+from lowbit.models.families import spec_from_config
+from lowbit.models.spec import DecoderSpec, Located
+from lowbit.packing import PackedTensor
+from lowbit.recipe import Recipe
+from lowbit.runtime.gguf_blocks import NEAREST, packed_blocks
+from lowbit.runtime.mapped import MappedFile, Tensor, release_pages
+from lowbit.runtime.packed_names import PackedIndex
+from lowbit.runtime.stored import Dense, Weight, dequantize, join_rows, quantize_dense, stack
+from lowbit.runtime.text import Tokenizer
+
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+_DENSE_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Roles that a recipe packs, and what it calls them; routers, positions and vectors stay as they are.
+_RECIPE_ROLES = {
+    **dict.fromkeys(("q", "k", "v", "qkv", "o", "gate", "up", "down", "gate_up", "embedding_in", "head_in"), "linear"),
+    **dict.fromkeys(("shared_gate", "shared_up", "shared_down"), "linear"),
+    **dict.fromkeys(("experts_gate_up", "experts_down"), "experts"),
+    "embedding": "embedding",
+    "head": "head",
+}
+
+
+class ModelFiles(Protocol):
+    """What a folder and a GGUF file have in common. Names are those of dense weights, in Hugging Face's spelling."""
+
+    path: Path
+    notes: list[str]
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def generation_config(self) -> dict[str, Any]: ...
+    @property
+    def names(self) -> Collection[str]: ...
+    @property
+    def is_packed(self) -> bool: ...
+    def tokenizer(self) -> Tokenizer | None: ...
+    def read(self, name: str, columns: int, is_embedding: bool = False) -> Weight:
+        """One weight, [out, columns] or a vector; where it is packed `columns` says how many inputs it has."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Give back the memory of a weight that has been read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One weight of the model, whole: [.., out, in], a vector, or experts along a first axis; and its bias."""
+
+    role: str
+    layer: int | None
+    weight: Weight
+    bias: Dense | None = None
+
+
+def open_files(path: str | Path) -> ModelFiles:
+    """A model folder or a GGUF file."""
+    path = Path(path).expanduser()
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return GgufFiles(path)
+    if path.is_dir() and not (path / CONFIG).is_file() and len(found := sorted(path.glob("*.gguf"))) == 1:
+        return GgufFiles(found[0])
+    return FolderFiles(path)
+
+
+class FolderFiles:
+    """A Hugging Face folder: plain, compressed-tensors or lowbit's own form."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path} is no model folder and no .gguf file"
+                if path.exists()
+                else f"there is no folder or file {path}"
+            )
+        self.path = path
+        self.notes: list[str] = []
+        stored = read_json(path / CONFIG)
+        if not stored.get("model_type"):
+            raise CheckpointError(f"{path / CONFIG} names no model_type, so it does not describe a model")
+        self.tensors = self._map_tensors()
+        quantization = stored.pop("quantization_config", None)
+        self.packed = PackedIndex(self.tensors, quantization)
+        self.config = stored | ({"tie_word_embeddings": True} if self.packed.tied else {})
+        self.generation_config = (
+            read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+        )
+        inside = {name for name in self.tensors if name.rpartition(".")[0] in self.packed.paths.values()}
+        self.names = (set(self.tensors) - inside) | set(self.packed.paths)
+
+    @property
+    def is_packed(self) -> bool:
+        return bool(self.packed.paths)
+
+    def _map_tensors(self) -> dict[str, Tensor]:
+        if (self.path / INDEX).is_file() and not (self.path / WEIGHTS).is_file():
+            names = sorted(set(read_json(self.path / INDEX).get("weight_map", {}).values()))
+        else:
+            names = sorted(path.name for path in self.path.glob("*.safetensors"))
+        if not names:
+            raise CheckpointError(f"{self.path} holds no weights: there is neither {WEIGHTS} nor {INDEX}")
+        return {name: tensor for file in names for name, tensor in MappedFile(self.path / file).tensors.items()}
+
+    def tokenizer(self) -> Tokenizer | None:
+        file = self.path / "tokenizer.json"
+        if not file.is_file():
+            return None
+        config_file, template_file = self.path / "tokenizer_config.json", self.path / "chat_template.jinja"
+        config = read_json(config_file) if config_file.is_file() else {}
+        template = template_file.read_text(encoding="utf-8") if template_file.is_file() else None
+        return Tokenizer.from_json(file.read_text(encoding="utf-8"), config, template)
+
+    def read(self, name: str, columns: int, is_embedding: bool = False) -> Weight:
+        if name in self.packed.paths:
+            return self.packed.read(name, columns, is_embedding)
+        tensor = self.tensors[name]
+        if tensor.dtype not in _DENSE_TYPES:
+            raise CheckpointError(
+                f"{name} is stored as {tensor.dtype}, which the engine does not read: load the model through "
+                "lowbit.AutoModelForCausalLM and save it with save_low_bit first"
+            )
+        return Dense(tensor.view(), _DENSE_TYPES[tensor.dtype])
+
+    def release(self, name: str) -> None:
+        parts = self.packed.parts(name).values() if name in self.packed.paths else [self.tensors[name]]
+        for tensor in parts:
+            tensor.release()
+
+
+class GgufFiles:
+    """A GGUF file, or the first of a split series."""
+
+    is_packed = False  # blocks can be read as numbers, so a recipe may round them anew
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notes: list[str] = []
+        self.model = open_gguf(path)
+        self.rounded: dict[str, int] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.model.tensors.keys()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self.model.config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self.model.generation_config
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_json(self.model.tokenizer_json(), self.model.tokenizer_config)
+
+    def read(self, name: str, columns: int, is_embedding: bool = False) -> Weight:
+        tensor = self.model.tensors[name]
+        if tensor.type_name in _DENSE_TYPES:
+            return Dense(tensor.read(_DENSE_TYPES[tensor.type_name]), _DENSE_TYPES[tensor.type_name])
+        if len(tensor.shape) < 2:
+            return Dense(tensor.read("float32"), "float32")
+        return self._read_blocks(tensor)
+
+    def _read_blocks(self, tensor: GgufTensor) -> Weight:
+        if tensor.change != "transpose":
+            packed = packed_blocks(tensor.raw(), tensor.type_name, tensor.shape[-1])
+            if packed is not None:
+                return packed
+        self.rounded[tensor.type_name] = self.rounded.get(tensor.type_name, 0) + 1
+        return quantize_dense(Dense(tensor.read("float32"), "float32"), format_from_name(NEAREST))
+
+    def release(self, name: str) -> None:
+        release_pages(self.model.tensors[name].entry.data)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged, get it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object; the file is damaged, get it again")
+    return value
+
+
+def read_spec(files: ModelFiles) -> DecoderSpec:
+    """What the model is."""
+    return spec_from_config(files.config)
+
+
+def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = None) -> Iterator[Loaded]:
+    """Every weight of the model in turn. A weight's arrays may be views of the file: they are good until the next is
+    asked for."""
+    if recipe is not None and files.is_packed:
+        raise RecipeError(
+            f"{files.path} is low-bit already: make it low-bit anew from the original model, or leave out the format"
+        )
+    for (role, layer), located in spec.locate(files.names).items():
+        weight = _assemble(files, located)
+        if recipe is not None and role in _RECIPE_ROLES:
+            weight = _round(weight, _formats(recipe, located, spec))
+        bias = None
+        if located.bias is not None:
+            stored = files.read(located.bias, 0)
+            bias = Dense(stored.float32() if isinstance(stored, Dense) else dequantize(stored).array, "float32")
+        yield Loaded(role, layer, weight, bias)
+        for name in (name for names in located.names for name in names):
+            files.release(name)
+
+
+def _assemble(files: ModelFiles, located: Located) -> Weight:
+    """One weight from its pieces, [.., out, in], checked against the spec."""
+    spec = located.weight
+    columns, is_embedding = spec.shape[-1], spec.role == "embedding"
+    rows = [join_rows([files.read(name, columns, is_embedding) for name in names]) for names in located.names]
+    weight = stack(rows) if located.in_pieces else rows[0]
+    if spec.transposed and isinstance(weight, Dense):
+        weight = weight.transposed()
+    if tuple(weight.shape) != tuple(spec.shape):
+        raise CheckpointError(
+            f"{located.names[0][0]} has the shape {list(weight.shape)}, and by config.json the {spec.role} weight of "
+            f"this model has {list(spec.shape)}: the two do not belong together"
+        )
+    return weight
+
+
+def _formats(recipe: Recipe, located: Located, spec: DecoderSpec) -> tuple[Format, ...]:
+    """What a recipe makes of a weight; a tied embedding is the head, and has its format."""
+    role = _RECIPE_ROLES[located.weight.role]
+    path = located.names[0][0].removesuffix(".weight")
+    choice = recipe.choose(path, "head" if role == "embedding" and spec.head.tied else role)
+    for format in choice.formats:
+        refusal = cpu.refuses(format, (1, 1))
+        if refusal:
+            raise RecipeError(f"the engine cannot run {format}: {refusal}")
+    return choice.formats
+
+
+def _round(weight: Weight, formats: tuple[Format, ...]) -> Weight:
+    """A weight in the format, of those offered, that keeps it best; as it is when none is."""
+    if not formats:
+        return weight
+    numbers = dequantize(weight) if isinstance(weight, PackedTensor) else weight
+    offers = [quantize_dense(numbers, format) for format in formats]
+    return offers[0] if len(offers) == 1 else min(offers, key=lambda packed: _error(numbers, packed))
+
+
+def _error(numbers: Dense, packed: PackedTensor) -> float:
+    return float(np.square(numbers.float32() - dequantize(packed).array).sum())

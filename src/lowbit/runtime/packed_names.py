@@ -1,0 +1,159 @@
+"""The two saved forms of packed weights, read with numpy: compressed-tensors' `pack-quantized`, and lowbit's own.
+
+    compressed-tensors   x.weight_packed  x.weight_scale  x.weight_zero_point  x.weight_shape
+    lowbit               x.packed_weight.codes  .scales  .zeros  ...      (experts: x.codes  .scales  ...)
+
+Both hold the same bits (`checkpoint.compressed` has the differences). What a weight is called when it is dense,
+`x.weight`, is how the spec looks for it, so a `PackedIndex` lists those names and gives the packed weight behind one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbit.errors import CheckpointError
+from lowbit.formats import PER_CHANNEL, Format, format_from_name
+from lowbit.kernels import cpu
+from lowbit.packing import BUFFERS, PackedTensor, code_shape, scale_shape
+from lowbit.runtime.mapped import Tensor
+
+OWN_METHOD, COMPRESSED_METHOD = "lowbit", "compressed-tensors"
+PACKED_FORMAT = "pack-quantized"
+_OWN_CODES, _CODES, _PACKED = ".packed_weight.codes", ".codes", ".weight_packed"
+_SCALE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+class PackedIndex:
+    """The packed weights among the tensors of a folder, by the name of the dense weight."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> None:
+        self.tensors, self.config = tensors, dict(config or {})
+        self.method = self.config.get("quant_method")
+        if config and self.method not in (OWN_METHOD, COMPRESSED_METHOD):
+            raise CheckpointError(
+                f"the folder is quantised with {self.method}, which the engine does not read: "
+                "load it through lowbit.AutoModelForCausalLM and save it with save_low_bit first"
+            )
+        layers = self.config.get("layers") or {}
+        self.format_of = {path: name for name, paths in layers.items() for path in paths}
+        self.paths = dict(filter(None, map(self._dense_name, tensors)))
+        own = self.config if self.method == OWN_METHOD else self.config.get(OWN_METHOD) or {}
+        # Places whose weight is another's, by the names of the dense weights.
+        self.tied = {f"{place}.weight": f"{owner}.weight" for place, owner in (own.get("tied") or {}).items()}
+
+    def _dense_name(self, name: str) -> tuple[str, str] | None:
+        """(dense name, path) of a tensor that is a packed weight's codes."""
+        if name.endswith(_OWN_CODES):
+            path = name.removesuffix(_OWN_CODES)
+            return f"{path}.weight", path
+        if name.endswith(_PACKED):
+            path = name.removesuffix(_PACKED)
+            return f"{path}.weight", path
+        if name.endswith(_CODES):
+            path = name.removesuffix(_CODES)
+            return path, path
+        return None
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one packed weight, under the last word of their names."""
+        path = self.paths[name]
+        if self.method == COMPRESSED_METHOD:
+            words = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+            return {word: self.tensors[f"{path}.{word}"] for word in words if f"{path}.{word}" in self.tensors}
+        prefix = path if path + _CODES in self.tensors else f"{path}.packed_weight"
+        return {word: self.tensors[f"{prefix}.{word}"] for word in BUFFERS if f"{prefix}.{word}" in self.tensors}
+
+    def read(self, name: str, columns: int, is_embedding: bool = False) -> PackedTensor:
+        """A packed weight with `columns` inputs, as views of the file."""
+        parts = self.parts(name)
+        if self.method == COMPRESSED_METHOD:
+            return self._read_compressed(self.paths[name], parts, is_embedding)
+        path = self.paths[name]
+        if path not in self.format_of:
+            raise CheckpointError(
+                f"config.json says no format for {path}, whose weight is packed: the two do not belong together"
+            )
+        format = format_from_name(self.format_of[path])
+        codes = parts["codes"].view()
+        shape = (*codes.shape[:-1], columns)
+        return PackedTensor(format, shape, **{word: tensor.view() for word, tensor in parts.items()})
+
+    def _read_compressed(self, path: str, parts: dict[str, Tensor], is_embedding: bool) -> PackedTensor:
+        for word in ("weight_packed", "weight_scale", "weight_shape"):
+            if word not in parts:
+                raise CheckpointError(f"{path}: the checkpoint lacks its {word}; is a shard of it missing?")
+        if "weight_g_idx" in parts:
+            raise CheckpointError(f"{path}: its inputs are reordered (actorder), which the engine does not read")
+        scales = parts["weight_scale"]
+        shape = tuple(int(n) for n in parts["weight_shape"].view())
+        format = _scheme_format(self._scheme(path, is_embedding), scales.dtype)
+        if scales.shape != scale_shape(format, shape):
+            raise CheckpointError(
+                f"{path}: scales of shape {list(scales.shape)} do not fit a {format} weight {list(shape)}; config.json disagrees"
+            )
+        zeros = None
+        if not format.symmetric:
+            if "weight_zero_point" not in parts:
+                raise CheckpointError(f"{path}: the checkpoint lacks its weight_zero_point")
+            zeros = _unpack_rows(parts["weight_zero_point"].view().T, format.bits, shape[0]).T.copy()
+        codes = _dense_codes(path, parts["weight_packed"].view(), format, shape)
+        return PackedTensor(format, shape, codes, scales.view(), zeros)
+
+    def _scheme(self, path: str, is_embedding: bool) -> dict[str, Any]:
+        """What the configuration says about a path: by name, then by expression, then by class."""
+        found: dict[int, dict[str, Any]] = {}
+        for group in (self.config.get("config_groups") or {}).values():
+            weights = group.get("weights") or {}
+            for target in group.get("targets") or ():
+                by_name, by_expression = target == path, target.startswith("re:") and re.match(target[3:], path)
+                if by_name or by_expression or target == ("Embedding" if is_embedding else "Linear"):
+                    found.setdefault(0 if by_name else 1 if by_expression else 2, weights)
+        if not found:
+            raise CheckpointError(
+                f"config.json says no format for {path}, whose weight is packed: the two do not belong together"
+            )
+        return found[min(found)]
+
+
+def _scheme_format(scheme: dict[str, Any], scale_dtype: str) -> Format:
+    if scheme.get("type", "int") != "int" or scheme.get("strategy") not in ("group", "channel"):
+        raise CheckpointError(
+            f"the folder packs {scheme.get('type')} weights by {scheme.get('strategy')}; "
+            "the engine reads integers by group or channel"
+        )
+    return Format(f"int{scheme['num_bits']}", int(scheme["num_bits"])).replace(
+        symmetric=bool(scheme.get("symmetric", True)),
+        group_size=PER_CHANNEL if scheme["strategy"] == "channel" else int(scheme["group_size"]),
+        scale_dtype=_SCALE_NAMES[scale_dtype],
+    )
+
+
+def _unpack_rows(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.uint8]:
+    """uint8 [rows, count] from dense streams [rows, words]."""
+    words = np.ascontiguousarray(words)
+    values = np.empty((len(words), count), np.uint8)
+    cpu.unpack(bits, len(words), count, words.ctypes.data, values.ctypes.data)
+    return values
+
+
+def _dense_codes(path: str, codes: NDArray[np.int32], format: Format, shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """Codes as one dense stream: before mid 2026 compressed-tensors left the bits over at the end of each word unused."""
+    expected = code_shape(format, shape)
+    if codes.shape == expected:
+        return codes
+    per_word = 32 // format.bits
+    if codes.shape != (expected[0], -(-shape[-1] // per_word)):
+        raise CheckpointError(
+            f"{path}: codes of shape {list(codes.shape)} do not fit a {format} weight {list(shape)}; config.json disagrees"
+        )
+    shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(format.bits)
+    loose = (codes.view(np.uint32)[..., None] >> shifts) & np.uint32(format.max_code)
+    values = np.ascontiguousarray(loose.reshape(len(codes), -1)[:, : shape[-1]].astype(np.uint8))
+    dense = np.empty(expected, np.int32)
+    cpu.pack(format.bits, len(values), shape[-1], values.ctypes.data, dense.ctypes.data)
+    return dense
