@@ -11,8 +11,9 @@
 namespace lowbit {
 namespace {
 
-// How far ahead of the codes being read memory is asked for more: the hardware stops at each 4 KiB page.
-constexpr int kAhead = 2048;
+// How far ahead of the codes being read memory is asked for more. Measured with int4 g64 on one Zen 5 core: 17 GB/s without, 20 at
+// 2 KiB, 26 at 4 KiB and at 8 KiB, where four rows still reach 26.
+constexpr int kAhead = 8192;
 
 // The scales and zero points of the group that a segment belongs to.
 struct GroupReader {
@@ -24,7 +25,7 @@ struct GroupReader {
     Floats scales = splat_floats(0.0f);
     Ints zeros = splat_ints(0);
 
-    void step() {
+    LOWBIT_INLINE void step() {
         if (left == 0) {
             scales = scales_at(block, header.scale_type, group);
             if (row_zeros)
@@ -37,7 +38,7 @@ struct GroupReader {
 };
 
 template <int kTokens>
-inline void begin_segment(const GroupReader& reader, const int32_t* sums, Ints* partial) {
+LOWBIT_INLINE void begin_segment(const GroupReader& reader, const int32_t* sums, Ints* partial) {
     LOWBIT_UNROLL
     for (int t = 0; t < kTokens; ++t) {
         partial[t] = splat_ints(sums[t]);
@@ -46,52 +47,99 @@ inline void begin_segment(const GroupReader& reader, const int32_t* sums, Ints* 
 }
 
 template <int kTokens>
-inline void end_segment(const GroupReader& reader, const float* scales, const Ints* partial, Floats* total) {
+LOWBIT_INLINE void end_segment(const GroupReader& reader, const float* scales, const Ints* partial, Floats* total) {
     LOWBIT_UNROLL
     for (int t = 0; t < kTokens; ++t)
         total[t] = multiply_add(to_floats(partial[t]), multiply(reader.scales, splat_floats(scales[t])), total[t]);
 }
 
-template <int kTokens, bool kWide>
-inline void dot_steps(const Bytes* steps, int count, const int32_t* x, Ints* partial) {
+// With one or two tokens every second step has sums of its own: one chain of dot products would wait for itself.
+template <int kTokens>
+constexpr int kChains = kTokens <= 2 ? 2 : 1;
+
+template <int kTokens, bool kWide, int kCount>
+LOWBIT_INLINE void dot_steps(const Bytes* steps, const int32_t* x, Ints* partial) {
     LOWBIT_UNROLL
-    for (int s = 0; s < count; ++s)
+    for (int s = 0; s < kCount; ++s)
+        LOWBIT_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+            Ints& sum = partial[s % kChains<kTokens> * kTokens + t];
+            sum = dot<kWide>(sum, steps[s], splat_ints(x[s * kTokens + t]));
+        }
+}
+
+template <int kTokens>
+LOWBIT_INLINE void begin_chains(Ints* partial) {
     LOWBIT_UNROLL
-        for (int t = 0; t < kTokens; ++t) partial[t] = dot<kWide>(partial[t], steps[s], splat_ints(x[s * kTokens + t]));
+    for (int i = kTokens; i < kTokens * kChains<kTokens>; ++i) partial[i] = splat_ints(0);
+}
+
+template <int kTokens>
+LOWBIT_INLINE void join_chains(Ints* partial) {
+    LOWBIT_UNROLL
+    for (int i = kTokens; i < kTokens * kChains<kTokens>; ++i) partial[i - kTokens] = add_ints(partial[i - kTokens], partial[i]);
+}
+
+// Segments of whole units.
+template <int kBits, bool kTable, int kTokens>
+LOWBIT_INLINE void decode_units(const Header& header, GroupReader& reader, const TileView& x, const Table& table, Floats* total) {
+    constexpr bool kWide = kTable || kBits == 8;
+    const Plan& plan = header.plan;
+    const uint8_t* planes = reader.block + header.codes_offset;
+    const int32_t* inputs = x.bytes;
+    const int64_t units = plan.segment / kUnit, segments = plan.segments;
+    for (int64_t s = 0; s < segments; ++s) {
+        Ints partial[kTokens * kChains<kTokens>];
+        reader.step();
+        begin_segment<kTokens>(reader, x.sums + s * kTokens, partial);
+        begin_chains<kTokens>(partial);
+        for (int64_t u = 0; u < units; ++u) {
+            LOWBIT_UNROLL
+            for (int v = 0; v < kBits; ++v) fetch(planes + kAhead + v * kVector);
+            Bytes steps[kSteps];
+            unpack_unit<kBits, kTable>(planes, table, steps);
+            dot_steps<kTokens, kWide, kSteps>(steps, inputs, partial);
+            planes += kBits * kVector;
+            inputs += kSteps * kTokens;
+        }
+        join_chains<kTokens>(partial);
+        end_segment<kTokens>(reader, x.scales + s * kTokens, partial, total);
+    }
+}
+
+// Segments of half a unit (groups of 16): two of them close within each unit.
+template <int kBits, bool kTable, int kTokens>
+LOWBIT_INLINE void decode_halves(const Header& header, GroupReader& reader, const TileView& x, const Table& table, Floats* total) {
+    constexpr bool kWide = kTable || kBits == 8;
+    constexpr int kHalf = kSteps / 2;
+    const uint8_t* planes = reader.block + header.codes_offset;
+    const int64_t segments = header.plan.segments;
+    for (int64_t s = 0; s < segments; s += 2, planes += kBits * kVector) {
+        Bytes steps[kSteps];
+        unpack_unit<kBits, kTable>(planes, table, steps);
+        LOWBIT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            if (s + half == segments) break;
+            Ints partial[kTokens * kChains<kTokens>];
+            reader.step();
+            begin_segment<kTokens>(reader, x.sums + (s + half) * kTokens, partial);
+            begin_chains<kTokens>(partial);
+            dot_steps<kTokens, kWide, kHalf>(steps + half * kHalf, x.bytes + (s + half) * kHalf * kTokens, partial);
+            join_chains<kTokens>(partial);
+            end_segment<kTokens>(reader, x.scales + (s + half) * kTokens, partial, total);
+        }
+    }
 }
 
 template <int kBits, bool kTable, int kTokens>
 void decode_block(const Header& header, const uint8_t* block, const TileView& x, const ZeroPlan& zeros, Floats* total) {
-    constexpr bool kWide = kTable || kBits == 8;
+    GroupReader reader{header, block, zeros.per_row, kTable || kBits == 8 ? kWideBias : 0};
     const Table table = load_table(header.bytes);
-    const Plan& plan = header.plan;
-    const uint8_t* planes = block + header.codes_offset;
-    GroupReader reader{header, block, zeros.per_row, kWide ? kWideBias : 0};
-    const int32_t* inputs = x.bytes;
-    Ints partial[kTokens];
-    Bytes steps[kSteps];
-    for (int t = 0; t < kTokens; ++t) total[t] = splat_floats(0.0f);
-    const bool halves = plan.segment < kUnit;
-    const int64_t units = plan.segment / kUnit;
-    for (int64_t s = 0; s < plan.segments; ++s) {
-        reader.step();
-        begin_segment<kTokens>(reader, x.sums + s * kTokens, partial);
-        if (halves) {
-            if (s % 2 == 0) unpack_unit<kBits, kTable>(planes + s / 2 * kBits * kVector, table, steps);
-            dot_steps<kTokens, kWide>(steps + s % 2 * (kSteps / 2), kSteps / 2, inputs, partial);
-            inputs += kSteps / 2 * kTokens;
-        } else {
-            for (int64_t u = 0; u < units; ++u) {
-    LOWBIT_UNROLL
-                for (int v = 0; v < kBits; ++v) fetch(planes + kAhead + v * kVector);
-                unpack_unit<kBits, kTable>(planes, table, steps);
-                dot_steps<kTokens, kWide>(steps, kSteps, inputs, partial);
-                planes += kBits * kVector;
-                inputs += kSteps * kTokens;
-            }
-        }
-        end_segment<kTokens>(reader, x.scales + s * kTokens, partial, total);
-    }
+    Floats sums[kTokens];
+    for (int t = 0; t < kTokens; ++t) sums[t] = splat_floats(0.0f);
+    if (header.plan.segment < kUnit) decode_halves<kBits, kTable, kTokens>(header, reader, x, table, sums);
+    else decode_units<kBits, kTable, kTokens>(header, reader, x, table, sums);
+    for (int t = 0; t < kTokens; ++t) total[t] = sums[t];
 }
 
 // Blocks [begin, end) for all tokens, tile by tile. A block of a few thousand inputs stays in the nearest cache between tiles.

@@ -73,37 +73,33 @@ void expand(const Header& header, const uint8_t* block, const ZeroPlan& zeros, S
     }
 }
 
-// One register tile: kPanelTokens tokens x kBlocks blocks over a stretch, added to `sums` [tokens][blocks][16].
+// One register tile: kPanelTokens tokens x kBlocks blocks over a stretch, added to `sums` [tokens][blocks][16]. Only the integer sums
+// live in registers; the float sums wait in the nearest cache, where one load and one store per segment cost less than the room.
 template <int kBlocks, bool kWide, bool kRowZeros>
-inline void tile_product(const Panel& panel, const Plan& plan, Stretch stretch, const TileView& x, float* sums) {
-    Floats total[kBlocks][kPanelTokens];
-    LOWBIT_UNROLL
-    for (int t = 0; t < kPanelTokens; ++t)
-    LOWBIT_UNROLL
-        for (int b = 0; b < kBlocks; ++b) total[b][t] = load_floats(sums + (t * kPanelBlocks + b) * kBlockRows);
+void tile_product(const Panel& panel, const Plan& plan, Stretch stretch, const TileView& x, float* sums) {
     const int64_t vectors = plan.segment / 4;
     const uint8_t* weights = panel.bytes[0];
     const int32_t* inputs = x.bytes + stretch.first_segment * vectors * kPanelTokens;
     for (int64_t s = 0; s < stretch.segments; ++s) {
         Ints partial[kBlocks][kPanelTokens];
         const int64_t place = (stretch.first_segment + s) * kPanelTokens;
-    LOWBIT_UNROLL
+        LOWBIT_UNROLL
         for (int t = 0; t < kPanelTokens; ++t)
-    LOWBIT_UNROLL
+            LOWBIT_UNROLL
             for (int b = 0; b < kBlocks; ++b) {
                 partial[b][t] = splat_ints(x.sums[place + t]);
                 if (kRowZeros) partial[b][t] = multiply_ints(partial[b][t], load_bytes(panel.zeros[s][b]));
             }
         for (int64_t v = 0; v < vectors; v += 4) {
-    LOWBIT_UNROLL
+            LOWBIT_UNROLL
             for (int k = 0; k < 4; ++k) {
                 Bytes w[kBlocks];
-    LOWBIT_UNROLL
+                LOWBIT_UNROLL
                 for (int b = 0; b < kBlocks; ++b) w[b] = load_bytes(weights + b * kStretch * kBlockRows + k * kVector);
-    LOWBIT_UNROLL
+                LOWBIT_UNROLL
                 for (int t = 0; t < kPanelTokens; ++t) {
                     const Ints four = splat_ints(inputs[k * kPanelTokens + t]);
-    LOWBIT_UNROLL
+                    LOWBIT_UNROLL
                     for (int b = 0; b < kBlocks; ++b) partial[b][t] = dot<kWide>(partial[b][t], w[b], four);
                 }
             }
@@ -111,19 +107,18 @@ inline void tile_product(const Panel& panel, const Plan& plan, Stretch stretch, 
             inputs += 4 * kPanelTokens;
         }
         Floats scales[kBlocks];
-    LOWBIT_UNROLL
+        LOWBIT_UNROLL
         for (int b = 0; b < kBlocks; ++b) scales[b] = load_floats(panel.scales[s][b]);
-    LOWBIT_UNROLL
+        LOWBIT_UNROLL
         for (int t = 0; t < kPanelTokens; ++t) {
             const Floats sx = splat_floats(x.scales[place + t]);
-    LOWBIT_UNROLL
-            for (int b = 0; b < kBlocks; ++b) total[b][t] = multiply_add(to_floats(partial[b][t]), multiply(scales[b], sx), total[b][t]);
+            LOWBIT_UNROLL
+            for (int b = 0; b < kBlocks; ++b) {
+                float* sum = sums + (t * kPanelBlocks + b) * kBlockRows;
+                store_floats(sum, multiply_add(to_floats(partial[b][t]), multiply(scales[b], sx), load_floats(sum)));
+            }
         }
     }
-    LOWBIT_UNROLL
-    for (int t = 0; t < kPanelTokens; ++t)
-    LOWBIT_UNROLL
-        for (int b = 0; b < kBlocks; ++b) store_floats(sums + (t * kPanelBlocks + b) * kBlockRows, total[b][t]);
 }
 
 // Which tokens and rows an item covers.

@@ -116,7 +116,7 @@ extern "C" int lowbit_run(const void* prepared, int64_t prepared_bytes, const vo
     if (!header) return LOWBIT_BAD_ARGUMENT;
     if (int status = check_dtype(x_dtype)) return status;
     if (int status = check_dtype(y_dtype)) return status;
-    if (tokens < 0 || tokens > kMostElements / std::max(header->rows, header->cols) || x_stride < header->cols || y_stride < header->rows)
+    if (tokens < 0 || tokens > kMostElements / std::max(header->rows, header->cols) || (tokens > 1 && (x_stride < header->cols || y_stride < header->rows)))
         return fail(LOWBIT_BAD_ARGUMENT, "%lld rows of x with stride %lld and of y with stride %lld do not fit a weight [%lld, %lld]",
                     static_cast<long long>(tokens), static_cast<long long>(x_stride), static_cast<long long>(y_stride),
                     static_cast<long long>(header->rows), static_cast<long long>(header->cols));

@@ -32,7 +32,7 @@ inline Bytes step_codes(const Bytes* vectors) {
 }
 
 template <int kBits, bool kTable>
-inline void unpack_unit(const uint8_t* planes, const Table& table, Bytes* steps) {
+LOWBIT_INLINE void unpack_unit(const uint8_t* planes, const Table& table, Bytes* steps) {
     Bytes vectors[kBits];
     LOWBIT_UNROLL
     for (int v = 0; v < kBits; ++v) vectors[v] = load_bytes(planes + v * kVector);
@@ -51,7 +51,7 @@ inline void unpack_unit(const uint8_t* planes, const Table& table, Bytes* steps)
 }
 
 // Scales of 16 rows, without the tensor's factor.
-inline Floats scales_at(const uint8_t* block, int scale_type, int64_t group) {
+LOWBIT_INLINE Floats scales_at(const uint8_t* block, int scale_type, int64_t group) {
     switch (scale_type) {
         case LOWBIT_SCALE_FP16: return halves_to_floats(block + group * kBlockRows * 2);
         case LOWBIT_SCALE_BF16: return brains_to_floats(block + group * kBlockRows * 2);

@@ -5,6 +5,7 @@
 #include "number.h"
 
 #define LOWBIT_UNROLL _Pragma("GCC unroll 8")
+#define LOWBIT_INLINE inline __attribute__((always_inline))
 #define LOWBIT_UNROLL_REPACK
 
 namespace lowbit {
@@ -40,7 +41,8 @@ inline void store_bytes(void* to, Bytes value) {
     _mm256_storeu_si256(static_cast<__m256i*>(to), value.h[0]);
     _mm256_storeu_si256(static_cast<__m256i*>(to) + 1, value.h[1]);
 }
-inline void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+// Always inlined: gcc takes a call that only prefetches for one without effect and drops it.
+LOWBIT_INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
 template <int kRight, int kMask>
 inline Bytes part(Bytes v) {
@@ -68,6 +70,9 @@ inline Ints widen_bytes(const uint8_t* from) {
 }
 inline Ints subtract_ints(Ints a, Ints b) {
     return each([=](int i) { return _mm256_sub_epi32(a.h[i], b.h[i]); });
+}
+inline Ints add_ints(Ints a, Ints b) {
+    return each([=](int i) { return _mm256_add_epi32(a.h[i], b.h[i]); });
 }
 inline Bytes spread_bytes(const uint8_t* from) { return multiply_ints(widen_bytes(from), splat_ints(0x01010101)); }
 

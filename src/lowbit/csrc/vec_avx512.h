@@ -7,6 +7,7 @@
 // Loops over register arrays must vanish, or the arrays live in memory. Only where they fit the registers: the portable file would
 // take minutes to compile for nothing.
 #define LOWBIT_UNROLL _Pragma("GCC unroll 8")
+#define LOWBIT_INLINE inline __attribute__((always_inline))
 #define LOWBIT_UNROLL_REPACK _Pragma("GCC unroll 32")
 
 namespace lowbit {
@@ -23,7 +24,8 @@ constexpr int kWideBias = 0;  // the dot product takes weights as unsigned bytes
 
 inline Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
 inline void store_bytes(void* to, Bytes value) { _mm512_storeu_si512(to, value); }
-inline void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+// Always inlined: gcc takes a call that only prefetches for one without effect and drops it.
+LOWBIT_INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
 // (v >> kRight) & kMask in each byte; a negative kRight shifts left.
 template <int kRight, int kMask>
@@ -39,6 +41,7 @@ inline Ints splat_ints(int32_t value) { return _mm512_set1_epi32(value); }
 inline Ints multiply_ints(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
 inline Ints widen_bytes(const uint8_t* from) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
 inline Ints subtract_ints(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 // Four copies of each row's byte.
 inline Bytes spread_bytes(const uint8_t* from) { return _mm512_mullo_epi32(widen_bytes(from), splat_ints(0x01010101)); }
 

@@ -5,6 +5,7 @@
 #include "number.h"
 
 #define LOWBIT_UNROLL 
+#define LOWBIT_INLINE inline
 #define LOWBIT_UNROLL_REPACK
 
 namespace lowbit {
@@ -41,7 +42,8 @@ inline Bytes load_bytes(const void* from) {
     return out;
 }
 inline void store_bytes(void* to, const Bytes& value) { memcpy(to, &value, sizeof value); }
-inline void fetch(const void* address) { __builtin_prefetch(address); }
+// Always inlined: gcc takes a call that only prefetches for one without effect and drops it.
+LOWBIT_INLINE void fetch(const void* address) { __builtin_prefetch(address); }
 
 template <int kRight, int kMask>
 inline Bytes part(const Bytes& v) {
@@ -68,6 +70,9 @@ inline Ints widen_bytes(const uint8_t* from) {
 }
 inline Ints subtract_ints(const Ints& a, const Ints& b) {
     return each([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline Ints add_ints(const Ints& a, const Ints& b) {
+    return each([&](int i) { return a.lane[i] + b.lane[i]; });
 }
 inline Bytes spread_bytes(const uint8_t* from) {
     return each([=](int i) { return from[i] * 0x01010101u; });
