@@ -56,6 +56,7 @@ struct Engine {
     std::atomic<bool> cancelled{false};
     std::atomic<bool> busy{false};
     bool profiling = false;
+    int asked_threads = 0;  // what the pool was asked for when the workspace was made; it may give fewer
     int64_t profile[LOWBIT_PROFILE_PARTS] = {};
 };
 

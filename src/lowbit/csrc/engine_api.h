@@ -15,6 +15,9 @@
 extern "C" {
 #endif
 
+/* Besides the codes of lowbit_status. */
+enum lowbit_engine_status { LOWBIT_CANCELLED = 5 };
+
 enum lowbit_matrix_kind { LOWBIT_ABSENT = 0, LOWBIT_PREPARED = 1, LOWBIT_PLAIN = 2 };
 
 typedef struct lowbit_matrix {

@@ -23,7 +23,10 @@ public:
         team.arrived_.store(0);
         team.next_.store(0);
         if (size == 1) return body(0);
-        parallel_for(size, 1, [&](int64_t begin, int64_t, int) { body(static_cast<int>(begin)); });
+        parallel_for(size, 1, [&](int64_t begin, int64_t end, int) {
+            if (end - begin > 1) team.size_ = 1;  // the pool runs everything on one thread
+            body(static_cast<int>(begin));
+        });
     }
 
     // How many threads really meet inside a job of the pool: fewer than asked for where the system gave no more, or inside another job.

@@ -1,0 +1,220 @@
+// The C functions of the engine: what a caller gives is checked here, once.
+#include "engine.h"
+
+#include <new>
+
+#include "error.h"
+#include "threads.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int32_t kMostSlots = 4096;
+constexpr int32_t kMostChunk = 1 << 14;
+constexpr int64_t kMostContext = int64_t{1} << 24;
+
+int check_options(const lowbit_engine_options& options) {
+    if (options.context < 1 || options.context > kMostContext || options.slots < 1 || options.slots > kMostSlots || options.chunk < 1 ||
+        options.chunk > kMostChunk)
+        return fail(LOWBIT_BAD_ARGUMENT, "a context of %lld tokens, %d slots and chunks of %d tokens make no sense", static_cast<long long>(options.context),
+                    options.slots, options.chunk);
+    if (options.cache_type < LOWBIT_CACHE_FP32 || options.cache_type > LOWBIT_CACHE_INT8)
+        return fail(LOWBIT_BAD_ARGUMENT, "no cache is of type %d", options.cache_type);
+    if (options.compute != LOWBIT_COMPUTE_INT8 && options.compute != LOWBIT_COMPUTE_FP32)
+        return fail(LOWBIT_UNSUPPORTED, "compute %d is not known to the engine", options.compute);
+    return LOWBIT_OK;
+}
+
+// Marks the engine as working, so that a second thread gets a sentence and not a corrupted cache.
+class Busy {
+public:
+    explicit Busy(Engine& engine) : engine_(engine), mine_(!engine.busy.exchange(true)) {}
+    ~Busy() {
+        if (mine_) engine_.busy.store(false);
+    }
+    bool mine() const { return mine_; }
+
+private:
+    Engine& engine_;
+    const bool mine_;
+};
+
+int refuse_busy() { return fail(LOWBIT_BAD_ARGUMENT, "this engine is at work in another thread; give each thread an engine, or a slot of one batch"); }
+
+struct Request {
+    const int32_t* tokens;
+    const int32_t* slots;
+    const uint8_t* wanted;
+    int64_t count;
+};
+
+int check_token(const Engine& engine, int32_t token) {
+    const int32_t vocab = engine.plans.model.vocab_size;
+    if (token < 0 || token >= vocab) return fail(LOWBIT_BAD_ARGUMENT, "token %d is outside the vocabulary of %d tokens", token, vocab);
+    return LOWBIT_OK;
+}
+
+int check_slot(const Engine& engine, int32_t slot) {
+    if (slot < 0 || slot >= engine.options.slots) return fail(LOWBIT_BAD_ARGUMENT, "slot %d does not exist; the engine was made with %d", slot, engine.options.slots);
+    return LOWBIT_OK;
+}
+
+int check_end(const Engine& engine, int32_t slot, int64_t end) {
+    const lowbit_model& model = engine.plans.model;
+    const long long at = static_cast<long long>(end);
+    if (end > engine.options.context)
+        return fail(LOWBIT_BAD_ARGUMENT, "%lld tokens do not fit slot %d, whose context is %lld; make the engine with a larger one", at, slot,
+                    static_cast<long long>(engine.options.context));
+    if (model.position_offset >= 0 && end + model.position_offset > model.position_rows)
+        return fail(LOWBIT_BAD_ARGUMENT, "%lld tokens are more than the model's %d learned positions", at, model.position_rows - model.position_offset);
+    return LOWBIT_OK;
+}
+
+int read_request(const Engine& engine, const Request& request, std::vector<Sequence>* sequences, std::vector<int64_t>* wanted) {
+    std::vector<bool> seen(static_cast<size_t>(engine.options.slots));
+    for (int64_t i = 0; i < request.count; ++i) {
+        const int32_t slot = request.slots[i];
+        if (int status = check_slot(engine, slot)) return status;
+        if (int status = check_token(engine, request.tokens[i])) return status;
+        if (!sequences->empty() && sequences->back().slot == slot) {
+            ++sequences->back().count;
+        } else {
+            if (seen[static_cast<size_t>(slot)]) return fail(LOWBIT_BAD_ARGUMENT, "the tokens of slot %d do not follow one another", slot);
+            seen[static_cast<size_t>(slot)] = true;
+            sequences->push_back({slot, i, 1, engine.lengths[static_cast<size_t>(slot)]});
+        }
+        if (request.wanted && request.wanted[i]) wanted->push_back(i);
+    }
+    for (const Sequence& sequence : *sequences)
+        if (int status = check_end(engine, sequence.slot, sequence.start + sequence.count)) return status;
+    return LOWBIT_OK;
+}
+
+int step_checked(Engine& engine, const Request& request, float* logits) {
+    std::vector<Sequence> sequences;
+    std::vector<int64_t> wanted;
+    if (int status = read_request(engine, request, &sequences, &wanted)) return status;
+    if (!wanted.empty() && !logits) return fail(LOWBIT_BAD_ARGUMENT, "logits are wanted and there is no buffer for them");
+    const int threads = thread_count();
+    if (threads != engine.asked_threads) {
+        if (int status = make_workspace(engine.plans, engine.options, Team::measure(threads), &engine.work)) return status;
+        engine.asked_threads = threads;
+    }
+    if (int status = run_step(engine, request.tokens, sequences, wanted, request.count, logits)) {
+        return status == LOWBIT_CANCELLED ? fail(status, "the step was cancelled") : status;
+    }
+    for (const Sequence& sequence : sequences) engine.lengths[static_cast<size_t>(sequence.slot)] += sequence.count;
+    return LOWBIT_OK;
+}
+
+int make_engine(const lowbit_model& model, const lowbit_engine_options& options, Engine* engine) {
+    if (int status = check_options(options)) return status;
+    if (int status = make_plans(model, &engine->plans)) return status;
+    engine->options = options;
+    if (int status = engine->cache.make(model, options)) return status;
+    engine->lengths.assign(static_cast<size_t>(options.slots), 0);
+    engine->asked_threads = thread_count();
+    return make_workspace(engine->plans, options, Team::measure(engine->asked_threads), &engine->work);
+}
+
+}  // namespace
+}  // namespace lowbit
+
+using namespace lowbit;
+
+struct lowbit_engine {
+    Engine engine;
+};
+
+extern "C" lowbit_engine* lowbit_engine_create(const lowbit_model* model, const lowbit_engine_options* options) {
+    if (!model || !options) {
+        fail(LOWBIT_BAD_ARGUMENT, "no description of a model was given");
+        return nullptr;
+    }
+    try {
+        auto made = std::make_unique<lowbit_engine>();
+        return make_engine(*model, *options, &made->engine) == LOWBIT_OK ? made.release() : nullptr;
+    } catch (const std::bad_alloc&) {
+        fail(LOWBIT_NO_MEMORY, "not enough memory for an engine");
+        return nullptr;
+    }
+}
+
+extern "C" void lowbit_engine_destroy(lowbit_engine* engine) { delete engine; }
+
+extern "C" int64_t lowbit_engine_bytes(const lowbit_model* model, const lowbit_engine_options* options) {
+    if (!model || !options || check_options(*options) != LOWBIT_OK) return -1;
+    return cache_bytes(*model, *options);
+}
+
+extern "C" int lowbit_engine_step(lowbit_engine* handle, const int32_t* tokens, const int32_t* slots, const uint8_t* wanted, int64_t count,
+                                  float* logits) {
+    if (!handle || !tokens || !slots) return fail(LOWBIT_BAD_ARGUMENT, "a step needs an engine, tokens and their slots");
+    Engine& engine = handle->engine;
+    if (count < 1) return fail(LOWBIT_BAD_ARGUMENT, "the prompt is empty; give at least one token");
+    if (count > engine.options.chunk) return fail(LOWBIT_BAD_ARGUMENT, "%lld tokens in one step; this engine takes %d", static_cast<long long>(count), engine.options.chunk);
+    const Busy busy(engine);
+    if (!busy.mine()) return refuse_busy();
+    engine.cancelled.store(false);
+    try {
+        return step_checked(engine, {tokens, slots, wanted, count}, logits);
+    } catch (const std::bad_alloc&) {
+        return fail(LOWBIT_NO_MEMORY, "not enough memory for a step of %lld tokens", static_cast<long long>(count));
+    }
+}
+
+extern "C" int lowbit_engine_greedy(lowbit_engine* handle, int32_t slot, int32_t token, int64_t count, const int32_t* stops, int64_t stop_count,
+                                    int32_t* made, int64_t* made_count) {
+    if (!handle || !made || !made_count || (stop_count > 0 && !stops)) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
+    Engine& engine = handle->engine;
+    *made_count = 0;
+    if (int status = check_slot(engine, slot)) return status;
+    if (int status = check_end(engine, slot, engine.lengths[static_cast<size_t>(slot)] + count)) return status;
+    const Busy busy(engine);
+    if (!busy.mine()) return refuse_busy();
+    engine.cancelled.store(false);
+    const uint8_t wanted = 1;
+    try {
+        engine.logits.resize(static_cast<size_t>(engine.plans.model.vocab_size));
+        while (*made_count < count) {
+            if (int status = step_checked(engine, {&token, &slot, &wanted, 1}, engine.logits.data())) return status;
+            token = static_cast<int32_t>(engine_isa().largest(engine.logits.data(), engine.plans.model.vocab_size));
+            made[(*made_count)++] = token;
+            if (std::find(stops, stops + stop_count, token) != stops + stop_count) break;
+        }
+        return LOWBIT_OK;
+    } catch (const std::bad_alloc&) {
+        return fail(LOWBIT_NO_MEMORY, "not enough memory for a step");
+    }
+}
+
+extern "C" int64_t lowbit_engine_length(const lowbit_engine* handle, int32_t slot) {
+    if (!handle || check_slot(handle->engine, slot)) return -1;
+    return handle->engine.lengths[static_cast<size_t>(slot)];
+}
+
+extern "C" int lowbit_engine_truncate(lowbit_engine* handle, int32_t slot, int64_t length) {
+    if (!handle) return fail(LOWBIT_BAD_ARGUMENT, "no engine was given");
+    if (int status = check_slot(handle->engine, slot)) return status;
+    int64_t& present = handle->engine.lengths[static_cast<size_t>(slot)];
+    if (length < 0 || length > present)
+        return fail(LOWBIT_BAD_ARGUMENT, "slot %d holds %lld tokens and cannot be cut to %lld", slot, static_cast<long long>(present), static_cast<long long>(length));
+    present = length;
+    return LOWBIT_OK;
+}
+
+extern "C" void lowbit_engine_cancel(lowbit_engine* handle) {
+    if (handle) handle->engine.cancelled.store(true);
+}
+
+extern "C" void lowbit_engine_set_profile(lowbit_engine* handle, int on) {
+    if (handle) handle->engine.profiling = on != 0;
+}
+
+extern "C" void lowbit_engine_profile(lowbit_engine* handle, int64_t* nanoseconds) {
+    if (!handle || !nanoseconds) return;
+    for (int i = 0; i < LOWBIT_PROFILE_PARTS; ++i) {
+        nanoseconds[i] = handle->engine.profile[i];
+        handle->engine.profile[i] = 0;
+    }
+}

@@ -1,0 +1,132 @@
+// One step of the engine, run by a team of threads from the embedding to the logits.
+//
+// Stages of a dense layer, with a barrier after each but the ones in brackets:
+//
+//   [norm] q k v | [rotate, store] attention | [join] output | [norm] gate and up with the activation | down
+//
+// With few tokens every thread makes the bracketed parts for itself, into its own copy of the hidden state: a norm of one token takes
+// less time than a barrier. With many tokens they are shared out by tokens, with a barrier of their own. What a branch adds lies
+// in a buffer until the next norm joins it to the hidden state.
+#pragma once
+#include <chrono>
+#include <initializer_list>
+
+#include "engine.h"
+
+namespace lowbit {
+
+class Step {
+public:
+    Step(Engine& engine, const int32_t* tokens, const std::vector<Sequence>& sequences, const std::vector<int64_t>& wanted, int64_t count,
+         float* logits);
+    void work(int index);
+    bool stopped() const { return stopped_; }
+
+private:
+    // Branches that were computed and not yet added to the hidden state, by layer; -1: none.
+    struct Pending {
+        int64_t attention = -1, mlp = -1;
+    };
+    struct Member {
+        int index;
+        Room& room;
+        float* hidden;  // [count][hidden_size], its own or the shared one
+        Pending pending;
+        Input input;
+        std::chrono::steady_clock::time_point last;
+    };
+    struct Rows {
+        float* data;
+        int64_t stride;
+    };
+    // A stretch of one sequence's tokens whose queries go over the keys together.
+    struct Tile {
+        int64_t first, count, position;
+        int32_t slot;
+    };
+
+    void plan_attention();
+    void embed(Member& me);
+    void read_embedding(Member& me, int64_t token);
+    void finish_embedding(Member& me, int64_t token);
+    void turn_angles(int64_t token, const Sequence& sequence);
+    void attention(Member& me, int64_t layer);
+    void dense_mlp(Member& me, int64_t layer);
+    void head(Member& me);
+
+    // attention.cpp
+    void prepare_heads(Member& me, int64_t layer, int64_t token);
+    void turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end, float* out);
+    void store_heads(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end);
+    void rotate(int64_t layer, int64_t token, float* head) const;
+    void attend_one(Member& me, int64_t layer, int64_t item);
+    void attend_tile(Member& me, int64_t layer, int64_t item);
+    void finish_head(int64_t layer, int64_t head, const float* out, float most, float total, float* to) const;
+    void merge_splits(int64_t layer, int64_t token, float* to) const;
+    const float* source_of_heads(Member& me, int64_t layer, int64_t token, bool keys);
+
+    // experts.cpp
+    void sparse_mlp(Member& me, int64_t layer);
+    void route(int64_t layer);
+    void choose_experts(int64_t token);
+    void expert_products(Member& me, int64_t layer);
+    void sum_experts(int64_t token, float* to) const;
+
+    // h + branches, where the family wants them added.
+    void join(Member& me, int64_t token);
+    void add_branch(Member& me, int64_t layer, int branch, int64_t token);
+    void norm(const lowbit_vector& vector, const float* x, int64_t count, float* y) const;
+    // Fill rows of an input and make it ready for these matrices; with many tokens everybody takes a part.
+    template <class Fill>
+    void ready(Member& me, Rows rows, int64_t tokens, std::initializer_list<const View*> views, const Fill& fill);
+    Task task_of(Member& me, const View& view, float* y, int64_t y_stride);
+    void run_tasks(Member& me, Task* tasks, int count);
+    Rows own_rows(Member& me) const;
+    void meet(Member& me, lowbit_profile_part part, bool may_stop = false);
+    void mark(Member& me, lowbit_profile_part part);
+
+    Engine& engine_;
+    const Plans& plans_;
+    const lowbit_model& model_;
+    Workspace& work_;
+    const int32_t* tokens_;
+    const std::vector<Sequence>& sequences_;
+    const std::vector<int64_t>& wanted_;
+    const int64_t count_;
+    float* logits_;
+    const bool alone_;
+    bool decoding_ = false;  // every sequence has one token
+    bool stopped_ = false;
+    int64_t splits_ = 1;
+    std::vector<int64_t> positions_;
+    std::vector<int32_t> slots_;
+    std::vector<Tile> tiles_;
+    int64_t turn_stride_ = 0;
+    int64_t unit_ = 8;
+};
+
+template <class Fill>
+void Step::ready(Member& me, Rows rows, int64_t tokens, std::initializer_list<const View*> views, const Fill& fill) {
+    me.input.start(rows.data, rows.stride, tokens);
+    uint8_t* packed = alone_ ? me.room.packed.get() : work_.packed.get();
+    int64_t used = 0;
+    for (const View* view : views)
+        if (*view) me.input.form_for(*view, engine_.options.compute, packed, &used);
+    const auto body = [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) fill(t, rows.data + t * rows.stride);
+        me.input.make_ready(begin, end);
+    };
+    if (alone_) {
+        body(0, tokens);
+        mark(me, LOWBIT_PART_NORM);
+        return;
+    }
+    work_.team.share(tokens, unit_, body);
+    meet(me, LOWBIT_PART_NORM);
+}
+
+constexpr int64_t kTileRows = 48;       // rows of queries that pass over the keys together
+constexpr int64_t kSplitKeys = 64;      // keys below which splitting them over threads does not pay
+constexpr int64_t kItemsPerThread = 4;
+
+}  // namespace lowbit

@@ -1,0 +1,229 @@
+"""The engine on a CPU: a spec and weights in, logits out, with its own cache of keys and values.
+
+    engine = Engine(spec, weights, context=2048)
+    logits = engine.prefill(ids)            # [vocab], of the last position
+    logits = engine.decode(token)           # one more token
+    tokens = engine.generate(ids, 100)      # greedy, without Python between the tokens
+
+A `slot` is one sequence in the cache. Several advance together with `step`, each at its own position, and the weights are then
+read once for all of them; a slot is free again after `reset`. Ctrl-C ends the call within a layer and leaves the slots as they
+were before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbit.errors import KernelError, RecipeError, nearest
+from lowbit.kernels.core import last_error
+from lowbit.models.spec import DecoderSpec
+from lowbit.runtime import abi
+from lowbit.runtime.describe import Description
+from lowbit.runtime.weights import EngineWeights, Floats
+
+COMPUTES = {"auto": 0, "int8": 0, "fp32": 1}
+LONGEST_CHUNK = 512  # tokens of one step: as many as keep the activations of a layer in the caches
+LOWBIT_OK = 0
+
+Tokens = Sequence[int] | NDArray[np.integer]
+
+
+class Engine:
+    """One model at work on the processor."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: EngineWeights,
+        context: int,
+        cache: str = "fp16",
+        slots: int = 1,
+        compute: str = "auto",
+    ) -> None:
+        if cache not in abi.CACHE_TYPES:
+            raise RecipeError(f"no cache is of type {cache!r}: {nearest(cache, abi.CACHE_TYPES)}")
+        if compute not in COMPUTES:
+            raise RecipeError(f"the engine cannot compute in {compute!r}: {nearest(compute, COMPUTES)}")
+        self.spec, self.context, self.slots, self.vocab_size = spec, context, slots, spec.vocab_size
+        self.chunk = max(1, min(LONGEST_CHUNK, context)) if slots == 1 else max(LONGEST_CHUNK, slots)
+        self._core = abi.engine_library()
+        self._description = Description(spec, weights)  # keeps the weights alive
+        options = abi.COptions(context, slots, abi.CACHE_TYPES.index(cache), COMPUTES[compute], self.chunk)
+        self._handle: int | None = self._core.lowbit_engine_create(self._description.model, options)
+        if not self._handle:
+            raise RecipeError(last_error())
+        # Python runs signal handlers only between bytecodes of the main thread, so a long call runs beside it.
+        self._beside = ThreadPoolExecutor(1, "lowbit-engine")
+
+    def close(self) -> None:
+        """Free the cache and the buffers. The weights are the caller's."""
+        if self._handle:
+            self._beside.shutdown()
+            self._core.lowbit_engine_destroy(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+    def prefill(self, ids: Tokens, slot: int = 0) -> Floats:
+        """Append tokens to a slot; the logits [vocab] after the last one."""
+        last: Floats = self._append(ids, slot, every=False)[-1]
+        return last
+
+    def logits(self, ids: Tokens, slot: int = 0) -> Floats:
+        """Append tokens to a slot; the logits [tokens, vocab] after each."""
+        return self._append(ids, slot, every=True)
+
+    def decode(self, token: int, slot: int = 0) -> Floats:
+        """Append one token; the logits [vocab] after it."""
+        only: Floats = self.step([token], [slot])[0]
+        return only
+
+    def step(self, tokens: Tokens, slots: Tokens) -> Floats:
+        """Append one token (or a stretch of neighbours) to each slot named; the logits [tokens, vocab] in that order."""
+        ids, places = _integers(tokens), _integers(slots)
+        if ids.shape != places.shape:
+            raise RecipeError(f"{ids.size} tokens for {places.size} slots; name the slot of each token")
+        parts = [slice(start, start + self.chunk) for start in range(0, max(ids.size, 1), self.chunk)]
+        return np.concatenate(
+            [self._step(ids[part], places[part], np.ones(ids[part].size, np.uint8)) for part in parts]
+        )
+
+    def generate(self, ids: Tokens, count: int, stops: Tokens = (), slot: int = 0) -> list[int]:
+        """Append a prompt and then the most likely token `count` times, or until one of `stops`; the new tokens.
+
+        The last token made is not in the cache yet: continue with it.
+        """
+        token = int(np.argmax(self.prefill(ids, slot)))
+        if count <= 1 or token in stops:
+            return [token][:count]
+        return [token, *self.continue_greedy(token, count - 1, stops, slot)]
+
+    def continue_greedy(self, token: int, count: int, stops: Tokens = (), slot: int = 0) -> list[int]:
+        """Append `token` and make the most likely next one, `count` times or until one of `stops`."""
+        made, found = np.empty(count, np.int32), ctypes.c_int64()
+        ends = _integers(stops)
+
+        def call() -> int:
+            return int(
+                self._core.lowbit_engine_greedy(
+                    self._open(), slot, token, count, ends.ctypes.data, ends.size, made.ctypes.data, found
+                )
+            )
+
+        before = self.length(slot)
+        try:
+            self._run(call)
+        except KeyboardInterrupt:
+            self.truncate(slot, before)
+            raise
+        return [int(t) for t in made[: found.value]]
+
+    def length(self, slot: int = 0) -> int:
+        """Tokens in a slot."""
+        length = int(self._core.lowbit_engine_length(self._open(), slot))
+        if length < 0:
+            raise RecipeError(last_error())
+        return length
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget what follows the first `length` tokens of a slot."""
+        self._check(self._core.lowbit_engine_truncate(self._open(), slot, length))
+
+    def reset(self, slot: int = 0) -> None:
+        self.truncate(slot, 0)
+
+    def cancel(self) -> None:
+        """End the call that another thread is in; it raises KeyboardInterrupt there."""
+        self._core.lowbit_engine_cancel(self._open())
+
+    def profile(self, on: bool) -> dict[str, int]:
+        """Count from now on, or stop; returns what was counted so far: nanoseconds of one thread by part, and two counts."""
+        counters = np.zeros(len(abi.PROFILE_PARTS), np.int64)
+        self._core.lowbit_engine_profile(self._open(), counters.ctypes.data)
+        self._core.lowbit_engine_set_profile(self._open(), int(on))
+        return dict(zip(abi.PROFILE_PARTS, map(int, counters), strict=True))
+
+    def _append(self, ids: Tokens, slot: int, every: bool) -> Floats:
+        tokens = _integers(ids)
+        if tokens.size == 0:
+            raise RecipeError("the prompt is empty; give at least one token")
+        before = self.length(slot)
+        if before + tokens.size > self.context:
+            raise RecipeError(
+                f"{tokens.size} tokens after {before} do not fit the context of {self.context}; make the engine with a larger one"
+            )
+        out = []
+        try:
+            for start in range(0, tokens.size, self.chunk):
+                part = tokens[start : start + self.chunk]
+                wanted = np.full(part.size, every, np.uint8)
+                wanted[-1] = every or start + part.size == tokens.size
+                out.append(self._step(part, np.full(part.size, slot, np.int32), wanted))
+        except (KeyboardInterrupt, RecipeError):
+            self.truncate(slot, before)
+            raise
+        return np.concatenate(out)
+
+    def _step(self, tokens: NDArray[np.int32], slots: NDArray[np.int32], wanted: NDArray[np.uint8]) -> Floats:
+        logits = np.empty((int(wanted.sum()), self.vocab_size), np.float32)
+
+        def call() -> int:
+            return int(
+                self._core.lowbit_engine_step(
+                    self._open(),
+                    tokens.ctypes.data,
+                    slots.ctypes.data,
+                    wanted.ctypes.data,
+                    tokens.size,
+                    logits.ctypes.data,
+                )
+            )
+
+        if tokens.size > self.slots:
+            self._run(call)
+        else:  # one token takes less time than anybody notices
+            self._check(call())
+        return logits
+
+    def _run(self, call: Callable[[], int]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return self._check(call())
+        work = self._beside.submit(lambda: self._check(call()))
+        try:
+            work.result()
+        except KeyboardInterrupt:
+            self.cancel()
+            work.exception()
+            raise
+
+    def _check(self, status: int) -> None:
+        if status == LOWBIT_OK:
+            return
+        if status == abi.CANCELLED:
+            raise KeyboardInterrupt
+        raise RecipeError(last_error())
+
+    def _open(self) -> int:
+        if not self._handle:
+            raise KernelError("this engine was closed; make another one")
+        return self._handle
+
+
+def _integers(values: Tokens) -> NDArray[np.int32]:
+    """Token ids as the core takes them; what does not fit 32 bits is outside any vocabulary and stays so."""
+    wide = np.asarray(values, np.int64).ravel()
+    return np.ascontiguousarray(np.where(np.abs(wide) < 2**31, wide, -1).astype(np.int32))

@@ -1,0 +1,133 @@
+"""How weights get into the engine: as addresses, so that nothing is copied and torch layers can share them.
+
+A `Matrix` is a linear weight [out, in] in one of two forms: plain rows of numbers, or the buffer that `kernels.cpu.prepare`
+lays out from packed codes. The experts of a layer lie one after another in one Matrix with `count` > 1. `EngineWeights` has a
+Matrix for every linear role of a spec and two fp32 arrays (weight, bias) for every norm, by (role, layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbit.errors import WeightError
+from lowbit.kernels import cpu
+from lowbit.models.spec import DecoderSpec, Located
+from lowbit.packing import PackedTensor
+from lowbit.runtime.abi import LAYER_MATRICES, OUTER_MATRICES, PLAIN, PREPARED
+
+Floats = NDArray[np.float32]
+Key = tuple[str, int | None]
+MATRIX_ROLES = frozenset((*LAYER_MATRICES, *OUTER_MATRICES))
+ALIGNMENT = 64  # bytes; what the wide loads of the products ask for
+_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear weight in memory. `owner` is whatever must stay alive for the address to stay valid."""
+
+    address: int
+    rows: int
+    cols: int
+    kind: int = PLAIN
+    dtype: str = "float32"
+    count: int = 1
+    bytes: int = 0
+    bias: Floats | None = None
+    owner: Any = None
+
+    def with_bias(self, bias: Floats | None) -> Matrix:
+        return Matrix(
+            self.address, self.rows, self.cols, self.kind, self.dtype, self.count, self.bytes, bias, self.owner
+        )
+
+
+@dataclass
+class EngineWeights:
+    """Everything that a spec names, by (role, layer); layer is None outside the layers."""
+
+    matrices: dict[Key, Matrix] = field(default_factory=dict)
+    vectors: dict[Key, tuple[Floats | None, Floats | None]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the linear weights, each counted once."""
+        seen = {m.address: m for m in self.matrices.values()}
+        return sum(m.count * (m.bytes or m.rows * m.cols * _DTYPES[m.dtype]) for m in seen.values())
+
+
+def aligned(size: int) -> NDArray[np.uint8]:
+    """An uninitialised buffer on a 64-byte boundary."""
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size]
+
+
+def plain(array: NDArray[Any], dtype: str | None = None, bias: Floats | None = None) -> Matrix:
+    """A dense weight [out, in] or [experts, out, in] where it lies; bf16 comes as uint16 with dtype="bfloat16"."""
+    name = dtype or str(array.dtype)
+    if name not in _DTYPES or array.itemsize != _DTYPES[name]:
+        raise WeightError(f"the engine reads {', '.join(_DTYPES)}, not {name}; convert the weight first")
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    rows, cols = array.shape[-2:]
+    count = array.shape[0] if array.ndim == 3 else 1
+    return Matrix(array.ctypes.data, rows, cols, PLAIN, name, count, 0, bias, array)
+
+
+def prepared(packed: PackedTensor, bias: Floats | None = None) -> Matrix:
+    """A packed weight over numpy arrays, laid out for the products; the experts of a layer one after another."""
+    experts = [packed.expert(i) for i in range(packed.shape[0])] if len(packed.shape) == 3 else [packed]
+    rows, cols = packed.shape[-2:]
+    # Every buffer begins on a boundary of its own.
+    size = cpu.prepared_bytes(packed.format, rows, cols)
+    if size % ALIGNMENT and len(experts) > 1:
+        raise WeightError(f"prepared experts of {size} bytes do not lie on {ALIGNMENT}-byte boundaries")
+    buffer = aligned(size * len(experts))
+    for index, expert in enumerate(experts):
+        arrays = {name: np.ascontiguousarray(array) for name, array in expert.tensors().items()}
+        addresses = {name: array.ctypes.data for name, array in arrays.items()}
+        cpu.prepare(packed.format, rows, cols, cpu.Canonical(**addresses), buffer.ctypes.data + index * size, size)
+    return Matrix(buffer.ctypes.data, rows, cols, PREPARED, "float32", len(experts), size, bias, buffer)
+
+
+def engine_weights(spec: DecoderSpec, tensors: Mapping[str, NDArray[Any] | PackedTensor]) -> EngineWeights:
+    """The weights of a model from arrays (or packed weights) under any names that the spec knows."""
+    weights = EngineWeights()
+    for (role, layer), located in spec.locate(tensors).items():
+        bias = None if located.bias is None else _vector(tensors[located.bias])
+        if role in MATRIX_ROLES:
+            weights.matrices[role, layer] = _matrix(located, tensors).with_bias(bias)
+        else:
+            pieces = [_vector(tensors[name]) for row in located.names for name in row]
+            weights.vectors[role, layer] = (np.concatenate(pieces), bias)
+    return weights
+
+
+def _vector(array: Any) -> Floats:
+    return np.ascontiguousarray(np.asarray(array, np.float32).ravel())
+
+
+def _matrix(located: Located, tensors: Mapping[str, Any]) -> Matrix:
+    first = tensors[located.names[0][0]]
+    if isinstance(first, PackedTensor):
+        if located.in_pieces or located.weight.transposed:
+            raise WeightError(
+                f"{located.names[0][0]} is packed as a file stores it; pack the weight [.., out, in] that the model names"
+            )
+        return prepared(first)
+    rows = [np.concatenate([tensors[name] for name in row]) for row in located.names]
+    weight = np.stack(rows) if located.in_pieces else rows[0] if len(located.names[0]) > 1 else first
+    if located.weight.transposed:
+        weight = weight.swapaxes(-1, -2)
+    if tuple(weight.shape) != located.weight.shape:
+        raise WeightError(
+            f"{located.names[0][0]} has shape {list(weight.shape)}, the {located.weight.role} weight of this model is "
+            f"{list(located.weight.shape)}"
+        )
+    return plain(weight)

@@ -1,0 +1,56 @@
+"""The engine gives the logits of every family, however a sequence is cut into steps: the spec's interpreter is the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from lowbit.models.families import spec_from_config
+from lowbit.models.spec import DecoderSpec
+from lowbit.runtime.engine import Engine
+from lowbit.runtime.weights import engine_weights
+from unit.family_cases import CASES, TOLERANCE, arrays, prompt, reference_logits, tiny_model
+
+Logits = NDArray[np.float32]
+CONTEXT = 64
+
+
+@pytest.fixture(params=CASES, ids=lambda name: name.replace(", ", "-").replace(" ", "_"))
+def case(request: pytest.FixtureRequest) -> Iterator[tuple[DecoderSpec, Engine, NDArray[Any]]]:
+    model_type, fields = CASES[request.param]
+    model = tiny_model(model_type, fields, "sdpa" if fields.get("alibi") else "eager")
+    spec = spec_from_config(model.config.to_dict())
+    with Engine(spec, engine_weights(spec, arrays(model)), CONTEXT, cache="fp32", compute="fp32", slots=2) as engine:
+        yield spec, engine, reference_logits(model)
+
+
+def in_pieces(engine: Engine, ids: list[int], size: int) -> Logits:
+    engine.reset()
+    return np.concatenate([engine.logits(ids[i : i + size]) for i in range(0, len(ids), size)])
+
+
+def test_logits_are_those_of_transformers(case: tuple[DecoderSpec, Engine, NDArray[Any]]) -> None:
+    spec, engine, expected = case
+    ids = prompt()
+    assert np.abs(in_pieces(engine, ids, len(ids)) - expected).max() < TOLERANCE
+    lasting = all(not rope.depends_on_length for rope in (layer.rope for layer in spec.layers) if rope is not None)
+    for size in (1, 3, 7):
+        pieces = in_pieces(engine, ids, size)
+        if lasting:  # else keys that were cached earlier were turned by other frequencies
+            assert np.abs(pieces - expected).max() < TOLERANCE
+
+
+def test_slots_do_not_disturb_one_another(case: tuple[DecoderSpec, Engine, NDArray[Any]]) -> None:
+    _, engine, _ = case
+    ids = prompt()
+    alone = [in_pieces(engine, ids, 1), in_pieces(engine, ids[::-1], 1)]
+    engine.reset()
+    engine.prefill(ids[:4], slot=0)  # joins earlier than the other
+    for i in range(4, len(ids)):
+        both = engine.step([ids[i], ids[::-1][i - 4]], [0, 1])
+        assert np.abs(both[0] - alone[0][i]).max() < TOLERANCE
+        assert np.abs(both[1] - alone[1][i - 4]).max() < TOLERANCE
