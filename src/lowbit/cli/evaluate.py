@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.cli.generate import read_text
 from lowbit.cli.options import COUNT, LoadOptions, add_format_on_the_fly, add_json, add_loading, loading_from, number
-from lowbit.cli.output import Output, seconds_text
+from lowbit.cli.output import Output
 from lowbit.cli.source import Source, find_source
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, RecipeError
+from lowbit.progress import progress
 
 if TYPE_CHECKING:
     from lowbit.cli.session import Session
+    from lowbit.evaluate import Divergence, Perplexity
 
 DESCRIPTION = """\
 Measure a model on a text file: perplexity (lower is better) over windows of tokens that do not overlap.
@@ -38,3 +39,100 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_format_on_the_fly(parser)
     add_loading(parser)
     add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    output = Output(options.json)
+    text = read_text(options.text)
+    source, load = find_source(options.model), loading_from(options)
+    original = find_source(options.against) if options.against else None
+    from lowbit.cli.session import Session, prepare_torch
+
+    prepare_torch(options.threads)
+    session = Session.load(source, load)
+    tokens = tokens_of(session, text, options)
+    facts: dict[str, Any] = {"model": options.model, "text": str(options.text), "window": options.window}
+    if original is None:
+        measured = measure_perplexity(session, tokens, options)
+        print_perplexity(output, measured)
+        output.result(facts | perplexity_facts(measured))
+        return 0
+    distance = measure_distance(session, original, tokens, options)
+    print_perplexity(output, distance.perplexity)
+    print_distance(output, distance)
+    output.result(
+        facts | perplexity_facts(distance.perplexity) | {"against": distance_facts(distance, options.against)}
+    )
+    return 0
+
+
+def tokens_of(session: Session, text: str, options: argparse.Namespace) -> Any:
+    """The text as windows of tokens [windows, window]."""
+    from lowbit.evaluate import cut_windows, token_ids
+
+    try:
+        return cut_windows(token_ids(session.tokenizer, text), options.window, options.windows)
+    except RecipeError as error:
+        raise LowbitError(f"{options.text}: {error}") from None
+
+
+def measure_perplexity(session: Session, tokens: Any, options: argparse.Namespace) -> Perplexity:
+    from lowbit.evaluate import perplexity
+
+    with progress("predicting", len(tokens)) as advance:
+        return perplexity(session.model, tokens, window=options.window, progress=advance)
+
+
+def measure_distance(session: Session, source: Source, tokens: Any, options: argparse.Namespace) -> Divergence:
+    """Both models side by side on the same tokens. The original is loaded as it is, whatever --format says."""
+    from lowbit.cli.session import load_model
+    from lowbit.evaluate import divergence
+
+    plain = LoadOptions(None, options.dtype, options.device, options.allow_pickle, options.trust_remote_code)
+    original = load_model(source, plain).eval()
+    ours, theirs = (model.config.get_text_config().vocab_size for model in (session.model, original))
+    if ours != theirs:
+        raise LowbitError(f"{options.model} knows {ours} tokens and {source.name} {theirs}: they cannot be compared")
+    with progress("comparing", len(tokens)) as advance:
+        return divergence(session.model, original, tokens, window=options.window, progress=advance)
+
+
+def perplexity_facts(measured: Perplexity) -> dict[str, Any]:
+    return {
+        "perplexity": measured.ppl,
+        "nll": measured.nll,
+        "nll_standard_error": measured.standard_error,
+        "tokens": measured.tokens,
+        "windows": measured.windows,
+    }
+
+
+def distance_facts(distance: Divergence, name: str) -> dict[str, Any]:
+    return {
+        "model": name,
+        "perplexity": distance.original.ppl,
+        "kl": distance.kl,
+        "kl_standard_error": distance.standard_error,
+        "top1": distance.agreement,
+    }
+
+
+def print_perplexity(output: Output, measured: Perplexity) -> None:
+    # The error of exp(nll), to first order.
+    error = measured.ppl * measured.standard_error
+    output.facts(
+        [
+            ("perplexity", f"{measured.ppl:.4f} +- {error:.4f}"),
+            ("measured on", f"{measured.tokens} tokens in {measured.windows} windows"),
+        ]
+    )
+
+
+def print_distance(output: Output, distance: Divergence) -> None:
+    output.facts(
+        [
+            ("original", f"perplexity {distance.original.ppl:.4f}"),
+            ("KL", f"{distance.kl:.5f} +- {distance.standard_error:.5f}"),
+            ("same token", f"{distance.agreement:.2%} of the time"),
+        ]
+    )

@@ -14,6 +14,7 @@ from lowbit.errors import LowbitError, MissingPackageError
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full while writing {file}: free some room, or name a folder on another disk",
     errno.EDQUOT: "the disk quota is used up while writing {file}: free some room, or name a folder on another disk",
+    errno.EFBIG: "{file} would be larger than this user or disk allows (see ulimit -f): name a folder on another disk",
     errno.ENOENT: "there is no file or folder {file}: check the path",
     errno.EACCES: "{file} may not be read or written by you: check its permissions",
     errno.EPERM: "{file} may not be read or written by you: check its permissions",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.cli.options import LEAVE, LoadOptions, add_json, add_loading
 from lowbit.cli.output import Output, size_text
-from lowbit.cli.source import CONFIG, Source, find_source, opened_source
+from lowbit.cli.source import CONFIG, Source, find_source
 from lowbit.errors import LowbitError, RecipeError
 
 if TYPE_CHECKING:
@@ -87,13 +88,15 @@ def quantize_and_save(
     from lowbit.cli.session import load_model, load_tokenizer, prepare_torch
 
     prepare_torch(threads)
-    with opened_source(source, load.dtype, beside=out.absolute().parent) as name:
-        model = load_model(name, load)
-        tokenizer = load_tokenizer(name, load)
-        if tokenizer is None:
-            output.note("lowbit: the source has no tokenizer, so none is saved")
-        lowbit.save_low_bit(model, out, tokenizer=tokenizer)
+    start = time.perf_counter()
+    model = load_model(source, load)
+    packed = time.perf_counter()
+    tokenizer = load_tokenizer(source, load)
+    if tokenizer is None:
+        output.note("lowbit: the source has no tokenizer, so none is saved")
+    lowbit.save_low_bit(model, out, tokenizer=tokenizer)
     report: Report = model.lowbit_report
+    report.seconds = report.seconds or packed - start
     return report
 
 
@@ -101,9 +104,11 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
     """The recipe that the arguments spell."""
     from lowbit.recipe import recipe_named
 
+    recipe = recipe_named(options.format)
+    # Ours first, so that they win over those that a recipe brings along.
     changes: dict[str, object] = {
-        "skip": tuple(options.skip),
-        "overrides": tuple(_override(text) for text in options.override),
+        "skip": (*options.skip, *recipe.skip),
+        "overrides": (*(_override(text) for text in options.override), *recipe.overrides),
     }
     if options.head is not None:
         changes["head"] = format_or_none(options.head)
@@ -111,9 +116,6 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
         changes["embedding"] = format_or_none(options.embedding)
     if options.rounder is not None:
         changes["rounder"] = options.rounder
-    recipe = recipe_named(options.format)
-    # Ours first, so that they win over those that a mixture such as gguf_q4k_m brings along.
-    changes["overrides"] = (*changes["overrides"], *recipe.overrides)  # type: ignore[misc]
     return recipe.replace(**changes)
 
 

@@ -10,14 +10,19 @@ middle of an answer.
 
 from __future__ import annotations
 
+import json
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers.generation import BaseStreamer
 
@@ -25,8 +30,9 @@ import lowbit
 from lowbit.bench import peak_memory
 from lowbit.cli.failures import one_line
 from lowbit.cli.options import LoadOptions, Sampling
-from lowbit.cli.source import Source, opened_source
+from lowbit.cli.source import Source
 from lowbit.errors import CheckpointError, LowbitError
+from lowbit.interop.gguf import open_gguf
 from lowbit.kernels.core import library_path
 from lowbit.kernels.cpu import set_threads
 
@@ -127,9 +133,8 @@ class Session:
     @classmethod
     def load(cls, source: Source, options: LoadOptions) -> Session:
         start = time.perf_counter()
-        with opened_source(source, options.dtype) as name:
-            model = load_model(name, options)
-            tokenizer = load_tokenizer(name, options)
+        model = load_model(source, options)
+        tokenizer = load_tokenizer(source, options)
         if tokenizer is None:
             raise CheckpointError(
                 f"{source.name} has no tokenizer: copy the tokenizer*.json files of the original beside it"
@@ -139,7 +144,7 @@ class Session:
     @property
     def context_length(self) -> int | None:
         """How many tokens the model was made for."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def peak_memory(self) -> int:
         """The most memory used so far: of the GPU if the model is on one, else of this process."""
@@ -159,7 +164,10 @@ class Session:
         if not self.tokenizer.chat_template:
             spoken = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
             return [int(t) for t in self.tokenizer(spoken + "assistant:")["input_ids"]]
-        encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        try:
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:
+            raise LowbitError(f"the model's chat template refuses this conversation: {one_line(str(error))}") from None
         return [int(t) for t in encoded["input_ids"]]
 
     def generate(self, prompt: list[int], sampling: Sampling, emit: Emit | None = None) -> Answer:
@@ -208,23 +216,59 @@ class Session:
         return arguments
 
 
-def load_model(name: str, options: LoadOptions) -> Any:
-    """A model from a folder or the hub, made low-bit while it loads if there is a recipe."""
+def load_model(source: Source, options: LoadOptions) -> Any:
+    """A model, made low-bit while it loads if there is a recipe."""
     arguments: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     if options.device is not None:
         arguments["device_map"] = _checked_device(options.device)
     if options.recipe is not None:
-        arguments["load_in_low_bit"] = options.recipe
-    with _foreign_errors(f"cannot load {name}"):
-        return lowbit.AutoModelForCausalLM.from_pretrained(name, allow_pickle=options.allow_pickle, **arguments)
+        _refuse_low_bit(source)
+        arguments["recipe"] = options.recipe
+    with _foreign_errors(f"cannot load {source.name}"), _bar_while_packing(options):
+        return lowbit.AutoModelForCausalLM.from_pretrained(source.name, allow_pickle=options.allow_pickle, **arguments)
 
 
-def load_tokenizer(name: str, options: LoadOptions) -> Any | None:
-    """The tokenizer of a model, or None if it has none."""
+def _refuse_low_bit(source: Source) -> None:
+    """A model that was rounded once is no source for rounding it again."""
+    quantization = source.config().get("quantization_config")
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method", "another tool")
+        raise CheckpointError(
+            f"{source.name} is low-bit already ({method}): start from the model that it was made from"
+        )
+
+
+@contextmanager
+def _bar_while_packing(options: LoadOptions) -> Iterator[None]:
+    """Packing a model takes seconds to minutes; the loader of transformers counts its weights."""
+    if options.recipe is None or not sys.stderr.isatty():
+        yield
+        return
+    transformers.logging.enable_progress_bar()
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+        yield
+    finally:
+        transformers.logging.disable_progress_bar()
+
+
+def load_tokenizer(source: Source, options: LoadOptions) -> Any | None:
+    """The tokenizer of a model, or None if it has none."""
+    if source.kind == "gguf":
+        return _gguf_tokenizer(source)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.name, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError):  # transformers has no error of its own for a missing tokenizer
         return None
+
+
+def _gguf_tokenizer(source: Source) -> Any:
+    """The tokenizer that a GGUF file describes; transformers reads it from files, so it is put into some."""
+    gguf = open_gguf(source.path)
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as name:
+        folder = Path(name)
+        (folder / "tokenizer.json").write_text(gguf.tokenizer_json(), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(gguf.tokenizer_config), encoding="utf-8")
+        return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def prepare_torch(threads: int | None) -> None:

@@ -1,7 +1,6 @@
 """Where a model comes from: a Hugging Face folder, a GGUF file, or a name on the hub.
 
-`find_source` only looks; `opened_source` gives a folder (or hub name) that transformers can read, for which a GGUF file
-is unpacked into a folder that exists as long as the block lasts, and goes away however it ends.
+`find_source` only looks: nothing is read but names, so a mistyped path is told before torch is imported.
 """
 
 from __future__ import annotations
@@ -9,9 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +17,6 @@ from lowbit.errors import CheckpointError
 CONFIG = "config.json"
 # `name` or `owner/name`, as the hub spells them.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# What a GGUF file is unpacked into unless the user says otherwise: half the room of float32, and its range.
-UNPACKED_DTYPE = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -113,18 +107,3 @@ def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is no model's config: it holds a {type(config).__name__}, not an object")
     return config
-
-
-@contextmanager
-def opened_source(source: Source, dtype: str = "auto", beside: Path | None = None) -> Iterator[str]:
-    """A folder or hub name that transformers can read. `beside` says on which disk a GGUF file is unpacked."""
-    if source.kind != "gguf":
-        yield source.name
-        return
-    from lowbit.interop.gguf import write_hf_folder
-
-    room = beside if beside is not None and beside.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix=".lowbit-unpacked-", dir=room) as name:
-        folder = Path(name) / "model"
-        write_hf_folder(source.path, folder, UNPACKED_DTYPE if dtype == "auto" else dtype)
-        yield str(folder)
