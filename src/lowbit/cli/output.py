@@ -78,7 +78,9 @@ def _draw_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
-        table.add_column(header, justify="right" if header in right else "left", no_wrap=header in right)
+        table.add_column(
+            header, justify="right" if header in right else "left", no_wrap=header in right, overflow="fold"
+        )
     for row in rows:
         table.add_row(*map(Text, row))
     Console(file=stream).print(table)
