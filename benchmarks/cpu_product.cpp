@@ -133,7 +133,8 @@ int main(int count, char** arguments) {
     }
     printf("isa %s, %d threads, int%d group %d %s, [%lld, %lld]; repack %.1f GB/s (packed bytes read)\n", lowbit_isa(), lowbit_threads(),
            format.bits, format.group_size, format.symmetric ? "sym" : "asym", static_cast<long long>(kRows), static_cast<long long>(kCols), median(repacks));
-    std::vector<float> x(static_cast<size_t>(tokens * kCols)), y(static_cast<size_t>(tokens * kRows));
+    const int64_t most = std::max(tokens, 16);
+    std::vector<float> x(static_cast<size_t>(most * kCols)), y(static_cast<size_t>(most * kRows));
     for (auto& value : x) value = static_cast<float>(rand()) / RAND_MAX - 0.5f;
     const auto product = [&](const Weight& weight, int rows) {
         check(lowbit_run(weight.data, weight.bytes, x.data(), LOWBIT_FP32, rows, kCols, nullptr, y.data(), LOWBIT_FP32, kRows, LOWBIT_COMPUTE_INT8));

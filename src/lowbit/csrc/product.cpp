@@ -16,7 +16,7 @@ constexpr int64_t kFewTokens = 16;
 constexpr int kWidestTile = 8;
 constexpr int64_t kTokensAtOnce = 1024;      // bounds the room for activations whatever the prompt
 constexpr int64_t kActivationBytes = 512 << 10;  // of one token block: half of a 1 MiB second-level cache
-constexpr int64_t kMostTokenBlock = 252;     // of panel_lanes.h's kMostTokens, a multiple of every tile
+constexpr int64_t kMostTokenBlock = 252;     // of the 256 of panel_lanes.h, and near a multiple of every tile
 constexpr int64_t kPartBytes = 96 << 10;     // weights that a thread takes at a time when decoding
 
 // Room that lives as long as its thread, so that a token costs no allocation.
