@@ -47,12 +47,16 @@ _HOMES = {
     ),
     "evaluate": ("perplexity",),
 }  # fmt: skip
+# Rooms that users reach by attribute: `lowbit.demo.model_path()`.
+_ROOMS = ("demo", "runtime")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [*sorted(_HOME_OF), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"lowbit.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"lowbit.{_HOME_OF[name]}"), name)

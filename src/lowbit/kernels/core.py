@@ -69,6 +69,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "lowbit_prepared_bytes": (_L, [_F, _L, _L]),
     "lowbit_prepare": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _L]),
     "lowbit_restore": (_I, [_P, _L, _P, _P, _P, _P]),
+    "lowbit_read_rows": (_I, [_P, _L, _P, _L, _P]),
     "lowbit_run": (_I, [_P, _L, _P, _I, _L, _L, _P, _P, _I, _L, _I]),
 }
 

@@ -116,8 +116,8 @@ def refuses(format: Format, shape: tuple[int, ...], compute: str = "auto") -> st
         return f"the compiled core has no table of {format.bits} bits ({format})"
     if format.act_bits == 8 and compute == "fp32":
         return f"{format} quantises its activations, so compute='fp32' contradicts it"
-    if len(shape) != 2:
-        return f"the compiled core multiplies one matrix at a time, not a weight of shape {list(shape)}"
+    if len(shape) not in (2, 3):
+        return f"the compiled core multiplies matrices and stacks of them, not a weight of shape {list(shape)}"
     if compute not in _COMPUTE:
         return f"the compiled core computes in int8 or fp32, not in {compute}"
     return None
@@ -161,6 +161,11 @@ def restore(prepared: int, size: int, packed: Canonical) -> None:
             prepared, size, packed.codes, packed.scales or None, packed.zeros or None, packed.scale_scales or None
         )
     )
+
+
+def read_rows(prepared: int, size: int, rows: int, count: int, to: int) -> None:
+    """Write rows of a prepared weight, numbered by int64 at `rows`, as fp32 [count, cols] at `to`."""
+    check(library().lowbit_read_rows(prepared, size, rows, count, to))
 
 
 def run(prepared: int, size: int, x: Rows, y: Rows, bias: int = 0, compute: str = "auto") -> None:

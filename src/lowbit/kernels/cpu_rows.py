@@ -1,8 +1,8 @@
 """The CPU row: the compiled core behind torch tensors.
 
-`cpu.py` speaks in addresses and imports no torch, so that the engine can use it alone; this file turns tensors into
-addresses. The prepared form is one plain uint8 buffer laid out for wide loads. It takes the place of the canonical
-buffers, and the engine of the same model reads the same buffer, so a weight lies in memory once.
+`cpu.py` speaks in addresses and imports no torch, so that the engine can use it alone; this file turns tensors into addresses.
+The prepared form is one plain uint8 buffer laid out for wide loads; the experts of a 3-D weight lie in it one after another. It
+takes the place of the canonical buffers, and the engine of the same model reads the same buffer, so a weight lies in memory once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from lowbit.kernels import cpu
 from lowbit.kernels.core import library_path
 from lowbit.packing import PackedTensor, empty_buffers
 
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_PREPARED = "prepared"
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+PREPARED = "prepared"
 
 
 def refuses(format: Format, shape: tuple[int, ...], compute: str) -> str | None:
@@ -25,33 +25,55 @@ def refuses(format: Format, shape: tuple[int, ...], compute: str) -> str | None:
 
 
 def prepare(packed: PackedTensor) -> dict[str, torch.Tensor]:
-    rows, cols = packed.shape
-    size = cpu.prepared_bytes(packed.format, rows, cols)
-    prepared = torch.empty(size, dtype=torch.uint8)
-    tensors = {name: tensor.contiguous() for name, tensor in packed.tensors().items()}
-    cpu.prepare(packed.format, rows, cols, addresses(tensors), prepared.data_ptr(), size)
-    return {_PREPARED: prepared}
+    size = cpu.prepared_bytes(packed.format, *packed.shape[-2:])
+    experts = _experts(packed)
+    prepared = torch.empty(size * len(experts), dtype=torch.uint8)
+    for index, expert in enumerate(experts):
+        tensors = {name: tensor.contiguous() for name, tensor in expert.tensors().items()}
+        place = prepared.data_ptr() + index * size
+        cpu.prepare(packed.format, *expert.shape, addresses(tensors), place, size)
+    return {PREPARED: prepared}
 
 
 def restore(buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...]) -> PackedTensor:
-    prepared = buffers[_PREPARED]
-    canonical = empty_buffers(format, shape, torch)
-    cpu.restore(prepared.data_ptr(), prepared.numel(), addresses(canonical))
-    return PackedTensor(format, shape, **canonical)
+    prepared = buffers[PREPARED]
+    packed = PackedTensor(format, shape, **empty_buffers(format, shape, torch))
+    experts = _experts(packed)
+    size = prepared.numel() // len(experts)
+    for index, expert in enumerate(experts):
+        cpu.restore(prepared.data_ptr() + index * size, size, addresses(expert.tensors()))
+    return packed
+
+
+def expert(
+    buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...], index: int
+) -> dict[str, torch.Tensor]:
+    """The buffers of one matrix of a 3-D weight, sharing memory."""
+    prepared = buffers[PREPARED]
+    size = prepared.numel() // shape[0]
+    return {PREPARED: prepared[index * size : (index + 1) * size]}
+
+
+def rows(buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...], ids: torch.Tensor) -> torch.Tensor:
+    """Rows of a weight [out, in] in fp32."""
+    prepared, wanted = buffers[PREPARED], ids.to(torch.int64).contiguous()
+    found = torch.empty(len(wanted), shape[1])
+    cpu.read_rows(prepared.data_ptr(), prepared.numel(), wanted.data_ptr(), len(wanted), found.data_ptr())
+    return found
 
 
 def run(
     x: torch.Tensor, buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...], compute: str
 ) -> torch.Tensor:
     """x [.., in] times a prepared weight [out, in]: [.., out] in the type of x."""
-    prepared = buffers[_PREPARED]
-    known = x if x.dtype in _DTYPE_NAMES else x.float()
+    prepared = buffers[PREPARED]
+    known = x if x.dtype in DTYPE_NAMES else x.float()
     flat = known.detach().reshape(-1, shape[1])
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     y = torch.empty(flat.shape[0], shape[0], dtype=flat.dtype)
     if flat.shape[0]:
-        name = _DTYPE_NAMES[flat.dtype]
+        name = DTYPE_NAMES[flat.dtype]
         given = cpu.Rows(flat.data_ptr(), name, flat.shape[0], shape[1], flat.stride(0))
         cpu.run(prepared.data_ptr(), prepared.numel(), given, cpu.Rows(y.data_ptr(), name, *y.shape), compute=compute)
     return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
@@ -61,3 +83,8 @@ def addresses(tensors: dict[str, torch.Tensor]) -> cpu.Canonical:
     """Where the canonical buffers of a weight lie."""
     names = ("codes", "scales", "zeros", "scale_scales")
     return cpu.Canonical(**{name: tensors[name].data_ptr() for name in names if name in tensors})
+
+
+def _experts(packed: PackedTensor) -> list[PackedTensor]:
+    """The matrices of a weight: itself, or one for each expert, sharing memory."""
+    return [packed] if len(packed.shape) == 2 else [packed.expert(index) for index in range(packed.shape[0])]

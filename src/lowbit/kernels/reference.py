@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from lowbit.formats import Format
-from lowbit.grid import unpack
+from lowbit.grid import effective_scales, unpack
 from lowbit.packing import PackedTensor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,3 +43,28 @@ def round_activations(x: torch.Tensor) -> torch.Tensor:
     """x as int8 with one scale per row would hold it, in fp32."""
     scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 127
     return (x / scale).round() * scale
+
+
+def expert(
+    buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...], index: int
+) -> dict[str, torch.Tensor]:
+    """The buffers of one matrix of a 3-D weight, sharing memory."""
+    return restore(buffers, format, shape).expert(index).tensors()
+
+
+def rows(buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...], ids: torch.Tensor) -> torch.Tensor:
+    """Rows of a weight [out, in] in fp32."""
+    return unpack(gather_rows(restore(buffers, format, shape), ids))
+
+
+def gather_rows(packed: PackedTensor, ids: torch.Tensor) -> PackedTensor:
+    """Some rows of a packed weight [out, in] as a packed weight of their own."""
+    parts, format = packed.tensors(), packed.format
+    if format.scale_block:
+        # Blocks of doubly quantised scales cross rows, so the gathered rows carry plain fp32 scales.
+        format = format.replace(scale_block=0, scale_dtype="float32")
+        parts = {"codes": packed.codes, "scales": effective_scales(packed), "order": packed.order}
+    for name in ("codes", "scales", "zeros"):
+        if parts.get(name) is not None and (name == "codes" or format.group_size != 0):
+            parts[name] = parts[name][ids]
+    return PackedTensor(format, (len(ids), packed.shape[-1]), **parts)

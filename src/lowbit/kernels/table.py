@@ -36,10 +36,22 @@ class Kernel:
     prepare: Callable[[PackedTensor], Buffers]
     restore: Callable[[Buffers, Format, tuple[int, ...]], PackedTensor]
     run: Callable[[torch.Tensor, Buffers, Format, tuple[int, ...], str], torch.Tensor]
+    rows: Callable[[Buffers, Format, tuple[int, ...], torch.Tensor], torch.Tensor]
+    expert: Callable[[Buffers, Format, tuple[int, ...], int], Buffers]
 
 
-REFERENCE = Kernel("reference", reference.refuses, reference.prepare, reference.restore, reference.run)
-CORE = Kernel("core", cpu_rows.refuses, cpu_rows.prepare, cpu_rows.restore, cpu_rows.run)
+REFERENCE = Kernel(
+    "reference",
+    reference.refuses,
+    reference.prepare,
+    reference.restore,
+    reference.run,
+    reference.rows,
+    reference.expert,
+)
+CORE = Kernel(
+    "core", cpu_rows.refuses, cpu_rows.prepare, cpu_rows.restore, cpu_rows.run, cpu_rows.rows, cpu_rows.expert
+)
 
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "cpu": (CORE, REFERENCE),
