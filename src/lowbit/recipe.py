@@ -97,7 +97,13 @@ def _plain(value: Any) -> Any:
 
 
 # The 4-bit default is measured, not assumed: benchmarks/results/default_format.md has the table.
-_INT4 = Recipe(as_format("int4_g64"), head=as_format("int5_g64"), embedding=as_format("int5_g64"), name="int4")
+_INT4 = Recipe(
+    as_format("int4_g64"),
+    head=as_format("int5_asym_g64"),
+    embedding=as_format("int5_asym_g64"),
+    overrides=((r"(^|\.)v_proj$", as_format("int8_g64")),),
+    name="int4",
+)
 RECIPES: dict[str, Recipe] = {"int4": _INT4, "sym_int4": _INT4}
 
 

@@ -51,8 +51,9 @@ def define(
 
 
 def squared_error(weight: torch.Tensor, packed: PackedTensor, importance: torch.Tensor | None = None) -> float:
+    """What a search makes least: errors weighed by the importance of their input, or by sqrt|w|."""
     error = (weight - unpack_by_definition(packed)).double().square()
-    return float((error if importance is None else error * importance).sum())
+    return float((error * (weight.abs().sqrt() if importance is None else importance)).sum())
 
 
 def plain_numpy(row: np.ndarray, name: str) -> np.ndarray:

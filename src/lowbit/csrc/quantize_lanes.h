@@ -2,7 +2,8 @@
 // cross lanes and groups of any length run at full width. Included by each instruction set's file and compiled with its flags.
 //
 //   plain     s = extreme / -2^(b-1)   or   (high - low) / (2^b - 1), z = round(-low / s)   or   |extreme| / max level
-//   search    per candidate scale: q = clamp(round(w / s)), s' = sum(m w q) / sum(m q^2), keep the least sum(m (s' q - w)^2)
+//   search    per candidate scale: q = clamp(round(w / s)), s' = sum(m w q) / sum(m q^2), keep the least sum(m (s' q - w)^2);
+//             m is the importance of the input, or sqrt|w| where none is given
 //   codes     q = clamp(round(w / s) + z), always against s as stored
 //
 // Operations and their order follow grid.py, so that the two agree bit for bit but for the order of sums.
@@ -41,7 +42,7 @@ inline F32 round_even(F32 x) {
 struct Lanes {
     int64_t length;
     F32* weights;
-    F32* mask;  // importance, or nullptr when every entry weighs 1
+    F32* mask;  // what an entry's error weighs: its input's importance, or sqrt|w|; nullptr without a search
     F32* values;
 };
 
@@ -256,9 +257,9 @@ public:
         lanes_.length = length_;
         lanes_.weights = static_cast<F32*>(aligned_alloc(64, vectors));
         lanes_.values = static_cast<F32*>(aligned_alloc(64, vectors));
-        lanes_.mask = job.search.importance && job.search.ratio_count ? static_cast<F32*>(aligned_alloc(64, vectors)) : nullptr;
+        lanes_.mask = job.search.ratio_count ? static_cast<F32*>(aligned_alloc(64, vectors)) : nullptr;
         codes_ = static_cast<uint8_t*>(malloc(static_cast<size_t>(rows * job.shape.cols)));
-        ready_ = lanes_.weights && lanes_.values && codes_ && (lanes_.mask || !(job.search.importance && job.search.ratio_count));
+        ready_ = lanes_.weights && lanes_.values && codes_ && (lanes_.mask || !job.search.ratio_count);
     }
     ~RowQuantizer() {
         free(lanes_.weights);
@@ -301,7 +302,8 @@ private:
             const int64_t width = width_of(flat % groups_), source = row * job_.row_stride + column;
             load_row(target, source, width);
             if (mask)
-                for (int64_t k = 0; k < width; ++k) mask[k * kLanes] = job_.search.importance[column + k];
+                for (int64_t k = 0; k < width; ++k)
+                    mask[k * kLanes] = job_.search.importance ? job_.search.importance[column + k] : sqrtf(fabsf(target[k * kLanes]));
             report_bad(target, width, row * job_.shape.cols + column);
             i = width;
         }

@@ -1,0 +1,120 @@
+"""What every benchmark shares: a row that says which machine ran it, and results written for people and for programs.
+
+A figure without its machine, commit and command cannot be repeated, so `write_results` puts them above every table:
+`results/NAME.md` to read, `results/NAME.json` with the same numbers and more digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+# The flags of /proc/cpuinfo that decide which kernels run, the widest first.
+INSTRUCTION_SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "asimddp", "asimd")
+
+for folder in (HERE.parent / "assets", HERE.parent / "src"):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def machine(device: str = "cpu", commit: str | None = None) -> dict[str, str]:
+    """The machine row: what ran, on what, from which commit."""
+    row = {
+        "processor": processor(),
+        "instruction set": instruction_set(),
+        "memory": f"{memory_gigabytes():.0f} GB",
+        "commit": commit or commit_of_tree(),
+        "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+    }
+    if "torch" in sys.modules:
+        import torch
+
+        row["torch"] = f"{torch.__version__}, {torch.get_num_threads()} threads"
+        if device.startswith("cuda"):
+            row["device"] = torch.cuda.get_device_name(device)
+    return row
+
+
+def processor() -> str:
+    for line in cpuinfo():
+        if line.startswith(("model name", "Model")):
+            return f"{line.partition(':')[2].strip()}, {cores()} cores"
+    return f"{platform.processor() or platform.machine()}, {cores()} cores"
+
+
+def instruction_set() -> str:
+    flags: set[str] = set()
+    for line in cpuinfo():
+        if line.startswith(("flags", "Features")):
+            flags = set(line.partition(":")[2].split())
+            break
+    return ", ".join(name for name in INSTRUCTION_SETS if name in flags) or platform.machine()
+
+
+def cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def cores() -> int:
+    return sum(line.startswith("processor") for line in cpuinfo())
+
+
+def memory_gigabytes() -> float:
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return 0.0
+    return int(path.read_text().split()[1]) / 1e6
+
+
+def commit_of_tree() -> str:
+    """The commit, with a plus where the tracked tree differs from it."""
+    found = git("rev-parse", "--short=10", "HEAD")
+    if not found:
+        return "unknown"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "assets", "benchmarks/*.py")
+    return found + ("+" if changed else "")
+
+
+def git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--results", type=Path, default=RESULTS, help="where the results are written")
+    made.add_argument("--commit", help="the commit to name, where the tree is not a clone")
+    return made
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table; columns after the first are right-aligned."""
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def write_results(folder: Path, name: str, text: str, data: dict[str, Any]) -> None:
+    """`name`.md from a text with the machine above it, and `name`.json; `data` holds the row `machine`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    title, _, body = text.partition("\n")
+    rows = [(key, value) for key, value in data["machine"].items()]
+    (folder / f"{name}.md").write_text(f"{title}\n\n{table(('what', 'value'), rows)}\n{body.rstrip()}\n")
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    print(f"wrote {folder / name}.md and .json")
