@@ -19,7 +19,17 @@ from lowbit.kernels import core, cpu
 
 ROWS = (1, 2, 8, 16, 17, 31, 33, 256)
 SHAPES = [(1, 1), (37, 203), (16, 576), (48, 131)]
-FORMATS = ["int2", "int3_asym_g32_fp32", "int4", "int4_asym", "int4_g16", "int4_g24", "int4_channel", "int5_fp32", "int6_asym_channel"]
+FORMATS = [
+    "int2",
+    "int3_asym_g32_fp32",
+    "int4",
+    "int4_asym",
+    "int4_g16",
+    "int4_g24",
+    "int4_channel",
+    "int5_fp32",
+    "int6_asym_channel",
+]
 FORMATS += ["int7_g20", "int8", "int8_asym", "nf4", "nf3", "fp4", "fp6", "fp8_e4m3", "mxfp4", "nvfp4"]
 SCALE_DTYPES = {"float16": np.float16, "float32": np.float32, "e8m0": np.uint8, "e4m3": np.uint8}
 TOLERANCE_FP32 = 2e-6
@@ -57,7 +67,9 @@ class Packed:
         self.unit = np.ones(1, np.float32)
 
     def addresses(self) -> cpu.Canonical:
-        return cpu.Canonical(self.codes.ctypes.data, self.scales.ctypes.data, self.zeros.ctypes.data, self.unit.ctypes.data)
+        return cpu.Canonical(
+            self.codes.ctypes.data, self.scales.ctypes.data, self.zeros.ctypes.data, self.unit.ctypes.data
+        )
 
     def values(self) -> NDArray[np.float64]:
         """The weight by definition."""
@@ -79,7 +91,9 @@ class Packed:
 
 def read_stream(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.int64]:
     """Element i of a row at bits [i * bits, (i + 1) * bits), least significant first."""
-    stream = np.unpackbits(words.view(np.uint8).reshape(words.shape[0], -1), axis=1, bitorder="little")[:, : count * bits]
+    stream = np.unpackbits(words.view(np.uint8).reshape(words.shape[0], -1), axis=1, bitorder="little")[
+        :, : count * bits
+    ]
     return stream.reshape(words.shape[0], count, bits).astype(np.int64) @ (1 << np.arange(bits))
 
 
@@ -107,7 +121,11 @@ def prepared(packed: Packed) -> NDArray[np.uint8]:
 
 
 def multiply(
-    buffer: NDArray[np.uint8], x: NDArray[np.float32], outputs: int, compute: str, bias: NDArray[np.float32] | None = None
+    buffer: NDArray[np.uint8],
+    x: NDArray[np.float32],
+    outputs: int,
+    compute: str,
+    bias: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     y = np.full((len(x), outputs), np.nan, x.dtype)
     cpu.run(buffer.ctypes.data, buffer.size, matrix(x), matrix(y), bias.ctypes.data if bias is not None else 0, compute)
@@ -146,7 +164,9 @@ def test_quantized_weights_are_the_nearest_on_their_grid(name: str, shape: tuple
         moved = order[np.clip(place + step, 0, len(order) - 1)]
         other = Packed(packed.format, packed.rows, packed.cols)
         other.scales, other.zeros, other.unit = packed.scales, packed.zeros, packed.unit
-        cpu.pack(packed.format.bits, packed.rows, packed.cols, moved.astype(np.uint8).ctypes.data, other.codes.ctypes.data)
+        cpu.pack(
+            packed.format.bits, packed.rows, packed.cols, moved.astype(np.uint8).ctypes.data, other.codes.ctypes.data
+        )
         assert (near <= np.abs(other.values() - weight) + 1e-6).all()
 
 
@@ -217,8 +237,12 @@ def test_half_inputs_and_strides(dtype: type) -> None:
     packed, _ = quantized("int4_g32", 37, 203)
     wide = np.random.default_rng(1).standard_normal((19, 300)).astype(dtype)
     x, room = wide[:, :203], np.full((19, 50), 9, dtype)
-    cpu.run(*(lambda b: (b.ctypes.data, b.size))(buffer := prepared(packed)), matrix(x), matrix(room[:, :37]), 0, "fp32")
-    assert distance(room[:, :37].astype(float), x.astype(float) @ packed.values().T) < (1e-6 if dtype is np.float32 else 1e-3)
+    cpu.run(
+        *(lambda b: (b.ctypes.data, b.size))(buffer := prepared(packed)), matrix(x), matrix(room[:, :37]), 0, "fp32"
+    )
+    assert distance(room[:, :37].astype(float), x.astype(float) @ packed.values().T) < (
+        1e-6 if dtype is np.float32 else 1e-3
+    )
     assert (room[:, 37:] == 9).all() and buffer.size > 0
 
 
@@ -233,7 +257,9 @@ def test_dense_weights(dtype: str, shape: tuple[int, int]) -> None:
     assert np.array_equal(back, weight)
     for rows in ROWS:
         x = np.random.default_rng(rows).standard_normal((rows, shape[1])).astype(np.float32)
-        assert distance(multiply(buffer, x, shape[0], "fp32"), x.astype(float) @ weight.astype(float).T) < TOLERANCE_FP32
+        assert (
+            distance(multiply(buffer, x, shape[0], "fp32"), x.astype(float) @ weight.astype(float).T) < TOLERANCE_FP32
+        )
 
 
 def test_nan_inputs_stay_visible_and_only_in_their_row() -> None:
