@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.bridge import EngineGenerate, attach_engine
 from lowbit.checkpoint.hf_names import is_transformers_model
 from lowbit.checkpoint.keywords import Choices, as_dtype, build_recipe, cast_of, known_keywords
 from lowbit.checkpoint.layout import held_weights
@@ -47,6 +48,7 @@ def optimize_model(
     if cast is not None or choices.torch_dtype is not None:
         model.to(cast or as_dtype(choices.torch_dtype))
     if (low_bit is None and choices.recipe is None) or cast is not None:
+        attach_engine(model)
         return model
     if held_weights(model):
         warnings.warn("the model is low-bit already and was left as it is", stacklevel=2)
@@ -86,6 +88,7 @@ class Explanation:
 
     rows: list[Row] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    generate: str = ""
 
     def __str__(self) -> str:
         if not self.rows:
@@ -99,6 +102,7 @@ class Explanation:
             lines.append(f"{kernel} on {device}: {format}, {rows[0].path} {list(rows[0].shape)}{more}")
             lines += [f"    not {name}: {reason}" for name, reason in refused]
         lines += [f"dense: {path}: {reason}" for path, reason in self.skipped]
+        lines += [f"generate: {self.generate}"] if self.generate else []
         return "\n".join(lines)
 
 
@@ -118,4 +122,13 @@ def explain(model: nn.Module) -> Explanation:
         rows.append(Row(held.path, held.role, weight.format.name, weight.shape, device, kernel, tuple(refused)))
     report = getattr(model, "lowbit_report", None)
     skipped = [(row.path, row.reason) for row in report.skipped] if report else []
-    return Explanation(rows, skipped)
+    return Explanation(rows, skipped, _explain_generate(model))
+
+
+def _explain_generate(model: nn.Module) -> str:
+    """Which loop a plain call of `generate` takes, and why."""
+    generate = getattr(model, "generate", None)
+    if not isinstance(generate, EngineGenerate):
+        return ""
+    reason = generate.model_refusal()
+    return "the engine of the compiled core" if reason is None else f"transformers' own loop, since {reason}"

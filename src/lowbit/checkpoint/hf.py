@@ -23,12 +23,13 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowbit.bridge import attach_engine
 from lowbit.checkpoint import compressed
 from lowbit.checkpoint.folder import REPORT, check_safetensors, read_json
 from lowbit.checkpoint.form import parts, saved_form
 from lowbit.checkpoint.hf_names import keep_renamings_only_
 from lowbit.checkpoint.layout import held_weights
-from lowbit.checkpoint.pages import release_pages
+from lowbit.checkpoint.pages import Pages
 from lowbit.checkpoint.save import recipe_fields, save_low_bit
 from lowbit.checkpoint.sites import Packing, Reading
 from lowbit.errors import FormatError, LowbitError
@@ -173,15 +174,16 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **options)
         self.packing: Any = None
         self.reading: Any = None
-        self.files: list[str] = []
+        self.pages = Pages(())
 
     # --- before loading ---
 
     def _process_model_before_weight_loading(self, model: nn.Module, **options: Any) -> None:
         files = [str(f) for f in options.get("checkpoint_files") or ()]
-        self.files = [f for f in files if f.endswith(".safetensors")]
-        for file in self.files:
+        files = [f for f in files if f.endswith(".safetensors")]
+        for file in files:
             check_safetensors(Path(file))
+        self.pages = Pages(files)
         if self.pre_quantized:
             self.reading = Reading(model, self.quantization_config.fields)
         elif self.quantization_config.recipe is not None:
@@ -238,7 +240,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
     def pack(self, name: str, weight: torch.Tensor, missing: set[str] | None) -> None:
         with torch.no_grad():
             self.packing.pack(name, weight, missing)
-        release_pages(self.files, weight.nbytes)
+        self.pages.was_read(weight.nbytes)
 
     # --- after loading ---
 
@@ -251,6 +253,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
             report = self.packing.finish()
         self.packing = self.reading = None
         attach(model, report, self.quantization_config.recipe, self, job)
+        self.pages.release()
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -292,6 +295,7 @@ def attach(
     finish(model, report, prepare=False)
     model.lowbit_recipe = recipe
     model.save_low_bit = partial(save_low_bit, model)
+    attach_engine(model)
     form = saved_form(model, recipe_fields(model))
     config = LowBitConfig(form.fields, recipe, job)
     quantizer = quantizer or LowBitQuantizer(config, pre_quantized=True)

@@ -1,0 +1,165 @@
+"""`model.generate` through the engine: the same tokens as transformers' own loop, and its loop wherever the engine must not answer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from lowbit_assets import FAMILIES, tiny_model_in_memory
+
+import lowbit
+from lowbit.bridge import EngineGenerate
+from lowbit.layers import packed_weights
+
+pytestmark = pytest.mark.transformers
+IDS = torch.arange(3, 14).view(1, -1)
+
+
+def packed_model(family: str = "llama", low_bit: str = "int8_g32", cache: str = "fp32") -> Any:
+    model: Any = tiny_model_in_memory(family).eval()
+    lowbit.optimize_model(model, low_bit=low_bit, compute="fp32")
+    assert isinstance(model.generate, EngineGenerate)
+    model.generate.cache = cache
+    return model
+
+
+def own_generate(model: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    return type(model).generate(model, *arguments, **keywords)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers(family: str) -> None:
+    model = packed_model(family)
+    expected = own_generate(model, IDS, max_new_tokens=16, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=16, do_sample=False), expected)
+    assert model.generate.why_not is None
+
+
+def test_plain_bf16_model_after_optimize_model() -> None:
+    model: Any = tiny_model_in_memory("llama").eval()
+    lowbit.optimize_model(model, low_bit="bf16")
+    assert isinstance(model.generate, EngineGenerate)
+    out = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    assert model.generate.why_not is None and out.shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": 8},
+        {"bad_words_ids": [[5], [7, 9]]},
+        {"attention_mask": torch.ones_like(IDS)},
+        {"eos_token_id": [11, 12, 13]},
+        {"generation_config": transformers.GenerationConfig(max_new_tokens=6, repetition_penalty=1.2)},
+    ],
+    ids=lambda k: next(iter(k)),
+)
+def test_settings_that_the_engine_honours(keywords: dict[str, Any]) -> None:
+    model = packed_model()
+    limit = {} if "generation_config" in keywords else {"max_new_tokens": 12}
+    expected = own_generate(model, input_ids=IDS, **limit, **keywords)
+    assert torch.equal(model.generate(input_ids=IDS, **limit, **keywords), expected)
+    assert model.generate.why_not is None
+
+
+@pytest.mark.parametrize(
+    ("keywords", "reason"),
+    [
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"attention_mask": torch.tensor([[0] + [1] * 10])}, "mask hides"),
+        ({"logits_processor": transformers.LogitsProcessorList([transformers.MinLengthLogitsProcessor(3, 2)])}, "logits_processor"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
+        ({"max_time": 5.0}, "max_time"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_the_engine_does_not_do_goes_to_transformers(keywords: dict[str, Any], reason: str) -> None:
+    model = packed_model()
+    out = model.generate(IDS, max_new_tokens=4, **keywords)
+    assert reason in model.generate.why_not
+    assert (out.sequences if hasattr(out, "sequences") else out).shape[1] <= 15
+
+
+def test_batches_training_and_hooks_go_to_transformers() -> None:
+    model = packed_model()
+    assert model.generate(IDS.repeat(2, 1), max_new_tokens=2).shape == (2, 13)
+    assert "2 prompts" in model.generate.why_not
+    model.train()
+    model.generate(IDS, max_new_tokens=2)
+    assert "training mode" in model.generate.why_not
+    model.eval()
+    seen: list[int] = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    model.generate(IDS, max_new_tokens=2)
+    assert "forward hooks" in model.generate.why_not and seen
+    handle.remove()
+    assert "engine" in lowbit.explain(model).generate
+
+
+def test_formats_without_a_core_kernel_say_so() -> None:
+    model: Any = tiny_model_in_memory("llama", hidden_size=256, intermediate_size=256).eval()
+    lowbit.optimize_model(model, low_bit="q4_k")
+    out = model.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert "reference" in model.generate.why_not and out.shape == (1, 14)
+    assert "transformers' own loop" in str(lowbit.explain(model))
+
+
+def test_changed_weights_are_seen() -> None:
+    model = packed_model()
+    first = model.generate(IDS, max_new_tokens=12, do_sample=False)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(-1.0)
+    second = model.generate(IDS, max_new_tokens=12, do_sample=False)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, own_generate(model, IDS, max_new_tokens=12, do_sample=False))
+    model.load_state_dict(packed_model().state_dict())
+    assert torch.equal(model.generate(IDS, max_new_tokens=12, do_sample=False), first)
+
+
+def test_sampling_repeats_under_torch_manual_seed_and_streams() -> None:
+    model = packed_model()
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        texts.append(model.generate(IDS, max_new_tokens=10, do_sample=True, temperature=0.8, top_k=20))
+    assert torch.equal(*texts) and model.generate.why_not is None
+
+    class Collect:
+        def __init__(self) -> None:
+            self.got: list[int] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.got += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    streamer = Collect()
+    out = model.generate(IDS, max_new_tokens=6, do_sample=False, streamer=streamer)
+    assert streamer.got == out[0].tolist() and streamer.ended
+
+
+def test_copies_have_an_engine_of_their_own() -> None:
+    model = packed_model()
+    expected = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    other = copy.deepcopy(model)
+    assert other.generate.model is other
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    assert torch.equal(other.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_weights_are_held_once() -> None:
+    model = packed_model()
+    model.generate(IDS, max_new_tokens=2)
+    _, weights = model.generate._parts
+    packed = {held.tensors["prepared"].data_ptr() for held in packed_weights(model).values()}
+    assert packed <= {matrix.address for matrix in weights.matrices.values()}
