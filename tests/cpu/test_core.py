@@ -306,7 +306,7 @@ def test_refusals_are_sentences() -> None:
     assert cpu.refuses(format_from_name("int4"), (64, 64)) is None
     assert "k-quants" in str(cpu.refuses(format_from_name("q4_k"), (64, 256)))
     assert "bf16" in str(cpu.refuses(format_from_name("int4"), (64, 64), "bf16"))
-    assert "one matrix" in str(cpu.refuses(format_from_name("int4"), (2, 64, 64)))
+    assert "stacks of them" in str(cpu.refuses(format_from_name("int4"), (2, 2, 64, 64)))
     with pytest.raises(KernelError, match="no instruction set"):
         cpu.set_instruction_set("abacus")
     assert core.library_path() is not None
