@@ -106,13 +106,12 @@ class FolderFiles:
             raise CheckpointError(f"{path / CONFIG} names no model_type, so it does not describe a model")
         self.tensors = self._map_tensors()
         quantization = stored.pop("quantization_config", None)
-        self.packed = PackedIndex(self.tensors, quantization)
+        self.packed = PackedIndex(self.tensors, quantization, spec_from_config(stored).names_in_files)
         self.config = stored | ({"tie_word_embeddings": True} if self.packed.tied else {})
         self.generation_config = (
             read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
         )
-        inside = {name for name in self.tensors if name.rpartition(".")[0] in self.packed.paths.values()}
-        self.names = (set(self.tensors) - inside) | set(self.packed.paths)
+        self.names = set(self.tensors) | set(self.packed.paths)
 
     @property
     def is_packed(self) -> bool:
@@ -162,7 +161,6 @@ class GgufFiles:
         self.path = path
         self.notes: list[str] = []
         self.model = open_gguf(path)
-        self.rounded: dict[str, int] = {}
 
     @property
     def names(self) -> Collection[str]:
@@ -192,8 +190,10 @@ class GgufFiles:
             packed = packed_blocks(tensor.raw(), tensor.type_name, tensor.shape[-1])
             if packed is not None:
                 return packed
-        self.rounded[tensor.type_name] = self.rounded.get(tensor.type_name, 0) + 1
-        return quantize_dense(Dense(tensor.read("float32"), "float32"), format_from_name(NEAREST))
+        note = f"weights of type {tensor.type_name} are held as {NEAREST}: the engine has no product for them yet"
+        if note not in self.notes:
+            self.notes.append(note)
+        return quantize_dense(Dense(tensor.read("float32"), "float32"), format_from_name(NEAREST), search=False)
 
     def release(self, name: str) -> None:
         release_pages(self.model.tensors[name].entry.data)
@@ -256,7 +256,7 @@ def _assemble(files: ModelFiles, located: Located) -> Weight:
 def _formats(recipe: Recipe, located: Located, spec: DecoderSpec) -> tuple[Format, ...]:
     """What a recipe makes of a weight; a tied embedding is the head, and has its format."""
     role = _RECIPE_ROLES[located.weight.role]
-    path = located.names[0][0].removesuffix(".weight")
+    path = located.weight.name.format(layer=located.layer).removesuffix(".weight")
     choice = recipe.choose(path, "head" if role == "embedding" and spec.head.tied else role)
     for format in choice.formats:
         refusal = cpu.refuses(format, (1, 1))

@@ -10,7 +10,7 @@ Both hold the same bits (`checkpoint.compressed` has the differences). What a we
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ _SCALE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 class PackedIndex:
     """The packed weights among the tensors of a folder, by the name of the dense weight."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, spellings: Callable[[str], Iterable[str]]
+    ) -> None:
         self.tensors, self.config = tensors, dict(config or {})
         self.method = self.config.get("quant_method")
         if config and self.method not in (OWN_METHOD, COMPRESSED_METHOD):
@@ -40,11 +42,19 @@ class PackedIndex:
                 "load it through lowbit.AutoModelForCausalLM and save it with save_low_bit first"
             )
         layers = self.config.get("layers") or {}
-        self.format_of = {path: name for name, paths in layers.items() for path in paths}
+        # The configuration has the model's names, the files may have older ones.
+        self.format_of = {
+            spelling.removesuffix(".weight"): name
+            for name, paths in layers.items()
+            for path in paths
+            for spelling in spellings(f"{path}.weight")
+        }
         self.paths = dict(filter(None, map(self._dense_name, tensors)))
         own = self.config if self.method == OWN_METHOD else self.config.get(OWN_METHOD) or {}
         # Places whose weight is another's, by the names of the dense weights.
         self.tied = {f"{place}.weight": f"{owner}.weight" for place, owner in (own.get("tied") or {}).items()}
+        # compressed-tensors stores a tied embedding in full beside the packed head; the packed one stands for both.
+        self.paths |= {owner: self.paths[place] for place, owner in self.tied.items() if place in self.paths}
 
     def _dense_name(self, name: str) -> tuple[str, str] | None:
         """(dense name, path) of a tensor that is a packed weight's codes."""
@@ -70,10 +80,9 @@ class PackedIndex:
 
     def read(self, name: str, columns: int, is_embedding: bool = False) -> PackedTensor:
         """A packed weight with `columns` inputs, as views of the file."""
-        parts = self.parts(name)
+        parts, path = self.parts(name), self.paths[name]
         if self.method == COMPRESSED_METHOD:
-            return self._read_compressed(self.paths[name], parts, is_embedding)
-        path = self.paths[name]
+            return self._read_compressed(path, parts, is_embedding and name == f"{path}.weight")
         if path not in self.format_of:
             raise CheckpointError(
                 f"config.json says no format for {path}, whose weight is packed: the two do not belong together"

@@ -1,0 +1,84 @@
+"""From a saved model to one that answers: every weight is read once and laid out once.
+
+    model = load("folder")                     # as it was saved: plain, compressed-tensors, lowbit's own form, or a .gguf file
+    model = load("folder", format="int4")      # made low-bit on the way, one weight in memory at a time
+
+A packed weight becomes the buffer that the core's products read, and its pages of the file are given back; plain weights stay in
+the file and are read through the map. Either way a weight lies in memory once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lowbit.errors import RecipeError
+from lowbit.formats import Format
+from lowbit.models.spec import DecoderSpec
+from lowbit.packing import PackedTensor
+from lowbit.recipe import Recipe, recipe_named
+from lowbit.runtime.engine import Engine
+from lowbit.runtime.files import Loaded, ModelFiles, open_files, read_spec, read_weights
+from lowbit.runtime.model import Model
+from lowbit.runtime.settings import settings_from
+from lowbit.runtime.stored import dequantize
+from lowbit.runtime.weights import MATRIX_ROLES, EngineWeights, Matrix, plain, prepared
+
+# Longer contexts have to be asked for: the cache of a 7B model takes 1 GB for 8192 tokens.
+LONGEST_DEFAULT_CONTEXT = 8192
+# Tables that are looked up or too small to matter: the engine takes them as plain numbers.
+_PLAIN_ROLES = ("positions", "router", "shared_router")
+
+
+def load(
+    path: str | Path,
+    format: str | Format | Recipe | None = None,
+    context: int | None = None,
+    slots: int = 1,
+    cache: str = "fp16",
+    compute: str = "auto",
+) -> Model:
+    """A model from a folder or a .gguf file.
+
+    `context` is the most tokens that a prompt and its answer have together, `slots` how many sequences (or beams) are kept at once,
+    `cache` the type of their keys and values, `compute` how products are made: "int8" rounds activations, "fp32" rounds nothing.
+    """
+    files = open_files(path)
+    spec = read_spec(files)
+    weights = load_weights(files, spec, None if format is None else recipe_named(format))
+    engine = Engine(spec, weights, _context(spec, context), cache, slots, compute)
+    model = Model(engine, files.tokenizer(), settings_from(files.generation_config, spec.tokens.eos))
+    model.notes = files.notes
+    return model
+
+
+def load_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = None) -> EngineWeights:
+    """Every weight of a model as the engine takes it."""
+    weights = EngineWeights()
+    for loaded in read_weights(files, spec, recipe):
+        key = (loaded.role, loaded.layer)
+        bias = None if loaded.bias is None else np.array(loaded.bias.array, np.float32).ravel()
+        if loaded.role not in MATRIX_ROLES:
+            weight = dequantize(loaded.weight) if isinstance(loaded.weight, PackedTensor) else loaded.weight
+            weights.vectors[key] = (np.array(weight.float32(), np.float32).ravel(), bias)
+        else:
+            weights.matrices[key] = _matrix(loaded).with_bias(bias)
+    return weights
+
+
+def _matrix(loaded: Loaded) -> Matrix:
+    weight = loaded.weight
+    if isinstance(weight, PackedTensor):
+        if loaded.role not in _PLAIN_ROLES:
+            return prepared(weight)
+        weight = dequantize(weight)
+    return plain(weight.array, weight.dtype)
+
+
+def _context(spec: DecoderSpec, asked: int | None) -> int:
+    if asked is None:
+        return min(spec.max_positions, LONGEST_DEFAULT_CONTEXT)
+    if not 1 <= asked <= spec.max_positions:
+        raise RecipeError(f"context={asked} is out of range; this model was made for 1 to {spec.max_positions} tokens")
+    return asked

@@ -1,0 +1,249 @@
+"""Weights from every form: plain folders, compressed-tensors, lowbit's own, GGUF; rounded on the way; and damaged ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import lowbit
+from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
+from lowbit.grid import Search
+from lowbit.interop.gguf import write_hf_folder
+from lowbit.recipe import recipe_named
+from lowbit.runtime import load, stored
+from lowbit.runtime.files import open_files, read_spec, read_weights
+from lowbit.runtime.gguf_blocks import packed_blocks
+from lowbit.runtime.loading import load_weights
+from lowbit.runtime.weights import PREPARED
+from lowbit_assets import smollm2_gguf, tiny_model, tiny_model_in_memory
+
+IDS = list(range(5, 40))
+EXACT = {"cache": "fp32", "compute": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("plain"))
+
+
+def torch_logits(model: torch.nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0].float().numpy()
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "method"),
+    [
+        ("llama", "int4_g32", "compressed-tensors"),
+        ("llama", "int3_asym_g32", "compressed-tensors"),
+        ("llama", "int4", "lowbit"),
+        ("gemma2", "int8_channel", "compressed-tensors"),
+        ("mixtral", "int4_g32", "compressed-tensors"),
+        ("mixtral", "nf4", "lowbit"),
+        ("gpt2", "mxfp4", "lowbit"),
+        ("gpt_neox", "int5", "lowbit"),
+    ],
+)
+def test_low_bit_folders_give_what_torch_gives(family: str, format: str, method: str, tmp_path: Path) -> None:
+    model = lowbit.optimize_model(tiny_model_in_memory(family), low_bit=format, kernel="reference", embedding=format)
+    model.save_low_bit(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == method
+    ours = load(tmp_path / "saved", **EXACT)
+    assert np.allclose(ours.logits(IDS), torch_logits(model), atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "bloom"])
+def test_rounding_while_loading_is_what_torch_rounds(family: str, tmp_path: Path) -> None:
+    folder = tiny_model(family, tmp_path / "plain")
+    model = lowbit.optimize_model(tiny_model_in_memory(family), low_bit="int4")
+    model.save_low_bit(tmp_path / "saved")
+    on_the_way, saved = load(folder, format="int4", **EXACT), load(tmp_path / "saved", **EXACT)
+    assert np.array_equal(on_the_way.logits(IDS), saved.logits(IDS))
+
+
+def test_the_search_is_that_of_the_grid() -> None:
+    assert list(stored.SEARCH_RATIOS) == pytest.approx(Search().ratios(), rel=1e-15)
+    assert Search().zero_steps == stored.SEARCH_ZERO_STEPS
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_folders_and_shards(dtype: str, tmp_path: Path) -> None:
+    model = tiny_model_in_memory("llama").to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    # Not model.float(): casting to 16 bits has rounded its rotary frequencies, which are no weights and are not saved.
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert np.allclose(load(tmp_path, **EXACT).logits(IDS), torch_logits(reference), atol=1e-4)
+
+
+def test_tied_heads_share_one_weight(tmp_path: Path) -> None:
+    model = tiny_model_in_memory("llama", tie_word_embeddings=True)
+    lowbit.optimize_model(model, low_bit="int4_g32", embedding="int4_g32", kernel="reference")
+    model.save_low_bit(tmp_path / "saved")
+    files = open_files(tmp_path / "saved")
+    spec = read_spec(files)
+    weights = load_weights(files, spec)
+    assert spec.head.tied and ("head", None) not in weights.matrices
+    assert weights.matrices["embedding", None].kind == PREPARED
+    assert np.allclose(load(tmp_path / "saved", **EXACT).logits(IDS), torch_logits(model), atol=2e-4)
+
+
+def test_loose_codes_of_older_compressed_tensors(tmp_path: Path) -> None:
+    """3-bit codes used to lie ten to a word, with two bits of each unused."""
+    model = lowbit.optimize_model(tiny_model_in_memory("llama"), low_bit="int3_g32")
+    model.save_low_bit(tmp_path / "dense")
+    shutil.copytree(tmp_path / "dense", tmp_path / "loose")
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("weight_packed")]:
+        rows, columns = tensors[name.replace("weight_packed", "weight_shape")].tolist()
+        values = lowbit_unpack(tensors[name].numpy(), 3, columns)
+        padded = np.pad(values, ((0, 0), (0, -columns % 10))).reshape(rows, -1, 10).astype(np.uint32)
+        words = (padded << (3 * np.arange(10, dtype=np.uint32))).sum(-1, dtype=np.uint32)
+        tensors[name] = torch.from_numpy(words.view(np.int32))
+    save_file(tensors, tmp_path / "loose" / "model.safetensors")
+    assert np.array_equal(load(tmp_path / "loose").logits(IDS), load(tmp_path / "dense").logits(IDS))
+
+
+def lowbit_unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")[:, : count * bits]
+    return (stream.reshape(len(words), count, bits) << np.arange(bits)).sum(-1).astype(np.uint8)
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "MXFP4"])
+def test_blocks_become_packed_weights_number_for_number(kind: str) -> None:
+    weight = np.random.default_rng(0).standard_normal((48, 96)).astype(np.float32)
+    type_ = gguf.GGMLQuantizationType[kind]
+    blocks = gguf.quants.quantize(weight, type_)
+    packed = packed_blocks(blocks, kind, 96)
+    assert packed is not None
+    assert np.array_equal(stored.dequantize(packed).array, gguf.quants.dequantize(blocks, type_).reshape(48, 96))
+
+
+def test_blocks_without_an_equal_are_left_to_the_caller() -> None:
+    assert packed_blocks(np.zeros((4, 40), np.uint8), "Q4_1", 64) is None
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_close_to_its_numbers(tmp_path: Path) -> None:
+    plain = load(write_hf_folder(smollm2_gguf(), tmp_path / "plain", "float32"), **EXACT)
+    ours = load(smollm2_gguf(), **EXACT)
+    prompt = plain.tokenizer.encode("The capital of France is the city of Paris, and the capital of Italy is Rome.")
+    assert ours.tokenizer.encode("The capital") == plain.tokenizer.encode("The capital")
+    expected, found = (torch.from_numpy(m.logits(prompt)).log_softmax(-1) for m in (plain, ours))
+    assert float((expected.exp() * (expected - found)).sum(-1).mean()) < 5e-3
+    assert any("Q4_1" in note for note in ours.notes)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_plain_weights_stay_in_the_file_and_packed_ones_are_laid_out_once(folder: Path) -> None:
+    files = open_files(folder)
+    spec = read_spec(files)
+    plain = load_weights(files, spec)
+    q = plain.matrices["q", 0]
+    view = files.read("model.layers.0.self_attn.q_proj.weight", 64)
+    assert q.address == view.array.ctypes.data  # type: ignore[union-attr]
+    packed = load_weights(files, spec, recipe_named("int4_g32"))
+    assert packed.matrices["q", 0].kind == PREPARED
+    assert packed.nbytes < plain.nbytes / 2
+
+
+# --- what is wrong with a folder -------------------------------------------------------------------------------------
+
+
+def without_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def other_sizes(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(8, 64)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def truncated(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+
+
+def config_of(**fields: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_weight, "the checkpoint lacks model.layers.1.mlp.up_proj.weight"),
+        (other_sizes, r"has the shape \[8, 64\], and by config.json the k weight of this model has \[32, 64\]"),
+        (truncated, "is truncated"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x"), "is truncated or no safetensors file"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+        (lambda f: (f / "config.json").unlink(), "is not a model folder: it has no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
+        (config_of(model_type=""), "names no model_type"),
+        (config_of(model_type="bert"), "lowbit has no engine for models of type 'bert'"),
+        (config_of(quantization_config={"quant_method": "gptq"}), "the folder is quantised with gptq"),
+    ],
+    ids=["weight", "sizes", "truncated", "short", "none", "config", "json", "type", "family", "gptq"],
+)
+def test_damage_is_said(damage: Callable[[Path], object], message: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    damage(tmp_path / "copy")
+    with pytest.raises(LowbitError, match=message):
+        load(tmp_path / "copy")
+
+
+def test_paths_that_are_no_model_are_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no folder or file"):
+        load(tmp_path / "absent")
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"no model folder and no \.gguf file"):
+        load(tmp_path / "file.txt")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUFxxxxxxxxxx")
+    with pytest.raises(CheckpointError, match="GGUF"):
+        load(tmp_path / "bad.gguf")
+
+
+def test_formats_that_cannot_be_are_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="unknown format"):
+        load(folder, format="int99")
+    with pytest.raises(RecipeError, match="the engine cannot run q4_k"):
+        load(folder, format="q4_k")
+    lowbit.optimize_model(tiny_model_in_memory("llama"), low_bit="nf4").save_low_bit(tmp_path / "saved")
+    with pytest.raises(RecipeError, match="is low-bit already"):
+        load(tmp_path / "saved", format="int4")
+
+
+def test_every_weight_is_read_once(folder: Path) -> None:
+    files = open_files(folder)
+    spec = read_spec(files)
+    keys = [(loaded.role, loaded.layer) for loaded in read_weights(files, spec)]
+    assert len(keys) == len(set(keys)) == len(spec.outer_weights()) + sum(len(spec.layer_weights(i)) for i in range(2))
+
+
+def test_transformers_reads_what_we_read(folder: Path) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert np.allclose(load(folder, **EXACT).logits(IDS), torch_logits(reference), atol=1e-4)
