@@ -26,6 +26,7 @@ from lowbit.bits import pack_codes, unpack_codes
 from lowbit.checkpoint.layout import Held, stands_for
 from lowbit.errors import CheckpointError
 from lowbit.formats import PER_CHANNEL, Format
+from lowbit.hook import OWN_METHOD
 from lowbit.packing import PackedTensor, code_shape, scale_shape
 
 METHOD = "compressed-tensors"
@@ -120,7 +121,8 @@ def _group(format: Format, targets: list[str]) -> dict[str, Any]:
 
 def unreadable(config: dict[str, Any]) -> str | None:
     """Why lowbit leaves a configuration of theirs to their own package, or None when it reads it."""
-    if config.get("kv_cache_scheme") or config.get("transform_config") or config.get("dequantize"):
+    asks_for_dense = config.get("dequantize") and OWN_METHOD not in config
+    if config.get("kv_cache_scheme") or config.get("transform_config") or asks_for_dense:
         return "it does more than pack weights"
     if config.get("quantization_status") not in ("compressed", "frozen"):
         return "its weights are not packed"

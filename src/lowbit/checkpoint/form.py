@@ -68,6 +68,9 @@ def saved_form(model: nn.Module, recipe: dict[str, Any] | None = None) -> SavedF
     linears = {h.path: h.weight.format for h in held if h.role == "linear"}
     experts = next((h.weight.format for h in held if h.role == "experts"), None)
     fields = compressed.config_for(linears, experts, [*dense_modules(model), *dense])
+    if not all(format.symmetric for format in linears.values()):
+        # transformers can place packed zero points only while it unpacks (compressed-tensors 0.20 gives them another shape).
+        fields["dequantize"] = True
     return SavedForm(COMPRESSED_METHOD, fields | {OWN_METHOD: own}, untie=bool(tied), sources=sources)
 
 
@@ -86,6 +89,11 @@ def _refusal(model: nn.Module, held: list[Held], sources: dict[str, list[str]]) 
             sources[h.path] = found
     if len({h.weight.format for h in held if h.role == "experts"}) > 1:
         return "its experts have different formats"
+    formats = {h.weight.format for h in held if h.role != "embedding"}
+    if len(formats) > 1 and not all(format.symmetric for format in formats):
+        return "transformers reads zero points from it only where all layers have one format"
+    if any(h.role == "experts" and not h.weight.format.symmetric for h in held):
+        return "transformers does not read the zero points of experts from it"
     return _tie_refusal(model, held)
 
 

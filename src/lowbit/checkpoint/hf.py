@@ -253,7 +253,6 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
             report = self.packing.finish()
         self.packing = self.reading = None
         attach(model, report, self.quantization_config.recipe, self, job)
-        self.pages.release()
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -115,9 +115,10 @@ class Packing(Sites):
         ordered = stored_order(target, weight)
         if target.path in self.placed and self._is_same(target, ordered):
             return
-        row_name = f"{target.path}.{suffix}" if target.role == "experts" else target.path
-        role = next((t.role for t in self.group(target) if t.role == "head"), target.role)
-        packed = pack_weight(row_name, ordered, self.choices[target.path], self.recipe, self.report, role)
+        # The report names a tied weight by its first place, whichever copy the checkpoint has.
+        named = target if target.path in self.placed else self.group(target)[0]
+        row_name = _held_path(named, suffix)
+        packed = pack_weight(row_name, ordered, self.choices[target.path], self.recipe, self.report, named.role)
         held = PackedWeight(packed, weight.dtype)
         if target.path in self.placed:
             self.replace(target, [held])

@@ -1,0 +1,120 @@
+"""The auto classes: every keyword of the old systems, GGUF as a source, and a plain call that stays plain."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import lowbit
+from lowbit_assets import smollm2_gguf
+from unit.checkpoint_cases import EVEN, IDS, logits, make
+
+pytestmark = pytest.mark.transformers
+Auto = lowbit.AutoModelForCausalLM
+NAMES = [name for name in lowbit.__all__ if name.startswith("AutoModel")]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("auto") / "dense", **EVEN)
+
+
+def formats(model: torch.nn.Module) -> dict[str, str]:
+    return {row.path: row.format for row in model.lowbit_report.layers}
+
+
+def test_there_are_ten_and_each_stands_for_its_own() -> None:
+    assert len(NAMES) == 10
+    for name in NAMES:
+        assert getattr(lowbit, name).transformers_class is getattr(transformers, name)
+
+
+def test_without_a_low_bit_keyword_it_is_transformers_own_load(dense: Path) -> None:
+    model = Auto.from_pretrained(dense, dtype=torch.bfloat16)
+    assert not hasattr(model, "lowbit_report") and model.dtype == torch.bfloat16
+    assert type(model.lm_head) is torch.nn.Linear
+    cast = Auto.from_pretrained(dense, load_in_low_bit="fp16")
+    assert cast.dtype == torch.float16 and type(cast.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("keywords", "path", "format"),
+    [
+        ({"load_in_4bit": True}, "model.layers.0.mlp.up_proj", "int4"),
+        ({"load_in_8bit": True}, "model.layers.0.mlp.up_proj", "int8"),
+        ({"load_in_low_bit": "asym_int5"}, "lm_head", "int5_asym"),
+        ({"load_in_4bit": True, "modules_to_not_convert": ["lm_head"]}, "lm_head", None),
+        ({"load_in_4bit": True, "cpu_embedding": True}, "model.embed_tokens", None),
+        ({"load_in_low_bit": "nf4", "embedding_qtype": "q4_k"}, "model.embed_tokens", "int4_asym_g32"),
+        ({"load_in_4bit": True, "mixed_precision": True}, "lm_head", "int6_g16"),
+        (
+            {"load_in_4bit": True, "optimize_model": False, "low_cpu_mem_usage": True},
+            "model.layers.0.mlp.up_proj",
+            "int4",
+        ),
+        ({"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)}, "lm_head", None),
+    ],
+)
+def test_keywords(dense: Path, keywords: dict, path: str, format: str | None) -> None:
+    model = Auto.from_pretrained(dense, **keywords)
+    assert formats(model).get(path) == format
+    if format is None:
+        assert path in {row.path for row in model.lowbit_report.skipped}
+
+
+def test_dtype_under_both_names(dense: Path) -> None:
+    for name in ("dtype", "torch_dtype"):
+        model = Auto.from_pretrained(dense, load_in_4bit=True, **{name: torch.bfloat16})
+        assert model.dtype == torch.bfloat16 and logits(model).dtype == torch.bfloat16
+
+
+def test_low_bit_folder_loads_as_it_is_with_one_warning(dense: Path, tmp_path: Path) -> None:
+    Auto.from_pretrained(dense, load_in_low_bit="int8").save_low_bit(tmp_path / "low")
+    with pytest.warns(UserWarning, match="low-bit already") as caught:
+        model = Auto.from_pretrained(tmp_path / "low", load_in_4bit=True)
+    assert len([w for w in caught if "low-bit already" in str(w.message)]) == 1
+    assert formats(model)["lm_head"] == "int8"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        Auto.from_pretrained(tmp_path / "low")
+
+
+def test_device_map_and_generation(dense: Path) -> None:
+    model = Auto.from_pretrained(dense, load_in_4bit=True, device_map="cpu")
+    tokens = model.generate(IDS[:, :4], max_new_tokens=3, do_sample=False)
+    assert tokens.shape[1] <= 7 and torch.equal(tokens[:, :4], IDS[:, :4])
+
+
+def test_kernel_by_name(dense: Path) -> None:
+    model = Auto.from_pretrained(dense, load_in_4bit=True, kernel="reference")
+    assert {row.kernel for row in lowbit.explain(model).rows} == {"reference"}
+
+
+def test_gguf_as_a_source(tmp_path: Path) -> None:
+    """The embedded model, straight from its file: what transformers makes of the unpacked weights, packed."""
+    model = Auto.from_pretrained(smollm2_gguf(), load_in_low_bit="int8_g32", rounder="plain_rtn", kernel="reference")
+    assert model.lm_head.packed_weight is model.model.embed_tokens.packed_weight
+    tokenizer_text = "The capital of France is"
+    model.save_low_bit(tmp_path / "low")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "low")
+    ids = tokenizer(tokenizer_text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        best = int(model(ids).logits[0, -1].argmax())
+    assert "Paris" in tokenizer.decode([best])
+
+
+def test_import_is_light_and_the_hook_waits() -> None:
+    script = (
+        "import sys, lowbit\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)\n"
+        "from transformers.quantizers import auto\n"
+        "assert 'lowbit' in auto.AUTO_QUANTIZER_MAPPING and 'lowbit.checkpoint' not in sys.modules\n"
+        "assert auto.__spec__.loader.__class__.__module__.startswith('importlib') or '_frozen' in repr(auto.__spec__.loader)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    late = "import sys\nfrom transformers.quantizers import auto\nimport lowbit\nassert 'lowbit' in auto.AUTO_QUANTIZER_MAPPING\n"
+    subprocess.run([sys.executable, "-c", late], check=True)

@@ -1,0 +1,181 @@
+"""Bad input: each case ends in one clear sentence, and nothing is half done."""
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lowbit
+from lowbit.checkpoint.save import parse_size
+from unit.checkpoint_cases import EVEN, make
+
+pytestmark = pytest.mark.transformers
+Auto = lowbit.AutoModelForCausalLM
+QUERY = "model.layers.0.self_attn.q_proj"
+BUFFERS = {"low": f"{QUERY}.weight_packed", "own": f"{QUERY}.packed_weight.codes"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model dense, as compressed-tensors and in lowbit's own form."""
+    home = tmp_path_factory.mktemp("bad")
+    make("llama", home / "dense", **EVEN)
+    for name, low_bit in (("low", "int5"), ("own", "nf4")):
+        Auto.from_pretrained(home / "dense", load_in_low_bit=low_bit).save_low_bit(home / name)
+    return home
+
+
+def copy_of(folders: Path, kind: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folders / kind, tmp_path / "copy"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    return folder
+
+
+def refused(folder: Path, error: type[Exception] = lowbit.CheckpointError, **keywords: object) -> str:
+    with pytest.raises(error) as caught:
+        Auto.from_pretrained(folder, **keywords)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("kind", ["dense", "low", "own"])
+def test_truncated_and_missing_files(folders: Path, tmp_path: Path, kind: str) -> None:
+    folder = copy_of(folders, kind, tmp_path)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert "model.safetensors is truncated" in refused(folder, load_in_4bit=kind == "dense")
+    file.write_bytes(whole[:5])
+    assert "truncated or no safetensors" in refused(folder, load_in_4bit=kind == "dense")
+    file.unlink()
+    assert "holds no weights" in refused(folder, load_in_4bit=kind == "dense")
+
+
+def test_shard_that_the_index_names_is_missing(folders: Path, tmp_path: Path) -> None:
+    Auto.load_low_bit(folders / "low").save_low_bit(tmp_path / "sharded", max_shard_size="40KB")
+    shard = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
+    shard.unlink()
+    assert f"{shard.name} is missing" in refused(tmp_path / "sharded")
+
+
+def test_nan_is_named(folders: Path, tmp_path: Path) -> None:
+    folder = edit(
+        copy_of(folders, "dense", tmp_path), lambda t: t[f"{QUERY}.weight"].view(-1).__setitem__(7, torch.nan)
+    )
+    message = refused(folder, lowbit.WeightError, load_in_4bit=True)
+    assert QUERY in message and "[0, 7]" in message
+
+
+def test_shapes_that_disagree_with_the_config(folders: Path, tmp_path: Path) -> None:
+    folder = copy_of(folders, "dense", tmp_path)
+    edit(folder, lambda t: t.__setitem__(f"{QUERY}.weight", torch.zeros(32, 64)))
+    assert f"{QUERY}.weight has shape [32, 64]" in refused(folder, load_in_4bit=True)
+    edit(folder, lambda t: t.update({f"{QUERY}.weight": torch.zeros(64, 64), "model.norm.weight": torch.zeros(32)}))
+    assert "other shapes than config.json says" in refused(folder, load_in_4bit=True)
+
+
+@pytest.mark.parametrize("kind", ["low", "own"])
+def test_packed_weights_that_are_not_whole(folders: Path, tmp_path: Path, kind: str) -> None:
+    folder, name = copy_of(folders, kind, tmp_path), BUFFERS[kind]
+    edit(folder, lambda t: t.__setitem__(name, t[name][:16]))
+    assert QUERY in refused(folder)
+    edit(folder, lambda t: t.pop(name))
+    assert f"{QUERY}: the checkpoint lacks its" in refused(folder)
+    edit(folder, lambda t: [t.pop(key) for key in list(t) if key.startswith(f"{QUERY}.")])
+    assert f"lacks the packed weight {QUERY}" in refused(folder)
+
+
+def test_layer_that_a_dense_checkpoint_lacks(folders: Path, tmp_path: Path) -> None:
+    folder = edit(copy_of(folders, "dense", tmp_path), lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    assert "lacks model.layers.1.mlp.up_proj.weight" in refused(folder, load_in_4bit=True)
+
+
+def test_config_that_names_an_unknown_format(folders: Path, tmp_path: Path) -> None:
+    folder = copy_of(folders, "own", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["layers"] = {"int97": [QUERY]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "unknown format 'int97'" in refused(folder, lowbit.FormatError)
+    assert "unknown format 'int44'" in refused(folders / "dense", lowbit.FormatError, load_in_low_bit="int44")
+
+
+def test_folder_that_is_not_a_model(folders: Path, tmp_path: Path) -> None:
+    assert "has no config.json" in refused(tmp_path, load_in_4bit=True)
+    (tmp_path / "config.json").write_text("{}")
+    assert "no model_type" in refused(tmp_path, load_in_4bit=True)
+    (tmp_path / "config.json").write_text("{")
+    assert "not valid JSON" in refused(tmp_path, load_in_4bit=True)
+    with pytest.raises(lowbit.CheckpointError, match="full precision"):
+        Auto.load_low_bit(folders / "dense")
+    with pytest.raises(lowbit.CheckpointError, match="there is no folder"):
+        Auto.load_low_bit(tmp_path / "nowhere")
+
+
+def test_pickles_only_where_they_are_trusted(folders: Path, tmp_path: Path) -> None:
+    folder = copy_of(folders, "dense", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "allow_pickle=True" in refused(folder, load_in_4bit=True)
+    assert "allow_pickle=True" in refused(folder)
+    assert Auto.from_pretrained(folder, load_in_4bit=True, allow_pickle=True).lowbit_report.layers
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """Every file that grows past the limit fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_leaves_the_old_folder_or_none(folders: Path, tmp_path: Path) -> None:
+    model = Auto.load_low_bit(folders / "own")
+    low = copy_of(folders, "low", tmp_path)
+    before = {path.name: path.read_bytes() for path in low.iterdir()}
+    with small_files(20_000):
+        for target in (low, tmp_path / "new"):
+            with pytest.raises(lowbit.CheckpointError, match="cannot save to"):
+                model.save_low_bit(target)
+    assert {path.name: path.read_bytes() for path in low.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_saving_never_destroys_something_else(folders: Path, tmp_path: Path) -> None:
+    model = Auto.from_pretrained(folders / "dense", load_in_4bit=True)
+    with pytest.raises(lowbit.CheckpointError, match="full-precision model"):
+        model.save_low_bit(folders / "dense")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(lowbit.CheckpointError, match="not a model"):
+        model.save_low_bit(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_nothing_to_pack_is_said(folders: Path) -> None:
+    message = refused(
+        folders / "dense", lowbit.RecipeError, load_in_4bit=True, modules_to_not_convert=["model", "lm_head"]
+    )
+    assert "nothing was packed" in message
+
+
+def test_sizes() -> None:
+    assert [parse_size(size) for size in (7, "5GB", "500 MiB", "1.5kb")] == [7, 5 * 10**9, 500 << 20, 1500]
+    for wrong in ("", "many", "-3", "0"):
+        with pytest.raises(lowbit.CheckpointError):
+            parse_size(wrong)
