@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from lowbit.formats import ALIASES, FORMATS, format_from_name
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -70,3 +72,12 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith(("http:", "https:")):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_table_of_formats_is_the_code() -> None:
+    page = (ROOT / "docs" / "formats.md").read_text()
+    for name, format in FORMATS.items():
+        assert f"| `{name}` | {format.kind} | {format.bits_per_weight:g} |" in page
+    for alias in ALIASES:
+        assert f"| `{alias}` | `{format_from_name(alias).name}` |" in page
+    assert len(re.findall(r"^\| `", page, re.MULTILINE)) == len(FORMATS) + len(ALIASES)

@@ -1,0 +1,1 @@
+"""Foreign formats, one file each: reading and writing side by side."""
