@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -260,6 +261,19 @@ def test_cancelling_leaves_the_slot_as_it_was() -> None:
         assert len(seen) == 1
         assert engine.length() == 30
         assert np.isfinite(engine.decode(1)).all()
+
+
+def test_control_c_ends_a_call_and_the_engine_goes_on(llama: Engine) -> None:
+    before = llama.prefill(ids(30))
+    spec, tensors = spec_and_arrays()
+    with Engine(spec, engine_weights(spec, tensors), 1 << 15) as engine:
+        timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            engine.continue_greedy(1, 32000)
+        timer.join()
+        assert engine.length() == 0
+        assert relative(engine.prefill(ids(30)), before) < 1e-3
 
 
 def test_profile_counts_few_barriers(llama: Engine) -> None:

@@ -26,6 +26,14 @@ const float* Step::source_of_heads(Member& me, int64_t layer, int64_t token, boo
     return row;
 }
 
+namespace {
+inline void turn_pair(float& a, float& b, float cosine, float sine) {
+    const float first = a;
+    a = first * cosine - b * sine;
+    b = b * cosine + first * sine;
+}
+}  // namespace
+
 void Step::rotate(int64_t layer, int64_t token, float* head) const {
     const int32_t index = plans_.layers[static_cast<size_t>(layer)].rope;
     if (index < 0) return;
@@ -33,18 +41,19 @@ void Step::rotate(int64_t layer, int64_t token, float* head) const {
     const int half = rope.rotary_dim / 2;
     const float* cosines = work_.turns.get() + (index * engine_.options.chunk + token) * turn_stride_;
     const float* sines = cosines + half;
-    const bool neighbours = rope.pairing == LOWBIT_NEIGHBOURS;
-    const int apart = neighbours ? 1 : half, step = neighbours ? 2 : 1;
-    for (int i = 0; i < half; ++i) {
-        const float a = head[i * step], b = head[i * step + apart];
-        head[i * step] = a * cosines[i] - b * sines[i];
-        head[i * step + apart] = b * cosines[i] + a * sines[i];
+    if (rope.pairing == LOWBIT_NEIGHBOURS) {
+        for (int i = 0; i < half; ++i) turn_pair(head[2 * i], head[2 * i + 1], cosines[i], sines[i]);
+        return;
     }
+    float* other = head + half;
+    for (int i = 0; i < half; ++i) turn_pair(head[i], other[i], cosines[i], sines[i]);
 }
 
 namespace {
 void copy_clipped(const float* from, int64_t count, float clip, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = clip > 0.0f ? std::clamp(from[i], -clip, clip) : from[i];
+    memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+    if (clip > 0.0f)
+        for (int64_t i = 0; i < count; ++i) to[i] = std::clamp(to[i], -clip, clip);
 }
 
 // The norm of one head among several with a weight each.
