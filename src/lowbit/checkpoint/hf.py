@@ -246,6 +246,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         job = self.quantization_config.job
+        (self.reading or self.packing).check_shapes()
         if self.reading is not None:
             self.reading.finish()
             report = _saved_report(model)

@@ -46,6 +46,17 @@ class Sites:
         self.halves: dict[str, dict[str, PackedWeight]] = {}
         self.placed: dict[str, list[PackedWeight]] = {}
         self.missing: set[str] = set()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+    def check_shapes(self) -> None:
+        """Refuse dense weights of another shape than the model's: some versions of transformers let them pass."""
+        for name, tensor in self.model.named_parameters():
+            expected = self.shapes.get(name)
+            if expected is not None and tuple(tensor.shape) != expected:
+                raise CheckpointError(
+                    f"{name} has shape {list(tensor.shape)} in the checkpoint and {list(expected)} by config.json; "
+                    "the weights and the configuration are not of the same model"
+                )
 
     def group(self, target: Target) -> list[Target]:
         """All targets that share one weight."""
