@@ -21,6 +21,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 # The flags of /proc/cpuinfo that decide which kernels run, the widest first.
 INSTRUCTION_SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "asimddp", "asimd")
+# Options with a value that no other machine needs.
+LOCAL_OPTIONS = ("--results", "--reference", "--commit")
 
 for folder in (HERE.parent / "assets", HERE.parent / "src"):
     if str(folder) not in sys.path:
@@ -34,7 +36,7 @@ def machine(device: str = "cpu", commit: str | None = None) -> dict[str, str]:
         "instruction set": instruction_set(),
         "memory": f"{memory_gigabytes():.0f} GB",
         "commit": commit or commit_of_tree(),
-        "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+        "command": command(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
     }
@@ -45,6 +47,17 @@ def machine(device: str = "cpu", commit: str | None = None) -> dict[str, str]:
         if device.startswith("cuda"):
             row["device"] = torch.cuda.get_device_name(device)
     return row
+
+
+def command() -> str:
+    """The command line, without the options that only say where things lie on this machine."""
+    words, left = ["python", str(Path("benchmarks") / Path(sys.argv[0]).name)], iter(sys.argv[1:])
+    for word in left:
+        if word in LOCAL_OPTIONS:
+            next(left, None)
+        else:
+            words.append(shlex.quote(word))
+    return " ".join(words)
 
 
 def processor() -> str:
@@ -116,5 +129,16 @@ def write_results(folder: Path, name: str, text: str, data: dict[str, Any]) -> N
     title, _, body = text.partition("\n")
     rows = [(key, value) for key, value in data["machine"].items()]
     (folder / f"{name}.md").write_text(f"{title}\n\n{table(('what', 'value'), rows)}\n{body.rstrip()}\n")
-    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(rounded(data)) + "\n")
     print(f"wrote {folder / name}.md and .json")
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Plain values with their floats cut to the digits that mean something."""
+    if isinstance(value, float):
+        return round(value, digits)
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item, digits) for item in value]
+    return value

@@ -121,11 +121,17 @@ WIDTHS = (576, 1536)
 
 
 def offered(candidate: Candidate) -> bool:
-    """Whether the default may be this recipe: integers that compressed-tensors, its saved form, can say."""
+    """Whether the default may be this recipe: what compressed-tensors, the saved form of integer models, can say.
+
+    Groups divide every row, and there are no zero points, which transformers reads only where all layers have one format.
+    """
     names = (candidate.linear, candidate.tied, candidate.values)
     formats = [as_format(name) for name in names if name]
     whole = all(f.group_size < 0 or width % f.group_size == 0 for f in formats for width in WIDTHS)
-    return candidate.tied is not None and whole and all(f.kind == "int" and not f.scale_block for f in formats)
+    plain = all(f.kind == "int" and not f.scale_block for f in formats)
+    return (
+        candidate.tied is not None and whole and plain and (all(f.symmetric for f in formats) or len(set(formats)) == 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -266,8 +272,9 @@ def report(data: dict[str, Any]) -> str:
     possible = [rows[c.name] for c in all_candidates().values() if offered(c) and c.name in rows]
     best = min((row for row in possible if row.bits <= BUDGET), key=lambda row: row.kl)
     parts.append(
-        f"Lowest at no more than {BUDGET} bits, of integers whose groups divide every row (what compressed-tensors, the "
-        f"saved form of integer models, can say): **{best.name}**, KL {best.kl:.4f} at {best.bits:.3f} bits.\n"
+        f"Lowest at no more than {BUDGET} bits of those that compressed-tensors, the saved form of integer models, can say "
+        "(groups that divide every row; zero points only where all layers have one format, as transformers reads them): "
+        f"**{best.name}**, KL {best.kl:.4f} at {best.bits:.3f} bits.\n"
     )
     if data["seeds"]:
         parts.append(f"## The same on other drafts of the model, KL over both texts\n\n{seeds_table(data['seeds'])}\n")
