@@ -50,6 +50,9 @@ class InterpreterEngine:
             left[slot] += 1
         return np.array(rows, np.float32)
 
+    def logits(self, ids: Sequence[int], slot: int = 0) -> NDArray[np.float32]:
+        return self.step(ids, [slot] * len(ids))
+
     def length(self, slot: int = 0) -> int:
         return len(self.held[slot])
 

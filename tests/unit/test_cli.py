@@ -119,10 +119,12 @@ def test_ctrl_c_is_130() -> None:
 
 
 def test_missing_torch_is_one_sentence_with_the_remedy(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     code, heavy, said = imported_by(["generate", str(tmp_path), "--prompt", "Hello"], missing="torch")
     assert (code, heavy & {"torch"}) == (FAILED, set())
-    assert said.startswith("lowbit: error: running a model needs the package 'torch'")
+    assert said.startswith("lowbit: error: running this model (lowbit has no engine for models of type 'bert'")
+    assert "needs the package 'torch'" in said
     assert said.endswith("pip install 'lowbit[torch]'") and "\n" not in said
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 
 from lowbit.bench import Timings, measure
-from lowbit.cli.options import COUNT, Sampling, add_format_on_the_fly, add_json, add_loading, loading_from, number
+from lowbit.cli.options import (
+    COUNT,
+    Sampling,
+    add_engine,
+    add_format_on_the_fly,
+    add_json,
+    add_loading,
+    loading_from,
+    number,
+)
 from lowbit.cli.output import Output, seconds_text, size_text
 from lowbit.cli.source import find_source
 from lowbit.progress import progress
@@ -35,16 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=COUNT, default=3, metavar="N", help="rounds that count (default: 3)")
     add_format_on_the_fly(parser)
     add_loading(parser)
+    add_engine(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     output = Output(options.json)
     source, load = find_source(options.model), loading_from(options)
-    from lowbit.cli.session import Session, prepare_torch
+    from lowbit.cli.engines import open_session
 
-    prepare_torch(options.threads)
-    session = Session.load(source, load)
+    session = open_session(source, load, options.threads)
     prompt = prompt_of(session.encode(_PROMPT, raw=True), options.prompt_tokens)
 
     def generate(new_tokens: int) -> tuple[float, ...]:

@@ -14,13 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit.cli.options import Sampling, add_format_on_the_fly, add_loading, add_sampling, loading_from, sampling_from
+from lowbit.cli.options import (
+    Sampling,
+    add_engine,
+    add_format_on_the_fly,
+    add_loading,
+    add_sampling,
+    loading_from,
+    sampling_from,
+)
 from lowbit.cli.output import Output
 from lowbit.cli.source import find_source
 from lowbit.errors import LowbitError, nearest
 
 if TYPE_CHECKING:
-    from lowbit.cli.session import Session
+    from lowbit.cli.engines import AnySession
 
 DESCRIPTION = """\
 Talk with a model. What was said so far is kept, and put before it with its chat template.
@@ -46,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_format_on_the_fly(parser)
     add_sampling(parser, DEFAULT_NEW_TOKENS)
     add_loading(parser)
+    add_engine(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     source, load = find_source(options.model), loading_from(options)
-    from lowbit.cli.session import Session, prepare_torch
+    from lowbit.cli.engines import open_session
 
-    prepare_torch(options.threads)
-    chat = Chat(Session.load(source, load), sampling_from(options), options.system)
+    chat = Chat(open_session(source, load, options.threads), sampling_from(options), options.system)
     if sys.stdin.isatty():
         import readline  # noqa: F401  importing it gives `input` arrow keys and a history
 
@@ -80,7 +88,7 @@ def _read_line() -> str | None:
 class Chat:
     """A conversation: its history, and what each line of the user does."""
 
-    session: Session
+    session: AnySession
     sampling: Sampling
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)

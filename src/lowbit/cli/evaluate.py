@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.cli.generate import read_text
-from lowbit.cli.options import COUNT, LoadOptions, add_format_on_the_fly, add_json, add_loading, loading_from, number
+from lowbit.cli.options import (
+    COUNT,
+    LoadOptions,
+    add_engine,
+    add_format_on_the_fly,
+    add_json,
+    add_loading,
+    loading_from,
+    number,
+)
 from lowbit.cli.output import Output
 from lowbit.cli.source import Source, find_source
 from lowbit.errors import LowbitError, RecipeError
 from lowbit.progress import progress
 
 if TYPE_CHECKING:
-    from lowbit.cli.session import Session
+    from lowbit.cli.engines import AnySession
     from lowbit.evaluate import Divergence, Perplexity
 
 DESCRIPTION = """\
@@ -38,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="ORIGINAL", help="a model to compare with: the one it was made from")
     add_format_on_the_fly(parser)
     add_loading(parser)
+    add_engine(parser)
     add_json(parser)
 
 
@@ -46,10 +56,9 @@ def run(options: argparse.Namespace) -> int:
     text = read_text(options.text)
     source, load = find_source(options.model), loading_from(options)
     original = find_source(options.against) if options.against else None
-    from lowbit.cli.session import Session, prepare_torch
+    from lowbit.cli.engines import open_session
 
-    prepare_torch(options.threads)
-    session = Session.load(source, load)
+    session = open_session(source, load, options.threads)
     tokens = tokens_of(session, text, options)
     facts: dict[str, Any] = {"model": options.model, "text": str(options.text), "window": options.window}
     if original is None:
@@ -66,31 +75,31 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def tokens_of(session: Session, text: str, options: argparse.Namespace) -> Any:
+def tokens_of(session: AnySession, text: str, options: argparse.Namespace) -> Any:
     """The text as windows of tokens [windows, window]."""
-    from lowbit.evaluate import cut_windows, token_ids
+    from lowbit.evaluate import cut_windows
 
     try:
-        return cut_windows(token_ids(session.tokenizer, text), options.window, options.windows)
+        return cut_windows(session.plain_tokens(text), options.window, options.windows)
     except RecipeError as error:
         raise LowbitError(f"{options.text}: {error}") from None
 
 
-def measure_perplexity(session: Session, tokens: Any, options: argparse.Namespace) -> Perplexity:
+def measure_perplexity(session: AnySession, tokens: Any, options: argparse.Namespace) -> Perplexity:
     from lowbit.evaluate import perplexity
 
     with progress("predicting", len(tokens)) as advance:
         return perplexity(session.model, tokens, window=options.window, progress=advance)
 
 
-def measure_distance(session: Session, source: Source, tokens: Any, options: argparse.Namespace) -> Divergence:
+def measure_distance(session: AnySession, source: Source, tokens: Any, options: argparse.Namespace) -> Divergence:
     """Both models side by side on the same tokens. The original is loaded as it is, whatever --format says."""
     from lowbit.cli.session import load_model
     from lowbit.evaluate import divergence
 
     plain = LoadOptions(None, options.dtype, options.device, options.allow_pickle, options.trust_remote_code)
     original = load_model(source, plain).eval()
-    ours, theirs = (model.config.get_text_config().vocab_size for model in (session.model, original))
+    ours, theirs = session.vocabulary, original.config.get_text_config().vocab_size
     if ours != theirs:
         raise LowbitError(f"{options.model} knows {ours} tokens and {source.name} {theirs}: they cannot be compared")
     with progress("comparing", len(tokens)) as advance:

@@ -7,13 +7,22 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit.cli.options import add_format_on_the_fly, add_json, add_loading, add_sampling, loading_from, sampling_from
+from lowbit.cli.options import (
+    add_engine,
+    add_format_on_the_fly,
+    add_json,
+    add_loading,
+    add_sampling,
+    loading_from,
+    sampling_from,
+)
 from lowbit.cli.output import Output, seconds_text, size_text
 from lowbit.cli.source import find_source
 from lowbit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from lowbit.cli.session import Answer, Session
+    from lowbit.cli.answer import Answer
+    from lowbit.cli.engines import AnySession
 
 DESCRIPTION = """\
 Answer one prompt. The text appears as it is made; the speed is said on stderr at the end.
@@ -38,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_format_on_the_fly(parser)
     add_sampling(parser, DEFAULT_NEW_TOKENS)
     add_loading(parser)
+    add_engine(parser)
     add_json(parser)
 
 
@@ -45,10 +55,9 @@ def run(options: argparse.Namespace) -> int:
     output = Output(options.json)
     prompt = read_prompt(options)
     source, load = find_source(options.model), loading_from(options)
-    from lowbit.cli.session import Session, prepare_torch
+    from lowbit.cli.engines import open_session
 
-    prepare_torch(options.threads)
-    session = Session.load(source, load)
+    session = open_session(source, load, options.threads)
     tokens = session.encode(prompt, options.system, options.raw)
     answer = session.generate(tokens, sampling_from(options), emit=output.write)
     output.say()
@@ -73,7 +82,7 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def speed_line(session: Session, answer: Answer) -> str:
+def speed_line(session: AnySession, answer: Answer) -> str:
     return (
         f"[{answer.prompt_tokens} tokens read, first token after {seconds_text(answer.first_token_seconds)}; "
         f"{answer.new_tokens} tokens written, {answer.tokens_per_second:.1f} tokens/s; "
@@ -81,7 +90,7 @@ def speed_line(session: Session, answer: Answer) -> str:
     )
 
 
-def answer_facts(session: Session, answer: Answer) -> dict[str, object]:
+def answer_facts(session: AnySession, answer: Answer) -> dict[str, object]:
     return {
         "text": answer.text,
         "prompt_tokens": answer.prompt_tokens,

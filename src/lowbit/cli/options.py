@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAVE = "none"
+ENGINES = ("auto", "lowbit", "transformers")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LoadOptions:
     device: str | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    engine: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,16 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python files that come with the model")
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """The choice of who runs a model."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="who runs it: lowbit's own engine (CPU, without torch) or transformers (default: the engine for low-bit models)",
+    )
+
+
 def add_format_on_the_fly(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", metavar="F", help="make the model low-bit while it loads: int4, nf4, q4_k, ... (default: as it is)"
@@ -127,4 +139,5 @@ def loading_from(options: argparse.Namespace) -> LoadOptions:
         options.device,
         options.allow_pickle,
         options.trust_remote_code,
+        getattr(options, "engine", "auto"),
     )

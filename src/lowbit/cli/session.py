@@ -1,11 +1,11 @@
-"""A model ready to answer: loading, prompts, streaming. The one file of the command line that runs a model.
+"""A model of transformers ready to answer: loading, prompts, streaming.
 
     session = Session.load(find_source("./small"), LoadOptions())
     answer = session.generate(session.encode("Why is the sky blue?"), Sampling(), emit=print)
 
-Commands know only this class and `Answer`, so that another engine can take the place of transformers' `generate` in
-this file alone. Text is handed out in the thread that asked for it: Ctrl-C is an ordinary KeyboardInterrupt in the
-middle of an answer.
+Commands get a session from `engines.open_session`: this one, or `engine_session.EngineSession`, which has the same
+face and runs the model without torch. Text is handed out in the thread that asked for it: Ctrl-C is an ordinary
+KeyboardInterrupt in the middle of an answer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from transformers.generation import BaseStreamer
 
 import lowbit
 from lowbit.bench import peak_memory
+from lowbit.cli.answer import Answer, Emit, Message
 from lowbit.cli.failures import one_line
 from lowbit.cli.options import LoadOptions, Sampling
 from lowbit.cli.source import Source
@@ -35,65 +35,7 @@ from lowbit.errors import CheckpointError, LowbitError
 from lowbit.interop.gguf import open_gguf
 from lowbit.kernels.core import library_path
 from lowbit.kernels.cpu import set_threads
-
-Message = dict[str, str]
-Emit = Callable[[str], None]
-# What a decoder gives for bytes that are no whole character yet.
-_UNFINISHED = "\ufffd"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said. `token_seconds` holds when each token came, counted from the start."""
-
-    text: str
-    prompt_tokens: int
-    token_seconds: tuple[float, ...]
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self.token_seconds)
-
-    @property
-    def first_token_seconds(self) -> float:
-        return self.token_seconds[0] if self.token_seconds else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The speed after the first token, which also pays for reading the prompt."""
-        if self.new_tokens < 2:
-            return 0.0
-        return (self.new_tokens - 1) / max(self.token_seconds[-1] - self.token_seconds[0], 1e-9)
-
-
-class TextPieces:
-    """Turns tokens into text as they come: whole characters only, and what was handed out is never changed later.
-
-    A token's text depends on the tokens before it (spaces, characters of several bytes), so a short window is decoded
-    with and without the new token; the difference is the piece. `read` tokens have been handed out, those from `kept`
-    on give the context.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self.decode = decode
-        self.tokens: list[int] = []
-        self.kept = self.read = 0
-
-    def add(self, token: int) -> str:
-        self.tokens.append(token)
-        return self._piece(final=False)
-
-    def rest(self) -> str:
-        """What was held back, once no token follows."""
-        return self._piece(final=True)
-
-    def _piece(self, final: bool) -> str:
-        before = self.decode(self.tokens[self.kept : self.read])
-        whole = self.decode(self.tokens[self.kept :])
-        if len(whole) <= len(before) or (whole.endswith(_UNFINISHED) and not final):
-            return ""
-        self.kept, self.read = self.read, len(self.tokens)
-        return whole[len(before) :]
+from lowbit.runtime.text import TextPieces
 
 
 class _Stream(BaseStreamer):  # type: ignore[misc]
@@ -145,6 +87,15 @@ class Session:
     def context_length(self) -> int | None:
         """How many tokens the model was made for."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def plain_tokens(self, text: str) -> list[int]:
+        """The tokens of a text and no special ones."""
+        return [int(t) for t in self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
     def peak_memory(self) -> int:
         """The most memory used so far: of the GPU if the model is on one, else of this process."""

@@ -59,6 +59,11 @@ class ModelFiles(Protocol):
     def names(self) -> Collection[str]: ...
     @property
     def is_packed(self) -> bool: ...
+    @property
+    def formats(self) -> set[Format]:
+        """The formats of packed weights."""
+        ...
+
     def tokenizer(self) -> Tokenizer | None: ...
     def read(self, name: str, columns: int, is_embedding: bool = False) -> Weight:
         """One weight, [out, columns] or a vector; where it is packed `columns` says how many inputs it has."""
@@ -117,6 +122,10 @@ class FolderFiles:
     def is_packed(self) -> bool:
         return bool(self.packed.paths)
 
+    @property
+    def formats(self) -> set[Format]:
+        return {format_from_name(name) for name in self.packed.format_of.values()}
+
     def _map_tensors(self) -> dict[str, Tensor]:
         if (self.path / INDEX).is_file() and not (self.path / WEIGHTS).is_file():
             names = sorted(set(read_json(self.path / INDEX).get("weight_map", {}).values()))
@@ -156,6 +165,7 @@ class GgufFiles:
     """A GGUF file, or the first of a split series."""
 
     is_packed = False  # blocks can be read as numbers, so a recipe may round them anew
+    formats: set[Format] = set()
 
     def __init__(self, path: Path) -> None:
         self.path = path

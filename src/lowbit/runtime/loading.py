@@ -44,9 +44,21 @@ def load(
     `context` is the most tokens that a prompt and its answer have together, `slots` how many sequences (or beams) are kept at once,
     `cache` the type of their keys and values, `compute` how products are made: "int8" rounds activations, "fp32" rounds nothing.
     """
-    files = open_files(path)
+    recipe = None if format is None else recipe_named(format)
+    return load_files(open_files(path), recipe, context, slots, cache, compute)
+
+
+def load_files(
+    files: ModelFiles,
+    recipe: Recipe | None = None,
+    context: int | None = None,
+    slots: int = 1,
+    cache: str = "fp16",
+    compute: str = "auto",
+) -> Model:
+    """As `load`, from files that are open already."""
     spec = read_spec(files)
-    weights = load_weights(files, spec, None if format is None else recipe_named(format))
+    weights = load_weights(files, spec, recipe)
     engine = Engine(spec, weights, _context(spec, context), cache, slots, compute)
     model = Model(engine, files.tokenizer(), settings_from(files.generation_config, spec.tokens.eos))
     model.notes = files.notes

@@ -15,8 +15,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from lowbit.errors import LowbitError
 from lowbit.models.spec import DecoderSpec
 from lowbit.runtime import beam
@@ -104,15 +102,12 @@ class Model:
 
     def logits(self, prompt: Prompt) -> Floats:
         """The logits after every token of a text, [tokens, vocabulary]."""
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt)
-        if len(tokens) == self.context:  # no answer follows, so the whole context may be used
-            check_prompt(tokens, self.spec.vocab_size, self.context + 1)
-        else:
-            tokens = check_prompt(tokens, self.spec.vocab_size, self.context)
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = check_prompt(tokens, self.spec.vocab_size, self.context + 1)  # no answer follows
         slot = self.slots[0]
         with self._lock:
             slot.clear()
-            return self.engine.step(tokens, np.zeros(len(tokens), np.int32))
+            return self.engine.logits(tokens)
 
     def _pieces(self, tokens: Tokens, settings: Settings, draft: Model | None) -> Iterator[Piece]:
         guess: Guess | None = None

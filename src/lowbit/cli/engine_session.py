@@ -1,0 +1,87 @@
+"""A model of lowbit's own engine ready to answer, without torch: the same face as `session.Session`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lowbit.bench import peak_memory
+from lowbit.cli.answer import Answer, Emit, Message
+from lowbit.cli.options import LoadOptions, Sampling
+from lowbit.kernels.cpu import set_threads
+from lowbit.runtime import Model, Tokenizer
+from lowbit.runtime.files import ModelFiles
+from lowbit.runtime.loading import load_files
+
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+
+class EngineSession:
+    """A loaded model and its tokenizer."""
+
+    def __init__(self, model: Model, load_seconds: float = 0.0) -> None:
+        self.model, self.load_seconds = model, load_seconds
+
+    @classmethod
+    def load(cls, files: ModelFiles, options: LoadOptions, threads: int | None = None) -> EngineSession:
+        start = time.perf_counter()
+        if threads is not None:
+            set_threads(threads)
+        model = load_files(files, options.recipe)
+        return cls(model, time.perf_counter() - start)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens a prompt and its answer may have together."""
+        return self.model.context
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return self.model.spec.vocab_size
+
+    def plain_tokens(self, text: str) -> list[int]:
+        """The tokens of a text and no special ones."""
+        return self.tokenizer.encode(text, special=False)
+
+    def peak_memory(self) -> int:
+        """The most memory that this process has used so far."""
+        return peak_memory()
+
+    def encode(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
+        """A prompt as tokens: as a user's message if there is a chat template, else, or if `raw`, as it stands."""
+        if raw or self.tokenizer.template is None:
+            return self.tokenizer.encode(prompt)
+        opening = [{"role": "system", "content": system}] if system else []
+        return self.encode_chat([*opening, {"role": "user", "content": prompt}])
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """A conversation as tokens, up to where the model speaks."""
+        return self.model.chat_prompt(messages)
+
+    def generate(self, prompt: list[int], sampling: Sampling, emit: Emit | None = None) -> Answer:
+        """Answer a prompt; each piece of text goes to `emit` as it comes."""
+        text: list[str] = []
+        seconds: list[float] = []
+        start = time.perf_counter()
+        for piece in self.model.stream(prompt, **_settings(sampling)):
+            seconds.append(time.perf_counter() - start)
+            if piece.text:
+                text.append(piece.text)
+                if emit is not None:
+                    emit(piece.text)
+        return Answer("".join(text), len(prompt), tuple(seconds))
+
+    def chat(self, messages: list[Message], sampling: Sampling, emit: Emit | None = None) -> Answer:
+        """Answer the last message of a conversation."""
+        return self.generate(self.encode_chat(messages), sampling, emit)
+
+
+def _settings(sampling: Sampling) -> dict[str, Any]:
+    """What a user asked for, under the engine's names; what was left open stays the model's own."""
+    given = {name: getattr(sampling, name) for name in _SAMPLING}
+    return {name: value for name, value in given.items() if value is not None} | {"ignore_end": sampling.ignore_end}

@@ -1,0 +1,107 @@
+"""Who runs a model: the engine what it can, transformers the rest, and the command says why."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowbit
+from lowbit.cli import main
+from lowbit.cli.engine_session import EngineSession
+from lowbit.cli.engines import open_session
+from lowbit.cli.options import LoadOptions, Sampling
+from lowbit.cli.session import Session
+from lowbit.cli.source import find_source
+from lowbit.errors import LowbitError
+from lowbit.recipe import recipe_named
+from lowbit_assets import tiny_model, tiny_model_in_memory
+from lowbit_assets.tiny import write_byte_tokenizer
+
+GREEDY = Sampling(8, temperature=0, ignore_end=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "model"
+    lowbit.optimize_model(tiny_model_in_memory("llama"), low_bit="int4_g32").save_low_bit(folder)
+    write_byte_tokenizer(folder)
+    return folder
+
+
+def session_of(folder: Path, **options: object) -> Session | EngineSession:
+    return open_session(find_source(str(folder)), LoadOptions(**options))  # type: ignore[arg-type]
+
+
+def test_low_bit_models_run_on_the_engine(small: Path, plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert isinstance(session_of(small), EngineSession)
+    assert isinstance(session_of(plain, recipe=recipe_named("int4")), EngineSession)
+    assert isinstance(session_of(plain), Session)
+    assert isinstance(session_of(plain, engine="lowbit"), EngineSession)
+    assert isinstance(session_of(small, engine="transformers"), Session)
+    assert "through transformers" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": "bfloat16"}, "the engine does not cast models to bfloat16"),
+        ({"trust_remote_code": True}, "it may bring code of its own"),
+        ({"recipe": recipe_named("q4_k")}, "k-quants"),
+    ],
+    ids=["dtype", "code", "format"],
+)
+def test_what_the_engine_cannot_run_is_said_once(
+    options: dict[str, object], reason: str, plain: Path, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = plain if "recipe" in options else small
+    assert isinstance(session_of(folder, **options), Session)
+    said = [line for line in capsys.readouterr().err.splitlines() if "runs through transformers" in line]
+    assert len(said) == 1 and reason in said[0]
+    with pytest.raises(LowbitError, match=reason):
+        session_of(folder, engine="lowbit", **options)
+
+
+def test_both_sessions_agree(plain: Path) -> None:
+    ours, theirs = session_of(plain, engine="lowbit"), session_of(plain, engine="transformers")
+    assert ours.encode("Hi", system="Brief.") == theirs.encode("Hi", system="Brief.")
+    assert ours.encode("Hi", raw=True) == theirs.encode("Hi", raw=True)
+    assert ours.plain_tokens("Hi") == theirs.plain_tokens("Hi")
+    assert (ours.context_length, ours.vocabulary) == (theirs.context_length, theirs.vocabulary)
+    pieces: list[str] = []
+    answer = ours.generate(ours.encode("Hi"), GREEDY, pieces.append)
+    assert "".join(pieces) == answer.text
+    assert (answer.prompt_tokens, answer.new_tokens) == (len(ours.encode("Hi")), 8)
+    assert answer.text == theirs.generate(theirs.encode("Hi"), GREEDY).text
+
+
+def test_commands_take_the_engine(small: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A whale is not a fish. " * 10)
+    assert main(["evaluate", str(small), "--text", str(text), "--window", "32", "--against", str(plain), "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    assert (
+        main(["evaluate", str(small), "--text", str(text), "--window", "32", "--engine", "transformers", "--json"]) == 0
+    )
+    theirs = json.loads(capsys.readouterr().out)
+    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=0.02)
+    assert main(["bench", str(small), "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] == 4
+
+
+def test_commands_run_without_torch(small: Path, plain: Path) -> None:
+    block = "import sys\nfor name in ('torch', 'transformers'): sys.modules[name] = None\n"
+    for folder in (small, plain):
+        words = ["generate", str(folder), "--prompt", "Hi", "--max-new-tokens", "5", "--json", "--temperature", "0"]
+        code = f"{block}from lowbit.cli import main\nsys.exit(main({words!r}))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert 1 <= json.loads(done.stdout)["new_tokens"] <= 5
