@@ -27,7 +27,7 @@ $(READY): pyproject.toml requirements/constraints.txt requirements/assets.txt $(
 	touch $@
 
 $(OVERLAY): $(READY)
-	$(RUN)/pip install --quiet --no-deps --target $@ transformers==$(OTHER_TRANSFORMERS)
+	$(RUN)/pip install --quiet --target $@ transformers==$(OTHER_TRANSFORMERS)
 
 demo: $(READY)
 	$(RUN)/lowbit demo

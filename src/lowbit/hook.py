@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
+
 TABLES_MODULE = "transformers.quantizers.auto"
-OWN_METHOD = "lowbit"
-COMPRESSED_METHOD = "compressed-tensors"
 
 
 class ConfigEntry:

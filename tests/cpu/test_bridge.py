@@ -1,4 +1,4 @@
-"""`model.generate` through the engine: the same tokens as transformers' own loop, and its loop wherever the engine must not answer."""
+"""`model.generate` through the engine: transformers' own tokens, and its own loop wherever the engine must not answer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from lowbit_assets import FAMILIES, tiny_model_in_memory
 
 import lowbit
 from lowbit.bridge import EngineGenerate
 from lowbit.layers import packed_weights
+from lowbit_assets import FAMILIES, tiny_model_in_memory
 
 pytestmark = pytest.mark.transformers
 IDS = torch.arange(3, 14).view(1, -1)

@@ -101,7 +101,9 @@ def test_generation_config() -> None:
     assert (greedy.temperature, greedy.repetition_penalty) == (0.0, 1.1)
 
 
-@pytest.mark.parametrize("settings", [{"top_p": 0.0}, {"temperature": -1}, {"min_p": 2}, {"repetition_penalty": 0}, {"top_k": -1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"top_p": 0.0}, {"temperature": -1}, {"min_p": 2}, {"repetition_penalty": 0}, {"top_k": -1}], ids=str
+)
 def test_settings_out_of_range_say_what_is_allowed(settings: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match="out of range; use"):
         Selection(**settings)  # type: ignore[arg-type]

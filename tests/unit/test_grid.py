@@ -109,10 +109,12 @@ def test_integers_round_to_within_half_a_step(
     inside = (position >= -0.5) & (position <= format.max_code + 0.5)
     error = (weight - unpack_by_definition(packed)).abs()
     assert (error <= step.abs() * 0.5001)[inside].all()
+    # Rounding the scale to fp16 moves the end of the range by so much: half a unit of its last place for each code.
+    moved = format.max_code * torch.maximum(step.abs() * 2.0**-11, torch.tensor(2.0**-25))
     # The full symmetric range lacks the code beyond its positive end and clips there, by half a step more at most.
-    assert (error <= step.abs() * (1.02 if symmetric else 0.8)).all()
+    assert (error <= step.abs() * (1.0 if symmetric else 0.5) * 1.0001 + moved).all()
     if symmetric:
-        assert (position > format.max_code)[~inside].all() and not (position < -0.5).any()
+        assert (position >= -0.5 - moved / step.abs() * 1.0001).all()
 
 
 @pytest.mark.parametrize("name", TABLES)

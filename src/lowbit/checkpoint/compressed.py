@@ -26,7 +26,7 @@ from lowbit.bits import pack_codes, unpack_codes
 from lowbit.checkpoint.layout import Held, stands_for
 from lowbit.errors import CheckpointError
 from lowbit.formats import PER_CHANNEL, Format
-from lowbit.hook import OWN_METHOD
+from lowbit.methods import OWN_METHOD
 from lowbit.packing import PackedTensor, code_shape, scale_shape
 
 METHOD = "compressed-tensors"

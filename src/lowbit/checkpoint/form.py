@@ -22,7 +22,7 @@ from torch import nn
 from lowbit.checkpoint import compressed
 from lowbit.checkpoint.hf_names import expert_sources, is_transformers_model
 from lowbit.checkpoint.layout import Held, dense_modules, dense_tensors, held_weights
-from lowbit.hook import COMPRESSED_METHOD, OWN_METHOD
+from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.packing import PackedTensor
 
 VERSION = 1

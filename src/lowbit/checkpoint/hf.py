@@ -33,8 +33,8 @@ from lowbit.checkpoint.pages import Pages
 from lowbit.checkpoint.save import recipe_fields, save_low_bit
 from lowbit.checkpoint.sites import Packing, Reading
 from lowbit.errors import FormatError, LowbitError
-from lowbit.hook import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitExperts, prepare_
+from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.packing import BUFFERS
 from lowbit.quantize import finish
 from lowbit.recipe import Recipe

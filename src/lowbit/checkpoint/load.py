@@ -29,8 +29,8 @@ from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.sites import Reading
 from lowbit.errors import CheckpointError
-from lowbit.hook import OWN_METHOD
 from lowbit.layers import prepare_
+from lowbit.methods import OWN_METHOD
 from lowbit.packing import BUFFERS
 from lowbit.quantize import finish
 from lowbit.recipe import Recipe

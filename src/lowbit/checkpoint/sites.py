@@ -23,8 +23,8 @@ from lowbit.algorithms.rtn import relative_error
 from lowbit.checkpoint import compressed
 from lowbit.errors import CheckpointError, RecipeError, WeightError
 from lowbit.formats import Format, format_from_name
-from lowbit.hook import OWN_METHOD
 from lowbit.layers import LowBitLinear, PackedWeight
+from lowbit.methods import OWN_METHOD
 from lowbit.models.walk import Target, dense_weights, find_targets, stored_order, up_name
 from lowbit.packing import BUFFERS, PackedTensor
 from lowbit.quantize import pack_weight, plan

@@ -25,13 +25,14 @@ def refuses(format: Format, shape: tuple[int, ...], compute: str) -> str | None:
 
 
 def prepare(packed: PackedTensor) -> dict[str, torch.Tensor]:
-    size = cpu.prepared_bytes(packed.format, *packed.shape[-2:])
+    rows, cols = packed.shape[-2:]
+    size = cpu.prepared_bytes(packed.format, rows, cols)
     experts = _experts(packed)
     prepared = torch.empty(size * len(experts), dtype=torch.uint8)
     for index, expert in enumerate(experts):
         tensors = {name: tensor.contiguous() for name, tensor in expert.tensors().items()}
         place = prepared.data_ptr() + index * size
-        cpu.prepare(packed.format, *expert.shape, addresses(tensors), place, size)
+        cpu.prepare(packed.format, rows, cols, addresses(tensors), place, size)
     return {PREPARED: prepared}
 
 
