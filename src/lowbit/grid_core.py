@@ -2,9 +2,10 @@
 
     core_quantize   weight -> PackedTensor      one pass over the weight, one slice of each row in cache
     core_unpack     PackedTensor -> weight
+    core_distance   weight, PackedTensor -> |w - w^|^2 and |w|^2, without unpacking more than a row
 
-`grid.py` is the definition and serves every other device; the tests hold the two together bit for bit. Both functions
-give None for what the core has no code for, and then the definition itself does the work.
+`grid.py` is the definition and serves every other device; the tests hold the two together bit for bit. They give None
+for what the core has no code for, and then the definition itself does the work.
 """
 
 from __future__ import annotations
@@ -33,14 +34,12 @@ def core_quantize(
         return None
     if format.group_size == 0:  # one scale for a whole tensor needs two passes over it
         return None
-    rows = weight.detach().reshape(-1, weight.shape[-1])
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    rows = _as_rows(weight)
     buffers = empty_buffers(format, tuple(weight.shape), torch)
     importance = None if importance is None else importance.float().contiguous()
     cpu.quantize(
         format,
-        cpu.Rows(rows.data_ptr(), _DTYPE_NAMES[rows.dtype], rows.shape[0], rows.shape[1], rows.stride(0)),
+        _rows(rows),
         _addresses(buffers),
         ratios,
         zero_steps,
@@ -52,18 +51,45 @@ def core_quantize(
 def core_unpack(packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor | None:
     """The weight that a PackedTensor stands for."""
     format, shape = packed.format, packed.shape
-    float_zeros = packed.zeros is not None and packed.zeros.dtype != torch.uint8
-    if not core_serves(format, packed.codes) or packed.order is not None or float_zeros or dtype not in _DTYPE_NAMES:
-        return None
-    if len(shape) > 2 and format.group_size == 0:
+    if not _core_reads(packed) or dtype not in _DTYPE_NAMES:
         return None
     weight = torch.empty(shape, dtype=dtype)
     if not weight.numel():
         return weight
     contiguous = {name: tensor.contiguous() for name, tensor in packed.tensors().items()}
-    rows = cpu.Rows(weight.data_ptr(), _DTYPE_NAMES[dtype], weight.numel() // shape[-1], shape[-1])
-    cpu.dequantize(format, _addresses(contiguous), rows)
+    cpu.dequantize(format, _addresses(contiguous), _rows(_as_rows(weight)))
     return weight
+
+
+def core_distance(weight: torch.Tensor, packed: PackedTensor) -> tuple[float, float] | None:
+    """The sums of (w - w^)^2 and of w^2."""
+    if not _core_reads(packed) or weight.dtype not in _DTYPE_NAMES or not weight.numel():
+        return None
+    rows = _as_rows(weight)
+    contiguous = {name: tensor.contiguous() for name, tensor in packed.tensors().items()}
+    return cpu.distance(packed.format, _addresses(contiguous), _rows(rows))
+
+
+def _core_reads(packed: PackedTensor) -> bool:
+    """Whether the core can turn a packed weight back into numbers."""
+    float_zeros = packed.zeros is not None and packed.zeros.dtype != torch.uint8
+    stacked_tensor_scale = len(packed.shape) > 2 and packed.format.group_size == 0
+    return (
+        core_serves(packed.format, packed.codes)
+        and packed.order is None
+        and not float_zeros
+        and not stacked_tensor_scale
+    )
+
+
+def _as_rows(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as [rows, in] with the numbers of a row side by side."""
+    rows = weight.detach().reshape(-1, weight.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _rows(rows: torch.Tensor) -> cpu.Rows:
+    return cpu.Rows(rows.data_ptr(), _DTYPE_NAMES[rows.dtype], rows.shape[0], rows.shape[1], rows.stride(0))
 
 
 def _addresses(buffers: dict[str, torch.Tensor]) -> cpu.Canonical:

@@ -84,6 +84,19 @@ def test_logits_and_log_probabilities(model: Model, reference: transformers.PreT
     assert model.generate(PROMPT, max_new_tokens=1).chosen[0].log_probability is None
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_embeddings_are_the_last_states(family: str, folders: dict[str, Path]) -> None:
+    model = load(folders[family], cache="fp32", compute="fp32")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folders[family]).eval()
+    prompt = model.tokenizer.encode(PROMPT)
+    with torch.no_grad():
+        states = reference(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0].numpy()
+    assert np.allclose(model.embed(PROMPT, normalize=False), states.mean(0), atol=1e-4)
+    assert np.allclose(model.embed(PROMPT, "last"), states[-1] / np.linalg.norm(states[-1]), atol=1e-4)
+    with pytest.raises(RecipeError, match="pooling='max' is unknown"):
+        model.embed(PROMPT, "max")  # type: ignore[arg-type]
+
+
 def test_draws_follow_the_seed(model: Model) -> None:
     drawn = {model.generate(PROMPT, max_new_tokens=12, temperature=1.5, seed=seed).tokens for seed in (1, 1, 2)}
     assert len(drawn) == 2

@@ -105,3 +105,18 @@ def test_commands_run_without_torch(small: Path, plain: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert 1 <= json.loads(done.stdout)["new_tokens"] <= 5
+
+
+def test_perplexity_is_the_same_without_torch(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A whale is not a fish, whatever the sailors say. " * 4)
+    words = ["evaluate", str(small), "--text", str(text), "--window", "32", "--json"]
+    assert main(words) == 0
+    with_torch = json.loads(capsys.readouterr().out)
+    code = f"import sys\nsys.modules['torch'] = None\nfrom lowbit.cli import main\nsys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    without = json.loads(done.stdout)
+    assert without.keys() == with_torch.keys()
+    for name in ("perplexity", "nll", "nll_standard_error", "tokens", "windows"):
+        assert without[name] == pytest.approx(with_torch[name], rel=1e-5), name

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit.algorithms.rtn import relative_error
 from lowbit.errors import WeightError
 from lowbit.formats import FORMATS, LEVELS, format_from_name
 from lowbit.grid import (
@@ -328,3 +329,15 @@ def test_weights_that_are_no_numbers_are_refused(bad: float) -> None:
 def test_large_weights_are_not_mistaken_for_infinite_ones() -> None:
     check_finite(torch.full((4, 4), 3e38), "layer.weight")
     assert not math.isfinite(float(torch.full((4, 4), 3e38).sum()))
+
+
+@pytest.mark.parametrize(
+    "name", ["int4", "int3_asym_g32", "nf4", "int8_channel", "mxfp4", "q4_k", "int4_dq", "fp8_e4m3_tensor_fp32"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_reported_error_is_the_distance_of_the_weights(name: str, dtype: torch.dtype) -> None:
+    weight = random_weight(9, 301, seed=5).to(dtype)
+    packed = quantize(weight, format_from_name(name))
+    expected = float((unpack(packed) - weight.float()).norm() / weight.float().norm())
+    for same in (weight, weight.T.contiguous().T):
+        assert abs(relative_error(same, packed) - expected) < 1e-5 * expected

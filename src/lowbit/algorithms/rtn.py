@@ -12,12 +12,10 @@ import torch
 
 from lowbit.formats import Format
 from lowbit.grid import PLAIN, Search, quantize, unpack
+from lowbit.grid_core import core_distance
 from lowbit.packing import PackedTensor
 
 SEARCHES = {"rtn": Search(), "plain_rtn": PLAIN}
-# Rows whose fp32 working copies stay within a few MB, so that quantising needs room for a slice of a weight, not for
-# the weight.
-_SLICE_WEIGHTS = 1 << 21
 
 
 def round_weight(weight: torch.Tensor, format: Format, rounder: str = "rtn") -> PackedTensor:
@@ -32,14 +30,10 @@ def round_weight_best(weight: torch.Tensor, formats: tuple[Format, ...], rounder
 
 
 def relative_error(weight: torch.Tensor, packed: PackedTensor) -> float:
-    """|w - w^| / |w|, slice by slice."""
-    error = norm = 0.0
-    flat_shape = (-1, weight.shape[-1])
-    rows = max(_SLICE_WEIGHTS // weight.shape[-1], 1)
-    restored = unpack(packed).reshape(flat_shape)
-    parts, others = torch.split(weight.reshape(flat_shape), rows), torch.split(restored, rows)
-    for part, other in zip(parts, others, strict=True):
-        part = part.float()
-        error += float((part - other).square().sum())
-        norm += float(part.square().sum())
+    """|w - w^| / |w|."""
+    sums = core_distance(weight, packed)
+    if sums is None:
+        restored = unpack(packed)
+        sums = float((weight.float() - restored).square().sum()), float(weight.float().square().sum())
+    error, norm = sums
     return (error / norm) ** 0.5 if norm else 0.0

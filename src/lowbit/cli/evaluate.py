@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.cli.engines import is_installed
 from lowbit.cli.generate import read_text
 from lowbit.cli.options import (
     COUNT,
@@ -23,6 +24,7 @@ from lowbit.errors import LowbitError, RecipeError
 from lowbit.progress import progress
 
 if TYPE_CHECKING:
+    from lowbit.cli.engine_evaluate import Measured
     from lowbit.cli.engines import AnySession
     from lowbit.evaluate import Divergence, Perplexity
 
@@ -77,19 +79,23 @@ def run(options: argparse.Namespace) -> int:
 
 def tokens_of(session: AnySession, text: str, options: argparse.Namespace) -> Any:
     """The text as windows of tokens [windows, window]."""
-    from lowbit.evaluate import cut_windows
-
+    if is_installed("torch"):
+        from lowbit.evaluate import cut_windows as cut
+    else:
+        from lowbit.cli.engine_evaluate import cut_windows as cut
     try:
-        return cut_windows(session.plain_tokens(text), options.window, options.windows)
+        return cut(session.plain_tokens(text), options.window, options.windows)
     except RecipeError as error:
         raise LowbitError(f"{options.text}: {error}") from None
 
 
-def measure_perplexity(session: AnySession, tokens: Any, options: argparse.Namespace) -> Perplexity:
-    from lowbit.evaluate import perplexity
-
+def measure_perplexity(session: AnySession, tokens: Any, options: argparse.Namespace) -> Perplexity | Measured:
+    if is_installed("torch"):
+        from lowbit.evaluate import perplexity as measure
+    else:
+        from lowbit.cli.engine_evaluate import perplexity as measure
     with progress("predicting", len(tokens)) as advance:
-        return perplexity(session.model, tokens, window=options.window, progress=advance)
+        return measure(session.model, tokens, window=options.window, progress=advance)
 
 
 def measure_distance(session: AnySession, source: Source, tokens: Any, options: argparse.Namespace) -> Divergence:
@@ -106,7 +112,7 @@ def measure_distance(session: AnySession, source: Source, tokens: Any, options: 
         return divergence(session.model, original, tokens, window=options.window, progress=advance)
 
 
-def perplexity_facts(measured: Perplexity) -> dict[str, Any]:
+def perplexity_facts(measured: Perplexity | Measured) -> dict[str, Any]:
     return {
         "perplexity": measured.ppl,
         "nll": measured.nll,
@@ -126,7 +132,7 @@ def distance_facts(distance: Divergence, name: str) -> dict[str, Any]:
     }
 
 
-def print_perplexity(output: Output, measured: Perplexity) -> None:
+def print_perplexity(output: Output, measured: Perplexity | Measured) -> None:
     # The error of exp(nll), to first order.
     error = measured.ppl * measured.standard_error
     output.facts(

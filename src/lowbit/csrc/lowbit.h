@@ -72,6 +72,11 @@ LOWBIT_API int lowbit_unpack(int bits, int64_t rows, int64_t cols, const int32_t
 LOWBIT_API int lowbit_dequantize(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
                                  const uint8_t* zeros, const float* scale_scales, void* weight, int dtype, int64_t row_stride);
 
+/* sums[0] = sum of (w - w^)^2, sums[1] = sum of w^2, of a dense weight against its canonical form. */
+LOWBIT_API int lowbit_distance(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
+                               const uint8_t* zeros, const float* scale_scales, const void* weight, int dtype, int64_t row_stride,
+                               double* sums);
+
 /* Bytes of the prepared form, or -1 with a sentence when the format has no kernel. */
 LOWBIT_API int64_t lowbit_prepared_bytes(const lowbit_format* format, int64_t rows, int64_t cols);
 LOWBIT_API int lowbit_prepare(const lowbit_format* format, int64_t rows, int64_t cols, const void* codes, const void* scales,

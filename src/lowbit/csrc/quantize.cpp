@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #include "bits.h"
 #include "dispatch.h"
@@ -130,6 +132,51 @@ extern "C" int lowbit_dequantize(const lowbit_format* format, int64_t rows, int6
     const DequantizeJob job = {*format, {rows, cols}, codes, scales, stores_zeros(*format) ? zeros : nullptr, unit, weight, dtype, row_stride};
     parallel_for(rows, 8, [&](int64_t begin, int64_t end, int) { isa().dequantize_rows(job, begin, end); });
     return LOWBIT_OK;
+}
+
+// How far a packed weight is from the weight it was made of: sums[0] = sum (w - w^)^2, sums[1] = sum w^2. Each thread unpacks a row
+// at a time into a buffer of its own, so that nothing of the size of the weight is written.
+extern "C" int lowbit_distance(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
+                               const uint8_t* zeros, const float* scale_scales, const void* weight, int dtype, int64_t row_stride,
+                               double* sums) try {
+    if (int status = check_plain(format, {rows, cols}, dtype, row_stride)) return status;
+    if (!weight || !codes || !scales || !sums || (stores_zeros(*format) && !zeros) ||
+        (format->scale_type == LOWBIT_SCALE_E4M3 && !scale_scales))
+        return fail(LOWBIT_BAD_ARGUMENT, "a buffer that this format needs was not given");
+    const float unit = format->scale_type == LOWBIT_SCALE_E4M3 ? *scale_scales : 1.0f;
+    const int threads = thread_count();
+    std::vector<float> restored(static_cast<size_t>(threads) * cols), original(static_cast<size_t>(threads) * cols);
+    std::vector<double> errors(rows), norms(rows);
+    parallel_for(rows, 8, [&](int64_t begin, int64_t end, int thread) {
+        float* back = restored.data() + static_cast<int64_t>(thread) * cols;
+        float* given = original.data() + static_cast<int64_t>(thread) * cols;
+        for (int64_t row = begin; row < end; ++row) {
+            // A stride of 0 lets every row be written to the same place.
+            const DequantizeJob job = {*format, {rows, cols}, codes, scales, stores_zeros(*format) ? zeros : nullptr, unit, back, LOWBIT_FP32, 0};
+            isa().dequantize_rows(job, row, row + 1);
+            for (int64_t i = 0; i < cols; ++i) given[i] = load_number(weight, dtype, row * row_stride + i);
+            float error[8] = {}, norm[8] = {};
+            int64_t i = 0;
+            for (; i + 8 <= cols; i += 8)
+                for (int k = 0; k < 8; ++k) {
+                    const float off = given[i + k] - back[i + k];
+                    error[k] += off * off;
+                    norm[k] += given[i + k] * given[i + k];
+                }
+            for (; i < cols; ++i) {
+                error[0] += (given[i] - back[i]) * (given[i] - back[i]);
+                norm[0] += given[i] * given[i];
+            }
+            for (int k = 1; k < 8; ++k) error[0] += error[k], norm[0] += norm[k];
+            errors[row] = error[0];
+            norms[row] = norm[0];
+        }
+    });
+    sums[0] = sums[1] = 0.0;
+    for (int64_t row = 0; row < rows; ++row) sums[0] += errors[row], sums[1] += norms[row];
+    return LOWBIT_OK;
+} catch (const std::bad_alloc&) {
+    return fail(LOWBIT_NO_MEMORY, "no memory to compare a weight of %lld rows", static_cast<long long>(rows));
 }
 
 namespace lowbit {

@@ -193,12 +193,13 @@ Task Step::task_of(Member& me, const View& view, float* y, int64_t y_stride) {
 }
 
 void Step::run_tasks(Member& me, Task* tasks, int count) {
+    (void)me;
     int64_t total = 0;
     for (int i = 0; i < count; ++i) {
         tasks[i].plan(work_.team.size());
         total += tasks[i].items;
     }
-    work_.team.share_in_runs(me.index, total, [&](int64_t item) {
+    work_.team.share(total, 1, [&](int64_t item, int64_t) {
         int i = 0;
         for (; item >= tasks[i].items; ++i) item -= tasks[i].items;
         tasks[i].run(item);
@@ -326,7 +327,7 @@ void Step::head(Member& me) {
     Task task = task_of(me, plans_.head, logits_, vocab);
     task.plan(work_.team.size());
     const bool capped = model_.head_multiplier != 1.0f || model_.head_soft_cap > 0.0f;
-    work_.team.share_in_runs(me.index, task.items, [&](int64_t item) {
+    work_.team.share(task.items, 1, [&](int64_t item, int64_t) {
         const Piece piece = task.run(item);
         for (int64_t t = piece.token_begin; capped && t < piece.token_end; ++t)
             engine_isa().cap(logits_ + t * vocab + piece.row_begin, model_.head_multiplier, model_.head_soft_cap, piece.row_end - piece.row_begin);

@@ -58,16 +58,6 @@ public:
         for (int64_t begin = claim(grain); begin < items; begin = claim(grain)) body(begin, std::min(begin + grain, items));
     }
 
-    // The same one by one, but each member begins with a stretch of its own: half of all items need no atomic, and memory is read in long
-    // runs. What is left evens out cores of different speed.
-    template <class Body>
-    void share_in_runs(int member, int64_t items, const Body& body) {
-        const int64_t own = items / (2 * size_);
-        for (int64_t i = 0; i < own; ++i) body(member * own + i);
-        const int64_t first = own * size_;
-        for (int64_t i = first + claim(1); i < items; i = first + claim(1)) body(i);
-    }
-
     // Wait for everybody; the counter of items starts again at 0.
     template <class Serial>
     void meet(const Serial& serial) {

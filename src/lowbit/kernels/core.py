@@ -66,6 +66,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "lowbit_pack": (_I, [_I, _L, _L, _P, _P]),
     "lowbit_unpack": (_I, [_I, _L, _L, _P, _P]),
     "lowbit_dequantize": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _I, _L]),
+    "lowbit_distance": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _I, _L, _P]),
     "lowbit_prepared_bytes": (_L, [_F, _L, _L]),
     "lowbit_prepare": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _L]),
     "lowbit_restore": (_I, [_P, _L, _P, _P, _P, _P]),

@@ -13,6 +13,7 @@ checks what it can.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,6 +90,17 @@ def dequantize(format: Format, packed: Canonical, weight: Rows) -> None:
         packed.scale_scales or None, weight.address, DTYPES[weight.dtype], weight.step,
     )  # fmt: skip
     check(status)
+
+
+def distance(format: Format, packed: Canonical, weight: Rows) -> tuple[float, float]:
+    """The sums of (w - w^)^2 and of w^2 of a weight and its canonical buffers."""
+    sums = (ctypes.c_double * 2)()
+    status = library().lowbit_distance(
+        c_format(format), weight.rows, weight.cols, packed.codes, packed.scales, packed.zeros or None,
+        packed.scale_scales or None, weight.address, DTYPES[weight.dtype], weight.step, ctypes.addressof(sums),
+    )  # fmt: skip
+    check(status)
+    return sums[0], sums[1]
 
 
 def pack(bits: int, rows: int, cols: int, values: int, codes: int) -> None:

@@ -18,6 +18,7 @@ from lowbit.formats import Format
 from lowbit.models.spec import DecoderSpec
 from lowbit.packing import PackedTensor
 from lowbit.recipe import Recipe, recipe_named
+from lowbit.runtime.embedding import Embedder
 from lowbit.runtime.engine import Engine
 from lowbit.runtime.files import Loaded, ModelFiles, open_files, read_spec, read_weights
 from lowbit.runtime.model import Model
@@ -62,6 +63,7 @@ def load_files(
     engine = Engine(spec, weights, _context(spec, context), cache, slots, compute)
     model = Model(engine, files.tokenizer(), settings_from(files.generation_config, spec.tokens.eos))
     model.notes = files.notes
+    model.make_embedder = lambda: Embedder(spec, weights, engine.context, cache, compute)
     return model
 
 

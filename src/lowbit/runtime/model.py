@@ -12,12 +12,13 @@ what a call leaves open is as generation_config.json says. A prompt is text or t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lowbit.errors import LowbitError
 from lowbit.models.spec import DecoderSpec
 from lowbit.runtime import beam
+from lowbit.runtime.embedding import Embedder, Pooling
 from lowbit.runtime.generation import Answer, Chosen, Guess, Piece, answer_pieces, choose_tokens, join
 from lowbit.runtime.settings import Settings
 from lowbit.runtime.slots import Engine, Floats, Slot, Tokens, check_prompt
@@ -39,6 +40,8 @@ class Model:
         self.settings = settings if settings is not None else Settings(stop_tokens=engine.spec.tokens.eos)
         self.slots = [Slot(engine, number) for number in range(engine.slots)]
         self.notes: list[str] = []
+        self.make_embedder: Callable[[], Embedder] | None = None
+        self._embedder: Embedder | None = None
         self._lock = threading.Lock()
 
     @property
@@ -108,6 +111,20 @@ class Model:
         with self._lock:
             slot.clear()
             return self.engine.logits(tokens)
+
+    def embed(self, prompt: Prompt, pooling: Pooling = "mean", normalize: bool = True) -> Floats:
+        """A text as one vector [hidden size]: the mean of the last layer's states, or the last one; of length 1 if normalised."""
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt)
+        tokens = check_prompt(prompt, self.spec.vocab_size, self.context + 1)
+        with self._lock:
+            if self._embedder is None:
+                if self.make_embedder is None:
+                    raise LowbitError(
+                        "this model was made from an engine alone: load it with lowbit.runtime.load to embed text"
+                    )
+                self._embedder = self.make_embedder()
+            return self._embedder.embed(tokens, pooling, normalize)
 
     def _pieces(self, tokens: Tokens, settings: Settings, draft: Model | None) -> Iterator[Piece]:
         guess: Guess | None = None

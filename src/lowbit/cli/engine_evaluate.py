@@ -1,0 +1,48 @@
+"""Perplexity where torch is absent: the figures of `lowbit.evaluate.perplexity`, from the engine's logits in numpy.
+
+nll = mean over tokens of -log q(token | before), over windows that do not overlap;  perplexity = exp(nll)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbit.errors import RecipeError
+from lowbit.runtime.generation import log_softmax
+
+Windows = NDArray[np.int32]
+
+
+class Measured(NamedTuple):
+    """The fields of `lowbit.evaluate.Perplexity`."""
+
+    ppl: float
+    nll: float
+    standard_error: float
+    tokens: int
+    windows: int
+
+
+def cut_windows(tokens: list[int], window: int, windows: int | None = None) -> Windows:
+    """Tokens as [windows, window]."""
+    whole = len(tokens) // window
+    if not whole or (windows or 1) > whole:
+        raise RecipeError(f"the text holds {whole} windows of {window} tokens, {windows or 1} are needed at least")
+    return np.asarray(tokens[: whole * window], np.int32).reshape(whole, window)[:windows]
+
+
+def perplexity(model: Any, rows: Windows, window: int, progress: Callable[[str], None]) -> Measured:
+    """How well a model of the engine predicts windows of tokens."""
+    means = []
+    for number, row in enumerate(rows, 1):
+        scores = log_softmax(model.logits(row)[:-1])
+        means.append(-float(np.take_along_axis(scores, row[1:, None], -1).mean(dtype=np.float64)))
+        progress(f"window {number}")
+    nll = math.fsum(means) / len(means)
+    error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    return Measured(math.exp(min(nll, 700)), nll, error, len(rows) * (window - 1), len(rows))
