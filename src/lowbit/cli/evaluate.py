@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,23 +80,23 @@ def run(options: argparse.Namespace) -> int:
 
 def tokens_of(session: AnySession, text: str, options: argparse.Namespace) -> Any:
     """The text as windows of tokens [windows, window]."""
-    if is_installed("torch"):
-        from lowbit.evaluate import cut_windows as cut
-    else:
-        from lowbit.cli.engine_evaluate import cut_windows as cut
     try:
-        return cut(session.plain_tokens(text), options.window, options.windows)
+        return _measures().cut_windows(session.plain_tokens(text), options.window, options.windows)
     except RecipeError as error:
         raise LowbitError(f"{options.text}: {error}") from None
 
 
 def measure_perplexity(session: AnySession, tokens: Any, options: argparse.Namespace) -> Perplexity | Measured:
-    if is_installed("torch"):
-        from lowbit.evaluate import perplexity as measure
-    else:
-        from lowbit.cli.engine_evaluate import perplexity as measure
     with progress("predicting", len(tokens)) as advance:
-        return measure(session.model, tokens, window=options.window, progress=advance)
+        measured: Perplexity | Measured = _measures().perplexity(
+            session.model, tokens, window=options.window, progress=advance
+        )
+    return measured
+
+
+def _measures() -> Any:
+    """Where perplexity is measured: in torch, or in numpy where torch is absent."""
+    return importlib.import_module("lowbit.evaluate" if is_installed("torch") else "lowbit.cli.engine_evaluate")
 
 
 def measure_distance(session: AnySession, source: Source, tokens: Any, options: argparse.Namespace) -> Divergence:
