@@ -153,6 +153,9 @@ def test_the_next_message_reads_only_what_is_new(model: Model) -> None:
     slot = model.slots[0]
     assert slot.common(np.array([*first, 7, 8], np.int32)) == 30
     assert slot.common(np.array([*first[:20], 7, 8], np.int32)) == 20
+    model.forget()
+    assert slot.common(np.array(first, np.int32)) == 0 and model.engine.length(0) == 0
+    model.generate(first, max_new_tokens=2)
     again = model.generate([*first[:20], 7, 8], max_new_tokens=6, ignore_end=True)
     assert again.tokens == Fresh(model).generate([*first[:20], 7, 8], 6)
 

@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
     prompt = prompt_of(session.encode(_PROMPT, raw=True), options.prompt_tokens)
 
     def generate(new_tokens: int) -> tuple[float, ...]:
+        session.forget()
         return session.generate(prompt, Sampling(new_tokens, temperature=0, ignore_end=True)).token_seconds
 
     with progress("timing", options.rounds + 1) as advance:

@@ -76,6 +76,10 @@ class EngineSession:
                     emit(piece.text)
         return Answer("".join(text), len(prompt), tuple(seconds))
 
+    def forget(self) -> None:
+        """Keep nothing of earlier prompts, so that the next one is read whole (timings)."""
+        self.model.forget()
+
     def chat(self, messages: list[Message], sampling: Sampling, emit: Emit | None = None) -> Answer:
         """Answer the last message of a conversation."""
         return self.generate(self.encode_chat(messages), sampling, emit)

@@ -133,6 +133,9 @@ class Session:
             self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stream, **self._arguments(sampling))
         return Answer("".join(stream.text), len(prompt), tuple(stream.token_seconds))
 
+    def forget(self) -> None:
+        """Nothing of earlier prompts is kept between calls."""
+
     def chat(self, messages: list[Message], sampling: Sampling, emit: Emit | None = None) -> Answer:
         """Answer the last message of a conversation."""
         return self.generate(self.encode_chat(messages), sampling, emit)

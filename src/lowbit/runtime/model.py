@@ -112,6 +112,12 @@ class Model:
             slot.clear()
             return self.engine.logits(tokens)
 
+    def forget(self) -> None:
+        """Empty every slot: the next prompt is read from its first token on."""
+        with self._lock:
+            for slot in self.slots:
+                slot.clear()
+
     def embed(self, prompt: Prompt, pooling: Pooling = "mean", normalize: bool = True) -> Floats:
         """A text as one vector [hidden size]: the mean of the last layer's states, or the last one; of length 1 if normalised."""
         if isinstance(prompt, str):
