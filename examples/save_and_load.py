@@ -2,15 +2,14 @@
 
 import torch
 import transformers
-from lowbit.demo import gguf_path
 
 import lowbit
 
-model = lowbit.AutoModelForCausalLM.from_pretrained(gguf_path(), load_in_low_bit="int4")
-tokenizer = lowbit.demo.tokenizer()
-model.save_low_bit("small", tokenizer=tokenizer)
+model = lowbit.AutoModelForCausalLM.from_pretrained(lowbit.demo.model_path(), load_in_low_bit="int4")
+model.save_low_bit("small")
 
 again = transformers.AutoModelForCausalLM.from_pretrained("small")
+tokenizer = transformers.AutoTokenizer.from_pretrained("small")
 prompt = tokenizer("The capital of France is", return_tensors="pt")
 with torch.inference_mode():
     first, second = model(**prompt).logits, again(**prompt).logits

@@ -248,3 +248,12 @@ def test_foreign_compressed_tensors_folder_goes_to_its_own_reader(tmp_path: Path
               "config_groups": {"group_0": group}, "ignore": ["lm_head"]}  # fmt: skip
     assert not reads(fields)
     assert not isinstance(AutoQuantizationConfig.from_dict(fields), LowBitConfig)
+
+
+def test_a_compact_folder_stores_every_weight_once(tmp_path: Path) -> None:
+    model = Auto.from_pretrained(make("llama", tmp_path / "dense", tie_word_embeddings=True), load_in_4bit=True)
+    model.save_low_bit(tmp_path / "wide")
+    model.save_low_bit(tmp_path / "compact", compact=True)
+    sizes = [sum(f.stat().st_size for f in (tmp_path / n).glob("*.safetensors")) for n in ("wide", "compact")]
+    assert sizes[1] < sizes[0]
+    assert torch.equal(logits(Auto.load_low_bit(tmp_path / "compact")), logits(model))

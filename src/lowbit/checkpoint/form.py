@@ -51,11 +51,11 @@ class Part:
     make: Callable[[], dict[str, torch.Tensor]]
 
 
-def saved_form(model: nn.Module, recipe: dict[str, Any] | None = None) -> SavedForm:
-    """Choose the form for a model."""
+def saved_form(model: nn.Module, recipe: dict[str, Any] | None = None, compact: bool = False) -> SavedForm:
+    """Choose the form for a model; `compact` asks for the own one."""
     held = held_weights(model)
     sources: dict[str, list[str]] = {}
-    reason = _refusal(model, held, sources)
+    reason = "a compact folder was asked for" if compact else _refusal(model, held, sources)
     tied = {h.path: h.tied_to for h in held if h.tied_to}
     own: dict[str, Any] = {"version": VERSION, "recipe": recipe or {}, "tied": tied, "report": _summary(model)}
     if reason:

@@ -59,13 +59,20 @@ _WRITTEN = (
 
 
 def save_low_bit(
-    model: nn.Module, folder: str | Path, tokenizer: Any = None, max_shard_size: int | str = DEFAULT_SHARD
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,
+    max_shard_size: int | str = DEFAULT_SHARD,
+    compact: bool = False,
 ) -> Path:
-    """Save a low-bit model; returns the folder. An interrupted save leaves what was there before."""
+    """Save a low-bit model; returns the folder. An interrupted save leaves what was there before.
+
+    `compact` stores every weight once, which only lowbit reads; else other readers' needs come first where they can be met.
+    """
     target = Path(folder)
     source = source_folder(model)
     _refuse_to_replace_source(target, source, model)
-    form = saved_form(model, recipe_fields(model))
+    form = saved_form(model, recipe_fields(model), compact)
     if not getattr(model, "lowbit_report", None):
         raise CheckpointError(
             "the model is not low-bit: pass it through optimize_model first, or save it with save_pretrained"

@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rounder", metavar="R", help="rtn searches the scales, plain_rtn does not (default: rtn)")
     add_loading(parser)
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model already")
+    parser.add_argument(
+        "--compact", action="store_true", help="store every weight once, in a form that only lowbit reads"
+    )
     parser.add_argument("--all", action="store_true", help="show every weight in the report")
     add_json(parser)
 
@@ -67,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     source = find_source(options.source)
     check_target(options.out, source, options.force)
     load = LoadOptions(recipe, options.dtype, options.device, options.allow_pickle, options.trust_remote_code)
-    report = quantize_and_save(source, options.out, load, output, options.threads)
+    report = quantize_and_save(source, options.out, load, output, options.threads, options.compact)
     from lowbit.cli.report import print_report
 
     print_report(output, report, options.all)
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def quantize_and_save(
-    source: Source, out: Path, load: LoadOptions, output: Output, threads: int | None = None
+    source: Source, out: Path, load: LoadOptions, output: Output, threads: int | None = None, compact: bool = False
 ) -> Report:
     """Load a model low-bit, save it, return the report."""
     import lowbit
@@ -94,7 +97,7 @@ def quantize_and_save(
     tokenizer = load_tokenizer(source, load)
     if tokenizer is None:
         output.note("lowbit: the source has no tokenizer, so none is saved")
-    lowbit.save_low_bit(model, out, tokenizer=tokenizer)
+    lowbit.save_low_bit(model, out, tokenizer=tokenizer, compact=compact)
     report: Report = model.lowbit_report
     report.seconds = report.seconds or packed - start
     return report
