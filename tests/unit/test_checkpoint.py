@@ -251,7 +251,9 @@ def test_foreign_compressed_tensors_folder_goes_to_its_own_reader(tmp_path: Path
 
 
 def test_a_compact_folder_stores_every_weight_once(tmp_path: Path) -> None:
-    model = Auto.from_pretrained(make("llama", tmp_path / "dense", tie_word_embeddings=True), load_in_4bit=True)
+    model = Auto.from_pretrained(
+        make("llama", tmp_path / "dense", **EVEN | {"tie_word_embeddings": True}), load_in_4bit=True
+    )
     model.save_low_bit(tmp_path / "wide")
     model.save_low_bit(tmp_path / "compact", compact=True)
     sizes = [sum(f.stat().st_size for f in (tmp_path / n).glob("*.safetensors")) for n in ("wide", "compact")]
