@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from lowbit.errors import CheckpointError
 from lowbit.formats import PER_CHANNEL, Format, format_from_name
 from lowbit.kernels import cpu
+from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.packing import BUFFERS, PackedTensor, code_shape, scale_shape
 from lowbit.runtime.mapped import Tensor
 
-OWN_METHOD, COMPRESSED_METHOD = "lowbit", "compressed-tensors"
 PACKED_FORMAT = "pack-quantized"
 _OWN_CODES, _CODES, _PACKED = ".packed_weight.codes", ".codes", ".weight_packed"
 _SCALE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
