@@ -29,6 +29,9 @@ def quantize_(model: nn.Module, recipe: Recipe, show_progress: bool | None = Non
     start = time.perf_counter()
     report = Report(recipe=recipe.name or recipe.linear.name)
     targets = find_targets(model)
+    if targets and targets[0].path == "":
+        kind = type(model).__name__
+        raise RecipeError(f"a lone {kind} has nothing to be replaced in: wrap it, for example in nn.Sequential(layer)")
     held: dict[str, list[PackedWeight]] = {}
     with progress("packing", len(targets), show_progress) as advance, torch.no_grad():
         for target in targets:
@@ -53,6 +56,9 @@ def finish(model: nn.Module, report: Report, prepare: bool = True) -> None:
     kernels = {name: held.kernel.name for name, held in _held_by_name(model).items() if held.kernel}
     for row in report.layers:
         row.kernel = kernels.get(row.path, "")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and parameter.is_floating_point():
+            check_finite(parameter.detach(), name)
     skipped = {row.path for row in report.skipped}
     rest = [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in skipped]
     report.other_bytes = sum(p.nbytes for p in rest)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import FormatError, RecipeError, nearest
-from lowbit.formats import ALIASES, MIXED, MIXTURES, Format, as_format
+from lowbit.formats import ALIASES, CASTS, MIXED, MIXTURES, Format, as_format
 
 ROUNDERS = ("rtn", "plain_rtn")
 
@@ -123,8 +123,7 @@ def recipe_named(name: str | Format | Recipe) -> Recipe:
     if key in MIXTURES:
         most, head, hurt = (as_format(f) for f in MIXTURES[key])
         return Recipe(most, head=head, overrides=((r"(v_proj|down_proj)$", hurt),), name=key)
-    try:
-        format = as_format(key)
-    except FormatError as error:
-        raise FormatError(str(error)) from None
+    if key in CASTS:
+        raise FormatError(f"{name} packs nothing, it is a plain type: ask for dtype {CASTS[key]} instead of a format")
+    format = as_format(key)
     return Recipe(format, head=format, name=key if key in ALIASES else format.name)

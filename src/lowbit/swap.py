@@ -10,6 +10,15 @@ from torch import nn
 from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitExperts, LowBitLinear, PackedWeight
 from lowbit.models.walk import Target, up_name
 
+# Hooks that somebody put on a module hold for the one in its place.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
 
 def low_bit_module(target: Target, weights: list[PackedWeight]) -> nn.Module:
     """The module that takes a target's place. `stands_for` names the class it replaces: a saved form depends on it."""
@@ -34,7 +43,10 @@ def _low_bit_module(target: Target, weights: list[PackedWeight]) -> nn.Module:
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put a module in the place of another."""
     parent, _, name = path.rpartition(".")
-    new.train(model.get_submodule(path).training)
+    old = model.get_submodule(path)
+    new.train(old.training)
+    for hooks in _HOOKS:
+        getattr(new, hooks).update(getattr(old, hooks))
     setattr(model.get_submodule(parent), name, new)
 
 

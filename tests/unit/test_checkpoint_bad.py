@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowbit
+from lowbit import CheckpointError
 from lowbit.checkpoint.save import parse_size
 from unit.checkpoint_cases import EVEN, make
 
@@ -180,3 +181,29 @@ def test_sizes() -> None:
     for wrong in ("", "many", "-3", "0"):
         with pytest.raises(lowbit.CheckpointError):
             parse_size(wrong)
+
+
+def test_an_interrupted_exchange_of_folders_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Auto.from_pretrained(make("llama", tmp_path / "dense"), load_in_4bit=True)
+    model.save_low_bit(tmp_path / "low")
+    before = (tmp_path / "low" / "config.json").read_bytes()
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_low_bit(tmp_path / "low")
+    assert (tmp_path / "low" / "config.json").read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "low"]
+
+
+def test_other_peoples_models_are_not_replaced(tmp_path: Path) -> None:
+    make("llama", tmp_path / "other")
+    model = Auto.from_pretrained(make("llama", tmp_path / "dense"), load_in_4bit=True)
+    with pytest.raises(CheckpointError, match="lowbit did not write"):
+        model.save_low_bit(tmp_path / "other")

@@ -187,3 +187,36 @@ def test_recipe_errors_name_the_nearest() -> None:
         Recipe(as_format("int4"), overrides=(("(", None),))
     with pytest.raises(ValueError, match="did you mean int4"):
         recipe_named("imt4")
+
+
+def test_a_layer_used_twice_is_packed_once_and_used_twice() -> None:
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    report = quantize_(model, recipe_named("int8"))
+    assert isinstance(model[2], LowBitLinear) and model[2].packed_weight is model[0].packed_weight
+    assert len(report.layers) == 1
+
+
+def test_a_lone_layer_is_refused() -> None:
+    with pytest.raises(RecipeError, match="wrap it"):
+        quantize_(nn.Linear(64, 64), recipe_named("int4"))
+
+
+def test_hooks_stay_where_they_were_put() -> None:
+    model = nn.Sequential(nn.Linear(64, 8))
+    model[0].register_forward_hook(lambda module, inputs, output: output * 0)
+    quantize_(model, recipe_named("int4"))
+    assert not model(torch.randn(2, 64)).any()
+
+
+def test_bad_dense_weights_are_named_too() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    with torch.no_grad():
+        model[1].weight[3] = float("inf")
+    with pytest.raises(WeightError, match=r"1.weight holds 1 values"):
+        quantize_(model, recipe_named("int4"))
+
+
+def test_plain_types_are_no_formats() -> None:
+    with pytest.raises(ValueError, match="bf16 packs nothing"):
+        recipe_named("bf16")

@@ -61,7 +61,9 @@ class _Request:
     def take(cls, kwargs: dict[str, Any]) -> _Request:
         """Take lowbit's keywords out of a call's."""
         for name, fix in _WITHOUT_MEANING.items():
-            if kwargs.pop(name, None) not in (None, False, 1, "huggingface"):
+            given = kwargs.pop(name, None)
+            # One stage and the usual hub are what happens anyway; True is not one stage, though it equals 1.
+            if given is True or given not in (None, False, 1, "huggingface"):
                 warnings.warn(f"the keyword {name!r} has no meaning here and is ignored: {fix}", stacklevel=4)
         for name in _ACCEPTED:
             kwargs.pop(name, None)
@@ -69,12 +71,12 @@ class _Request:
         cpu_embedding = kwargs.pop("cpu_embedding", False)
         mixed, pickles = kwargs.pop("mixed_precision", False), kwargs.pop("allow_pickle", False)
         dtype = kwargs.pop("torch_dtype", None)
-        given = {name: kwargs.pop(name) for name in CHOICES if name in kwargs and name != "torch_dtype"}
+        asked = {name: kwargs.pop(name) for name in CHOICES if name in kwargs and name != "torch_dtype"}
         embedding = kwargs.pop("embedding_qtype", None)
         if embedding is not None:
-            given.setdefault("embedding", embedding)
+            asked.setdefault("embedding", embedding)
         low_bit, foreign_skip = _low_bit_named(kwargs)
-        choices = Choices(**given)
+        choices = Choices(**asked)
         cast = cast_of(low_bit, choices)
         if cast is not None or (low_bit is None and choices.recipe is None):
             return cls(None, cast or dtype, choices, pickles)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import CheckpointError
+from lowbit.methods import OWN_METHOD
 
 CONFIG = "config.json"
 OWN_CONFIG = "lowbit.json"
@@ -92,7 +93,7 @@ def _no_weights(folder: Path) -> str:
     if has_only_pickles(folder):
         return (
             f"the weights in {folder} are pickles, which can run code when they are loaded; "
-            "convert them to safetensors, or pass allow_pickle=True if you trust their source"
+            "convert them to safetensors, or pass allow_pickle=True (--allow-pickle) if you trust their source"
         )
     return f"{folder} holds no weights: there is neither {WEIGHTS} nor {INDEX}"
 
@@ -131,12 +132,16 @@ def check_safetensors(path: Path) -> dict[str, Any]:
 @contextmanager
 def replace_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` if the block ends well, and vanishes if it does not."""
-    target = target.absolute()
+    target = target.resolve()  # a link stays a link to the folder that is replaced
     if target.is_file():
         raise CheckpointError(f"cannot save to {target}: it is a file")
     if target.is_dir() and any(target.iterdir()) and not ((target / CONFIG).exists() or (target / OWN_CONFIG).exists()):
         raise CheckpointError(
             f"cannot save to {target}: it holds files that are not a model; choose a new or empty folder"
+        )
+    if (target / CONFIG).exists() and not _is_ours(target):
+        raise CheckpointError(
+            f"cannot save to {target}: it holds a model that lowbit did not write; choose another folder"
         )
     temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
     aside = target.with_name(f".{target.name}.old-{os.getpid()}")
@@ -145,12 +150,7 @@ def replace_folder(target: Path) -> Iterator[Path]:
         yield temporary
         if target.exists():
             target.rename(aside)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if aside.exists():
-                aside.rename(target)
-            raise
+        temporary.rename(target)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -158,5 +158,18 @@ def replace_folder(target: Path) -> Iterator[Path]:
             f"cannot save to {target}: {error.strerror or error}; nothing was changed there"
         ) from error
     finally:
+        if aside.exists() and not target.exists():  # interrupted between the two renames
+            aside.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether lowbit wrote what a folder holds."""
+    names = ("lowbit_report.json", OWN_CONFIG)
+    fields = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).exists() else {}
+    quantization = fields.get("quantization_config") or {} if isinstance(fields, dict) else {}
+    return any((folder / name).exists() for name in names) or OWN_METHOD in (
+        quantization.get("quant_method"),
+        *quantization,
+    )

@@ -43,7 +43,7 @@ def find_targets(model: nn.Module) -> list[Target]:
     head = _call(model, "get_output_embeddings")
     owners: dict[int, str] = {}
     targets = []
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         role = _role(module, head)
         if role is None:
             continue
