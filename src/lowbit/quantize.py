@@ -60,10 +60,25 @@ def finish(model: nn.Module, report: Report, prepare: bool = True) -> None:
         if parameter.device.type != "meta" and parameter.is_floating_point():
             check_finite(parameter.detach(), name)
     skipped = {row.path for row in report.skipped}
-    rest = [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in skipped]
+    for row in _unknown_weights(model):
+        if row.path not in skipped and row.path.rpartition(".")[0] not in skipped:
+            report.skipped.append(row)
+    skipped = {row.path for row in report.skipped}
+    rest = [p for name, p in model.named_parameters() if not {name, name.rpartition(".")[0]} & skipped]
     report.other_bytes = sum(p.nbytes for p in rest)
     report.other_weights = sum(p.numel() for p in rest)
     model.lowbit_report = report  # type: ignore[assignment]
+
+
+def _unknown_weights(model: nn.Module) -> list[Skipped]:
+    """Matrices in modules that no low-bit module stands in for: fused attention, recurrent layers, a router's own weight."""
+    found = []
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.dim() > 1 and min(parameter.shape) > 1:
+                kind = type(module).__name__
+                found.append(Skipped(name, f"no low-bit module stands in for a {kind}", parameter.nbytes))
+    return found
 
 
 def _held_by_name(model: nn.Module) -> dict[str, PackedWeight]:

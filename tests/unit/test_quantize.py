@@ -220,3 +220,13 @@ def test_bad_dense_weights_are_named_too() -> None:
 def test_plain_types_are_no_formats() -> None:
     with pytest.raises(ValueError, match="bf16 packs nothing"):
         recipe_named("bf16")
+
+
+def test_weights_of_unknown_kinds_are_named() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(64, 4), "lstm": nn.LSTM(8, 8), "norm": nn.LayerNorm(64)})
+    report = quantize_(model, recipe_named("int4"))
+    reasons = {row.path: row.reason for row in report.skipped}
+    assert "MultiheadAttention" in reasons["attention.in_proj_weight"]
+    assert "LSTM" in reasons["lstm.weight_ih_l0"] and "norm.weight" not in reasons
+    before = sum(p.nbytes for p in nn.ModuleDict({"a": nn.MultiheadAttention(64, 4), "l": nn.LSTM(8, 8)}).parameters())
+    assert report.bytes_before == before + 2 * 64 * 4
