@@ -60,9 +60,9 @@ def finish(model: nn.Module, report: Report, prepare: bool = True) -> None:
         if parameter.device.type != "meta" and parameter.is_floating_point():
             check_finite(parameter.detach(), name)
     skipped = {row.path for row in report.skipped}
-    for row in _unknown_weights(model):
-        if row.path not in skipped and row.path.rpartition(".")[0] not in skipped:
-            report.skipped.append(row)
+    for left in _unknown_weights(model):
+        if left.path not in skipped and left.path.rpartition(".")[0] not in skipped:
+            report.skipped.append(left)
     skipped = {row.path for row in report.skipped}
     rest = [p for name, p in model.named_parameters() if not {name, name.rpartition(".")[0]} & skipped]
     report.other_bytes = sum(p.nbytes for p in rest)
