@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lowbit
+from lowbit.core import calls, library
 from lowbit.formats import FORMATS
-from lowbit.kernels import core, cpu
 from lowbit.machine import Machine, this_machine
 
 OLDEST_PYTHON = (3, 11)
@@ -130,10 +130,10 @@ def examine(device: str = "cpu") -> Diagnosis:
 
 def _instruction_set() -> str | None:
     """What the compiled core uses, or None if it is missing or cannot be loaded."""
-    if core.library_path() is None:
+    if library.library_path() is None:
         return None
     try:
-        return cpu.instruction_set()
+        return calls.instruction_set()
     except (OSError, AttributeError):  # built for another system, or by another version
         return None
 

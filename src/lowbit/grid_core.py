@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
+from lowbit.core import calls
+from lowbit.core.library import library_path
 from lowbit.formats import Format
-from lowbit.kernels import cpu
-from lowbit.kernels.core import library_path
 from lowbit.packing import PackedTensor, empty_buffers
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -37,7 +37,7 @@ def core_quantize(
     rows = _as_rows(weight)
     buffers = empty_buffers(format, tuple(weight.shape), torch)
     importance = None if importance is None else importance.float().contiguous()
-    cpu.quantize(
+    calls.quantize(
         format,
         _rows(rows),
         _addresses(buffers),
@@ -57,7 +57,7 @@ def core_unpack(packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor | None
     if not weight.numel():
         return weight
     contiguous = {name: tensor.contiguous() for name, tensor in packed.tensors().items()}
-    cpu.dequantize(format, _addresses(contiguous), _rows(_as_rows(weight)))
+    calls.dequantize(format, _addresses(contiguous), _rows(_as_rows(weight)))
     return weight
 
 
@@ -67,7 +67,7 @@ def core_distance(weight: torch.Tensor, packed: PackedTensor) -> tuple[float, fl
         return None
     rows = _as_rows(weight)
     contiguous = {name: tensor.contiguous() for name, tensor in packed.tensors().items()}
-    return cpu.distance(packed.format, _addresses(contiguous), _rows(rows))
+    return calls.distance(packed.format, _addresses(contiguous), _rows(rows))
 
 
 def _core_reads(packed: PackedTensor) -> bool:
@@ -88,10 +88,10 @@ def _as_rows(weight: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _rows(rows: torch.Tensor) -> cpu.Rows:
-    return cpu.Rows(rows.data_ptr(), _DTYPE_NAMES[rows.dtype], rows.shape[0], rows.shape[1], rows.stride(0))
+def _rows(rows: torch.Tensor) -> calls.Rows:
+    return calls.Rows(rows.data_ptr(), _DTYPE_NAMES[rows.dtype], rows.shape[0], rows.shape[1], rows.stride(0))
 
 
-def _addresses(buffers: dict[str, torch.Tensor]) -> cpu.Canonical:
+def _addresses(buffers: dict[str, torch.Tensor]) -> calls.Canonical:
     names = ("codes", "scales", "zeros", "scale_scales")
-    return cpu.Canonical(**{name: buffers[name].data_ptr() for name in names if name in buffers})
+    return calls.Canonical(**{name: buffers[name].data_ptr() for name in names if name in buffers})

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lowbit.core import calls, library
 from lowbit.errors import KernelError, WeightError
 from lowbit.formats import Format, format_from_name
-from lowbit.kernels import core, cpu
 
 ROWS = (1, 2, 8, 16, 17, 31, 33, 256)
 SHAPES = [(1, 1), (37, 203), (16, 576), (48, 131)]
@@ -40,19 +40,19 @@ def instruction_sets() -> list[str]:
     names = []
     for name in ("avx512", "avx2", "portable"):
         try:
-            cpu.set_instruction_set(name)
+            calls.set_instruction_set(name)
         except KernelError:
             continue
         names.append(name)
-    cpu.set_instruction_set(None)
+    calls.set_instruction_set(None)
     return names
 
 
 @pytest.fixture(params=instruction_sets(), autouse=True)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.set_instruction_set(request.param)
+    calls.set_instruction_set(request.param)
     yield request.param
-    cpu.set_instruction_set(None)
+    calls.set_instruction_set(None)
 
 
 class Packed:
@@ -66,8 +66,8 @@ class Packed:
         self.zeros = np.zeros((rows, groups), np.uint8)
         self.unit = np.ones(1, np.float32)
 
-    def addresses(self) -> cpu.Canonical:
-        return cpu.Canonical(
+    def addresses(self) -> calls.Canonical:
+        return calls.Canonical(
             self.codes.ctypes.data, self.scales.ctypes.data, self.zeros.ctypes.data, self.unit.ctypes.data
         )
 
@@ -100,12 +100,12 @@ def read_stream(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.i
 def quantized(name: str, rows: int, cols: int, seed: int = 0) -> tuple[Packed, NDArray[np.float32]]:
     weight = np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
     packed = Packed(format_from_name(name), rows, cols)
-    cpu.quantize(packed.format, matrix(weight), packed.addresses())
+    calls.quantize(packed.format, matrix(weight), packed.addresses())
     return packed, weight
 
 
-def matrix(array: NDArray[np.float32]) -> cpu.Rows:
-    return cpu.Rows(array.ctypes.data, str(array.dtype), *array.shape, stride=array.strides[0] // array.itemsize)
+def matrix(array: NDArray[np.float32]) -> calls.Rows:
+    return calls.Rows(array.ctypes.data, str(array.dtype), *array.shape, stride=array.strides[0] // array.itemsize)
 
 
 def aligned(size: int) -> NDArray[np.uint8]:
@@ -115,8 +115,8 @@ def aligned(size: int) -> NDArray[np.uint8]:
 
 
 def prepared(packed: Packed) -> NDArray[np.uint8]:
-    buffer = aligned(cpu.prepared_bytes(packed.format, packed.rows, packed.cols))
-    cpu.prepare(packed.format, packed.rows, packed.cols, packed.addresses(), buffer.ctypes.data, buffer.size)
+    buffer = aligned(calls.prepared_bytes(packed.format, packed.rows, packed.cols))
+    calls.prepare(packed.format, packed.rows, packed.cols, packed.addresses(), buffer.ctypes.data, buffer.size)
     return buffer
 
 
@@ -128,7 +128,9 @@ def multiply(
     bias: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     y = np.full((len(x), outputs), np.nan, x.dtype)
-    cpu.run(buffer.ctypes.data, buffer.size, matrix(x), matrix(y), bias.ctypes.data if bias is not None else 0, compute)
+    calls.run(
+        buffer.ctypes.data, buffer.size, matrix(x), matrix(y), bias.ctypes.data if bias is not None else 0, compute
+    )
     return y
 
 
@@ -141,10 +143,10 @@ def distance(y: NDArray[np.float32], exact: NDArray[np.float64]) -> float:
 def test_pack_writes_the_stream_and_unpack_reads_it(bits: int, cols: int) -> None:
     values = np.random.default_rng(bits).integers(0, 1 << bits, (5, cols)).astype(np.uint8)
     words = np.full((5, -(-cols * bits // 32)), -1, np.int32)
-    cpu.pack(bits, 5, cols, values.ctypes.data, words.ctypes.data)
+    calls.pack(bits, 5, cols, values.ctypes.data, words.ctypes.data)
     assert np.array_equal(read_stream(words, bits, cols), values)
     back = np.zeros_like(values)
-    cpu.unpack(bits, 5, cols, words.ctypes.data, back.ctypes.data)
+    calls.unpack(bits, 5, cols, words.ctypes.data, back.ctypes.data)
     assert np.array_equal(back, values)
 
 
@@ -164,7 +166,7 @@ def test_quantized_weights_are_the_nearest_on_their_grid(name: str, shape: tuple
         moved = order[np.clip(place + step, 0, len(order) - 1)]
         other = Packed(packed.format, packed.rows, packed.cols)
         other.scales, other.zeros, other.unit = packed.scales, packed.zeros, packed.unit
-        cpu.pack(
+        calls.pack(
             packed.format.bits, packed.rows, packed.cols, moved.astype(np.uint8).ctypes.data, other.codes.ctypes.data
         )
         assert (near <= np.abs(other.values() - weight) + 1e-6).all()
@@ -185,7 +187,7 @@ def test_searched_scales_are_never_worse(name: str, weighed: bool) -> None:
     searched = Packed(plain.format, 33, 203)
     ratios = [0.7 + 0.01 * i for i in range(41)]
     address = importance.ctypes.data if weighed else 0
-    cpu.quantize(plain.format, matrix(weight), searched.addresses(), ratios, 1, address)
+    calls.quantize(plain.format, matrix(weight), searched.addresses(), ratios, 1, address)
     error = [(importance * (p.values() - weight) ** 2).sum() for p in (plain, searched)]
     assert error[1] <= error[0] if name == "mxfp4" else error[1] < error[0]  # powers of two leave little to find
 
@@ -195,7 +197,7 @@ def test_searched_scales_are_never_worse(name: str, weighed: bool) -> None:
 def test_dequantize_gives_the_definition(name: str, shape: tuple[int, int]) -> None:
     packed, _ = quantized(name, *shape)
     weight = np.zeros(shape, np.float32)
-    cpu.dequantize(packed.format, packed.addresses(), matrix(weight))
+    calls.dequantize(packed.format, packed.addresses(), matrix(weight))
     assert np.allclose(weight, packed.values(), rtol=1e-6, atol=1e-7)
 
 
@@ -205,7 +207,7 @@ def test_restore_is_the_inverse_of_prepare(name: str, shape: tuple[int, int]) ->
     packed, _ = quantized(name, *shape)
     buffer = prepared(packed)
     back = Packed(packed.format, *shape)
-    cpu.restore(buffer.ctypes.data, buffer.size, back.addresses())
+    calls.restore(buffer.ctypes.data, buffer.size, back.addresses())
     assert np.array_equal(back.codes, packed.codes)
     assert np.array_equal(back.scales, packed.scales)
     assert packed.format.symmetric or np.array_equal(back.zeros, packed.zeros)
@@ -237,7 +239,7 @@ def test_half_inputs_and_strides(dtype: type) -> None:
     packed, _ = quantized("int4_g32", 37, 203)
     wide = np.random.default_rng(1).standard_normal((19, 300)).astype(dtype)
     x, room = wide[:, :203], np.full((19, 50), 9, dtype)
-    cpu.run(
+    calls.run(
         *(lambda b: (b.ctypes.data, b.size))(buffer := prepared(packed)), matrix(x), matrix(room[:, :37]), 0, "fp32"
     )
     assert distance(room[:, :37].astype(float), x.astype(float) @ packed.values().T) < (
@@ -250,10 +252,10 @@ def test_half_inputs_and_strides(dtype: type) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dense_weights(dtype: str, shape: tuple[int, int]) -> None:
     weight = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    buffer = aligned(cpu.dense_bytes(dtype, *shape))
-    cpu.prepare_dense(matrix(weight), buffer.ctypes.data, buffer.size)
+    buffer = aligned(calls.dense_bytes(dtype, *shape))
+    calls.prepare_dense(matrix(weight), buffer.ctypes.data, buffer.size)
     back = np.zeros_like(weight)
-    cpu.restore(buffer.ctypes.data, buffer.size, cpu.Canonical(back.ctypes.data))
+    calls.restore(buffer.ctypes.data, buffer.size, calls.Canonical(back.ctypes.data))
     assert np.array_equal(back, weight)
     for rows in ROWS:
         x = np.random.default_rng(rows).standard_normal((rows, shape[1])).astype(np.float32)
@@ -276,7 +278,7 @@ def test_weights_that_are_not_finite_are_named(bad: float) -> None:
     weight[31, 150] = bad
     packed = Packed(format_from_name("int4"), 40, 203)
     with pytest.raises(WeightError, match="row 31, column 150"):
-        cpu.quantize(packed.format, matrix(weight), packed.addresses())
+        calls.quantize(packed.format, matrix(weight), packed.addresses())
 
 
 def test_sizes_are_checked_before_any_address() -> None:
@@ -284,44 +286,44 @@ def test_sizes_are_checked_before_any_address() -> None:
     buffer = prepared(packed)
     x = np.zeros((2, 64), np.float32)
     with pytest.raises(KernelError, match="cannot be stored"):
-        cpu.quantize(packed.format, cpu.Rows(0, "float32", -1, 64), packed.addresses())
+        calls.quantize(packed.format, calls.Rows(0, "float32", -1, 64), packed.addresses())
     with pytest.raises(KernelError, match="cannot lie 3 apart"):
-        cpu.quantize(packed.format, cpu.Rows(weight.ctypes.data, "float32", 16, 64, 3), packed.addresses())
+        calls.quantize(packed.format, calls.Rows(weight.ctypes.data, "float32", 16, 64, 3), packed.addresses())
     with pytest.raises(KernelError, match="buffer that this format needs"):
-        cpu.quantize(packed.format, matrix(weight), cpu.Canonical(0))
+        calls.quantize(packed.format, matrix(weight), calls.Canonical(0))
     with pytest.raises(KernelError, match="bytes, got"):
-        cpu.prepare(packed.format, 16, 64, packed.addresses(), buffer.ctypes.data, buffer.size - 64)
+        calls.prepare(packed.format, 16, 64, packed.addresses(), buffer.ctypes.data, buffer.size - 64)
     with pytest.raises(KernelError, match="bytes, got"):
-        cpu.run(buffer.ctypes.data, buffer.size - 64, matrix(x), matrix(x), 0)
+        calls.run(buffer.ctypes.data, buffer.size - 64, matrix(x), matrix(x), 0)
     with pytest.raises(KernelError, match="do not fit a weight"):
-        cpu.run(buffer.ctypes.data, buffer.size, cpu.Rows(x.ctypes.data, "float32", 2, 63), matrix(x), 0)
+        calls.run(buffer.ctypes.data, buffer.size, calls.Rows(x.ctypes.data, "float32", 2, 63), matrix(x), 0)
     buffer[0] ^= 1
     with pytest.raises(KernelError, match="prepare it again"):
-        cpu.run(buffer.ctypes.data, buffer.size, matrix(x), matrix(x), 0)
+        calls.run(buffer.ctypes.data, buffer.size, matrix(x), matrix(x), 0)
     with pytest.raises(KernelError, match="packs 1 to 8"):
-        cpu.pack(9, 1, 1, x.ctypes.data, x.ctypes.data)
+        calls.pack(9, 1, 1, x.ctypes.data, x.ctypes.data)
 
 
 def test_refusals_are_sentences() -> None:
-    assert cpu.refuses(format_from_name("int4"), (64, 64)) is None
-    assert "k-quants" in str(cpu.refuses(format_from_name("q4_k"), (64, 256)))
-    assert "bf16" in str(cpu.refuses(format_from_name("int4"), (64, 64), "bf16"))
-    assert "stacks of them" in str(cpu.refuses(format_from_name("int4"), (2, 2, 64, 64)))
+    assert calls.refuses(format_from_name("int4"), (64, 64)) is None
+    assert "k-quants" in str(calls.refuses(format_from_name("q4_k"), (64, 256)))
+    assert "bf16" in str(calls.refuses(format_from_name("int4"), (64, 64), "bf16"))
+    assert "stacks of them" in str(calls.refuses(format_from_name("int4"), (2, 2, 64, 64)))
     with pytest.raises(KernelError, match="no instruction set"):
-        cpu.set_instruction_set("abacus")
-    assert core.library_path() is not None
+        calls.set_instruction_set("abacus")
+    assert library.library_path() is not None
 
 
 def test_any_number_of_threads_gives_the_same_product() -> None:
     packed, _ = quantized("int4_g32", 131, 203)
     buffer = prepared(packed)
     x = np.random.default_rng(5).standard_normal((40, 203)).astype(np.float32)
-    before = cpu.threads()
+    before = calls.threads()
     products = []
     for threads in (1, 2, 5):
-        cpu.set_threads(threads)
+        calls.set_threads(threads)
         products.append(multiply(buffer, x, 131, "int8"))
-    cpu.set_threads(before)
+    calls.set_threads(before)
     assert all(np.array_equal(product, products[0]) for product in products)
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from lowbit.core import calls
 from lowbit.errors import KernelError, LowbitError, RecipeError
 from lowbit.formats import as_format
 from lowbit.grid import quantize, unpack
-from lowbit.kernels import cpu
 from lowbit.models.families import spec_from_config
 from lowbit.models.spec import DecoderSpec
 from lowbit.packing import PackedTensor
@@ -130,7 +130,7 @@ def test_instruction_sets_agree(name: str) -> None:
     spec, tensors = spec_and_arrays("gemma3")
     expected = decoder_logits(spec, tensors, ids(70))
     try:
-        cpu.set_instruction_set(name)
+        calls.set_instruction_set(name)
     except KernelError:
         pytest.skip(f"this processor has no {name}")
     try:
@@ -140,7 +140,7 @@ def test_instruction_sets_agree(name: str) -> None:
                 engine.reset()
                 assert relative(np.stack([engine.decode(token) for token in ids(70)]), expected) < tolerance
     finally:
-        cpu.set_instruction_set(None)
+        calls.set_instruction_set(None)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -148,15 +148,15 @@ def test_any_number_of_threads(threads: int) -> None:
     """More threads than cores too; the number may change while an engine lives."""
     spec, tensors = spec_and_arrays("qwen2_moe")
     expected = decoder_logits(spec, tensors, ids(30))
-    before = cpu.threads()
+    before = calls.threads()
     with Engine(spec, engine_weights(spec, tensors), CONTEXT, cache="fp32", compute="fp32") as engine:
-        cpu.set_threads(threads)
+        calls.set_threads(threads)
         try:
             assert np.abs(engine.logits(ids(30)) - expected).max() < TOLERANCE
             engine.reset()
             assert np.abs(np.stack([engine.decode(token) for token in ids(30)]) - expected).max() < TOLERANCE
         finally:
-            cpu.set_threads(before)
+            calls.set_threads(before)
 
 
 def test_a_step_may_mix_chunks_and_single_tokens(llama: Engine) -> None:

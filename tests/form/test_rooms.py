@@ -30,18 +30,15 @@ ROWS = [
     {"compat", "cli"},
     {"__init__", "__main__"},
 ]
-# The door to the compiled core stands beside the kernels, but serves the grid too and knows nothing of torch.
-CORE = {"kernels/core.py", "kernels/cpu.py"}
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 # Rooms that the engine and the readers of containers stand on.
 WITHOUT_TORCH = [
     "errors",
     "formats",
     "packing",
-    "core",
     "models.spec",
     "models.families",
-    "kernels.cpu",
+    "core.calls",
     "interop.gguf",
     "cli",
 ]
@@ -49,14 +46,12 @@ OPTIONAL = {"gguf", "peft", "accelerate", "compressed_tensors", "openvino", "tri
 
 
 def room(path: Path) -> str:
-    inside = path.relative_to(SOURCE)
-    return "core" if str(inside) in CORE else inside.with_suffix("").parts[0]
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
 
 
 def room_of(name: str) -> str:
-    """The room of an imported module or name, `lowbit.kernels.cpu.run` for one."""
-    parts = name.split(".")[1:]
-    return "core" if f"{'/'.join(parts[:2])}.py" in CORE else parts[0]
+    """The room of an imported module or name, `lowbit.core.calls.run` for one."""
+    return name.split(".")[1]
 
 
 def imports(path: Path) -> list[str]:

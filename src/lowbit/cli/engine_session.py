@@ -8,7 +8,7 @@ from typing import Any
 from lowbit.bench import peak_memory
 from lowbit.cli.answer import Answer, Emit, Message
 from lowbit.cli.options import LoadOptions, Sampling
-from lowbit.kernels.cpu import set_threads
+from lowbit.core.calls import set_threads
 from lowbit.runtime import Model, Tokenizer
 from lowbit.runtime.files import ModelFiles
 from lowbit.runtime.loading import load_files

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from lowbit.cli.options import LoadOptions
 from lowbit.cli.source import Source
+from lowbit.core import calls
+from lowbit.core.library import library_path
 from lowbit.errors import LowbitError, MissingPackageError
-from lowbit.kernels import cpu
-from lowbit.kernels.core import library_path
 
 if TYPE_CHECKING:
     from lowbit.cli.engine_session import EngineSession
@@ -70,7 +70,7 @@ def _files_for_engine(source: Source, options: LoadOptions) -> ModelFiles | None
     read_spec(files)
     recipe = options.recipe
     formats = files.formats if recipe is None else {f for f in (recipe.linear, recipe.head, recipe.embedding) if f}
-    refusals = filter(None, (cpu.refuses(format, (1, 1)) for format in formats))
+    refusals = filter(None, (calls.refuses(format, (1, 1)) for format in formats))
     for reason in refusals:
         raise LowbitError(reason)
     return files

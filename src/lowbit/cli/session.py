@@ -31,10 +31,10 @@ from lowbit.cli.answer import Answer, Emit, Message
 from lowbit.cli.failures import one_line
 from lowbit.cli.options import LoadOptions, Sampling
 from lowbit.cli.source import Source
+from lowbit.core.calls import set_threads
+from lowbit.core.library import library_path
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.interop.gguf import open_gguf
-from lowbit.kernels.core import library_path
-from lowbit.kernels.cpu import set_threads
 from lowbit.runtime.text import TextPieces
 
 

@@ -1,6 +1,6 @@
 """The CPU row: the compiled core behind torch tensors.
 
-`cpu.py` speaks in addresses and imports no torch, so that the engine can use it alone; this file turns tensors into addresses.
+`core.calls` speaks in addresses and imports no torch, so that the engine can use it alone; this file turns tensors into addresses.
 The prepared form is one plain uint8 buffer laid out for wide loads; the experts of a 3-D weight lie in it one after another. It
 takes the place of the canonical buffers, and the engine of the same model reads the same buffer, so a weight lies in memory once.
 """
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from lowbit.core import calls
+from lowbit.core.library import library_path
 from lowbit.formats import Format
-from lowbit.kernels import cpu
-from lowbit.kernels.core import library_path
 from lowbit.packing import PackedTensor, empty_buffers
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -21,18 +21,18 @@ PREPARED = "prepared"
 def refuses(format: Format, shape: tuple[int, ...], compute: str) -> str | None:
     if library_path() is None:
         return "the compiled core is not installed; reinstall lowbit with a C++17 compiler at hand"
-    return cpu.refuses(format, shape, compute)
+    return calls.refuses(format, shape, compute)
 
 
 def prepare(packed: PackedTensor) -> dict[str, torch.Tensor]:
     rows, cols = packed.shape[-2:]
-    size = cpu.prepared_bytes(packed.format, rows, cols)
+    size = calls.prepared_bytes(packed.format, rows, cols)
     experts = _experts(packed)
     prepared = torch.empty(size * len(experts), dtype=torch.uint8)
     for index, expert in enumerate(experts):
         tensors = {name: tensor.contiguous() for name, tensor in expert.tensors().items()}
         place = prepared.data_ptr() + index * size
-        cpu.prepare(packed.format, rows, cols, addresses(tensors), place, size)
+        calls.prepare(packed.format, rows, cols, addresses(tensors), place, size)
     return {PREPARED: prepared}
 
 
@@ -42,7 +42,7 @@ def restore(buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, 
     experts = _experts(packed)
     size = prepared.numel() // len(experts)
     for index, expert in enumerate(experts):
-        cpu.restore(prepared.data_ptr() + index * size, size, addresses(expert.tensors()))
+        calls.restore(prepared.data_ptr() + index * size, size, addresses(expert.tensors()))
     return packed
 
 
@@ -59,7 +59,7 @@ def rows(buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...
     """Rows of a weight [out, in] in fp32."""
     prepared, wanted = buffers[PREPARED], ids.to(torch.int64).contiguous()
     found = torch.empty(len(wanted), shape[1])
-    cpu.read_rows(prepared.data_ptr(), prepared.numel(), wanted.data_ptr(), len(wanted), found.data_ptr())
+    calls.read_rows(prepared.data_ptr(), prepared.numel(), wanted.data_ptr(), len(wanted), found.data_ptr())
     return found
 
 
@@ -75,15 +75,17 @@ def run(
     y = torch.empty(flat.shape[0], shape[0], dtype=flat.dtype)
     if flat.shape[0]:
         name = DTYPE_NAMES[flat.dtype]
-        given = cpu.Rows(flat.data_ptr(), name, flat.shape[0], shape[1], flat.stride(0))
-        cpu.run(prepared.data_ptr(), prepared.numel(), given, cpu.Rows(y.data_ptr(), name, *y.shape), compute=compute)
+        given = calls.Rows(flat.data_ptr(), name, flat.shape[0], shape[1], flat.stride(0))
+        calls.run(
+            prepared.data_ptr(), prepared.numel(), given, calls.Rows(y.data_ptr(), name, *y.shape), compute=compute
+        )
     return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
 
 
-def addresses(tensors: dict[str, torch.Tensor]) -> cpu.Canonical:
+def addresses(tensors: dict[str, torch.Tensor]) -> calls.Canonical:
     """Where the canonical buffers of a weight lie."""
     names = ("codes", "scales", "zeros", "scale_scales")
-    return cpu.Canonical(**{name: tensors[name].data_ptr() for name in names if name in tensors})
+    return calls.Canonical(**{name: tensors[name].data_ptr() for name in names if name in tensors})
 
 
 def _experts(packed: PackedTensor) -> list[PackedTensor]:

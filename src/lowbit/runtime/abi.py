@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from functools import lru_cache
 
-from lowbit.kernels.core import library
+from lowbit.core.library import library
 
 LAYER_MATRICES = [
     "q",

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit.core.library import DTYPES
 from lowbit.errors import WeightError
-from lowbit.kernels.core import DTYPES
 from lowbit.models.rope import inverse_frequencies
 from lowbit.models.spec import DecoderSpec, MlpSpec, RopeSpec
 from lowbit.runtime import abi

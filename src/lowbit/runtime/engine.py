@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit.core.library import last_error
 from lowbit.errors import KernelError, RecipeError, nearest
-from lowbit.kernels.core import last_error
 from lowbit.models.spec import DecoderSpec
 from lowbit.runtime import abi
 from lowbit.runtime.describe import Description

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lowbit.core import calls
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.formats import Format, format_from_name
 from lowbit.interop.gguf import GgufTensor, open_gguf
-from lowbit.kernels import cpu
 from lowbit.models.families import spec_from_config
 from lowbit.models.spec import DecoderSpec, Located
 from lowbit.packing import PackedTensor
@@ -269,7 +269,7 @@ def _formats(recipe: Recipe, located: Located, spec: DecoderSpec) -> tuple[Forma
     path = located.weight.name.format(layer=located.layer).removesuffix(".weight")
     choice = recipe.choose(path, "head" if role == "embedding" and spec.head.tied else role)
     for format in choice.formats:
-        refusal = cpu.refuses(format, (1, 1))
+        refusal = calls.refuses(format, (1, 1))
         if refusal:
             raise RecipeError(f"the engine cannot run {format}: {refusal}")
     return choice.formats

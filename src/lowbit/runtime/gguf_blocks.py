@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit.core import calls
 from lowbit.formats import format_from_name
-from lowbit.kernels import cpu
 from lowbit.packing import PackedTensor, code_shape
 
 Bytes = NDArray[np.uint8]
@@ -33,7 +33,7 @@ def packed_blocks(rows: Bytes, kind: str, columns: int) -> PackedTensor | None:
     shape = (len(rows), columns)
     if kind in _KQUANTS:
         format = format_from_name(kind.lower())
-        return None if cpu.refuses(format, shape) else PackedTensor(format, shape, np.ascontiguousarray(rows))
+        return None if calls.refuses(format, shape) else PackedTensor(format, shape, np.ascontiguousarray(rows))
     if kind not in _READERS:
         return None
     name, block_bytes, scale_bytes, read_codes = _READERS[kind]
@@ -42,7 +42,7 @@ def packed_blocks(rows: Bytes, kind: str, columns: int) -> PackedTensor | None:
     scales = np.ascontiguousarray(blocks[..., :scale_bytes])
     values = np.ascontiguousarray(read_codes(blocks[..., scale_bytes:]).reshape(shape))
     codes = np.empty(code_shape(format, shape), np.int32)
-    cpu.pack(format.bits, len(rows), columns, values.ctypes.data, codes.ctypes.data)
+    calls.pack(format.bits, len(rows), columns, values.ctypes.data, codes.ctypes.data)
     typed: NDArray[Any] = scales[..., 0] if scale_bytes == 1 else scales.view(np.float16)[..., 0]
     return PackedTensor(format, shape, codes, np.ascontiguousarray(typed))
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit.core import calls
 from lowbit.errors import CheckpointError
 from lowbit.formats import PER_CHANNEL, Format, format_from_name
-from lowbit.kernels import cpu
 from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.packing import BUFFERS, PackedTensor, code_shape, scale_shape
 from lowbit.runtime.mapped import Tensor
@@ -146,7 +146,7 @@ def _unpack_rows(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.
     """uint8 [rows, count] from dense streams [rows, words]."""
     words = np.ascontiguousarray(words)
     values = np.empty((len(words), count), np.uint8)
-    cpu.unpack(bits, len(words), count, words.ctypes.data, values.ctypes.data)
+    calls.unpack(bits, len(words), count, words.ctypes.data, values.ctypes.data)
     return values
 
 
@@ -164,5 +164,5 @@ def _dense_codes(path: str, codes: NDArray[np.int32], format: Format, shape: tup
     loose = (codes.view(np.uint32)[..., None] >> shifts) & np.uint32(format.max_code)
     values = np.ascontiguousarray(loose.reshape(len(codes), -1)[:, : shape[-1]].astype(np.uint8))
     dense = np.empty(expected, np.int32)
-    cpu.pack(format.bits, len(values), shape[-1], values.ctypes.data, dense.ctypes.data)
+    calls.pack(format.bits, len(values), shape[-1], values.ctypes.data, dense.ctypes.data)
     return dense

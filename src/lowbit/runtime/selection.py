@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit.core.library import check, library
 from lowbit.errors import RecipeError, nearest
-from lowbit.kernels.core import check, library
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]

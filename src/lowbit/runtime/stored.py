@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit.core import calls
 from lowbit.errors import CheckpointError
 from lowbit.formats import Format
-from lowbit.kernels import cpu
 from lowbit.packing import PackedTensor, empty_buffers
 
 # The ratios and zero points that rounding tries for each group: those of grid.Search, which cannot be imported without torch.
@@ -91,9 +91,9 @@ def quantize_dense(weight: Dense, format: Format, search: bool = True) -> Packed
     array = np.require(weight.array, requirements=("C", "A"))
     buffers = empty_buffers(format, array.shape, np)
     rows = array.reshape(-1, array.shape[-1])
-    cpu.quantize(
+    calls.quantize(
         format,
-        cpu.Rows(rows.ctypes.data, weight.dtype, rows.shape[0], rows.shape[1]),
+        calls.Rows(rows.ctypes.data, weight.dtype, rows.shape[0], rows.shape[1]),
         addresses(buffers),
         SEARCH_RATIOS if search else (),
         SEARCH_ZERO_STEPS if search else 0,
@@ -105,12 +105,12 @@ def dequantize(packed: PackedTensor) -> Dense:
     """The numbers that a packed weight stands for, in fp32."""
     weight = np.empty(packed.shape, np.float32)
     buffers = {name: np.ascontiguousarray(array) for name, array in packed.tensors().items()}
-    rows = cpu.Rows(weight.ctypes.data, "float32", weight.size // packed.shape[-1], packed.shape[-1])
-    cpu.dequantize(packed.format, addresses(buffers), rows)
+    rows = calls.Rows(weight.ctypes.data, "float32", weight.size // packed.shape[-1], packed.shape[-1])
+    calls.dequantize(packed.format, addresses(buffers), rows)
     return Dense(weight, "float32")
 
 
-def addresses(buffers: dict[str, NDArray[Any]]) -> cpu.Canonical:
+def addresses(buffers: dict[str, NDArray[Any]]) -> calls.Canonical:
     """Where the canonical buffers of a weight lie; they must be contiguous and stay alive."""
     names = ("codes", "scales", "zeros", "scale_scales")
-    return cpu.Canonical(**{name: int(buffers[name].ctypes.data) for name in names if name in buffers})
+    return calls.Canonical(**{name: int(buffers[name].ctypes.data) for name in names if name in buffers})

@@ -1,6 +1,6 @@
 """How weights get into the engine: as addresses, so that nothing is copied and torch layers can share them.
 
-A `Matrix` is a linear weight [out, in] in one of two forms: plain rows of numbers, or the buffer that `kernels.cpu.prepare`
+A `Matrix` is a linear weight [out, in] in one of two forms: plain rows of numbers, or the buffer that `core.calls.prepare`
 lays out from packed codes. The experts of a layer lie one after another in one Matrix with `count` > 1. `EngineWeights` has a
 Matrix for every linear role of a spec and two fp32 arrays (weight, bias) for every norm, by (role, layer).
 """
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit.core import calls
 from lowbit.errors import WeightError
-from lowbit.kernels import cpu
 from lowbit.models.spec import DecoderSpec, Located
 from lowbit.packing import PackedTensor
 from lowbit.runtime.abi import LAYER_MATRICES, OUTER_MATRICES, PLAIN, PREPARED
@@ -85,14 +85,14 @@ def prepared(packed: PackedTensor, bias: Floats | None = None) -> Matrix:
     experts = [packed.expert(i) for i in range(packed.shape[0])] if len(packed.shape) == 3 else [packed]
     rows, cols = packed.shape[-2:]
     # Every buffer begins on a boundary of its own.
-    size = cpu.prepared_bytes(packed.format, rows, cols)
+    size = calls.prepared_bytes(packed.format, rows, cols)
     if size % ALIGNMENT and len(experts) > 1:
         raise WeightError(f"prepared experts of {size} bytes do not lie on {ALIGNMENT}-byte boundaries")
     buffer = aligned(size * len(experts))
     for index, expert in enumerate(experts):
         arrays = {name: np.ascontiguousarray(array) for name, array in expert.tensors().items()}
         addresses = {name: array.ctypes.data for name, array in arrays.items()}
-        cpu.prepare(packed.format, rows, cols, cpu.Canonical(**addresses), buffer.ctypes.data + index * size, size)
+        calls.prepare(packed.format, rows, cols, calls.Canonical(**addresses), buffer.ctypes.data + index * size, size)
     return Matrix(buffer.ctypes.data, rows, cols, PREPARED, "float32", len(experts), size, bias, buffer)
 
 

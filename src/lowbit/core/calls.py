@@ -17,9 +17,9 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowbit.core.library import DTYPES, c_dense, c_format, c_search, check, last_error, library
 from lowbit.errors import KernelError
 from lowbit.formats import Format
-from lowbit.kernels.core import DTYPES, c_dense, c_format, c_search, check, last_error, library
 
 
 @dataclass(frozen=True)
