@@ -3,8 +3,7 @@
     text -> Tokenizer.encode -> tokens -> engine -> tokens -> TextPieces -> StopStrings -> text as it comes
 
 A tokenizer.json says how text is cut; tokenizer_config.json names the special tokens and may hold the chat template,
-a Jinja program that writes a conversation as one text. Templates come with models from anywhere, so they run in
-Jinja's sandbox.
+a Jinja program that writes a conversation as one text (template.py).
 
 A token is not a piece of text: a character may take several tokens, and a space belongs to the word behind it.
 `TextPieces` hands out whole characters only, and never changes what it handed out. `StopStrings` holds back what may
@@ -13,17 +12,9 @@ yet become a stop string.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Cutter
 
 from lowbit.errors import CheckpointError, LowbitError
@@ -94,11 +85,11 @@ class Tokenizer:
                 raise LowbitError(f"a message needs a role and a content, and this one has {sorted(message)}")
         if self.template is None:
             return "".join(f"{m['role']}: {m.get('content', '')}\n" for m in messages) + "assistant:"
+        # Jinja takes longer to import than a small model to load, and only conversations need it.
+        from lowbit.runtime.template import render
+
         values = {"add_generation_prompt": True, "tools": None, "documents": None, **self.special, **variables}
-        try:
-            return _compiled(self.template).render(messages=list(messages), **values)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise LowbitError(f"the model's chat template refuses this conversation: {error}") from None
+        return render(self.template, {"messages": list(messages), **values})
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """A conversation as tokens. A template writes the special tokens itself; without one they are added."""
@@ -116,42 +107,6 @@ def _default_template(stored: Any) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, Mapping)}
         return named.get("default") or next(iter(named.values()), None)
     return stored if isinstance(stored, str) else None
-
-
-class _Generation(Extension):
-    """The tag `{% generation %}`, with which templates mark the model's own words for training: here its inside stands as
-    it is."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise CheckpointError(
-            f"the model's chat template is no valid Jinja (line {error.lineno}: {error.message})"
-        ) from None
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Jinja's own filter escapes for HTML, which models were not trained on."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _refuse(reason: str) -> None:
-    raise jinja2.TemplateError(reason)
 
 
 class TextPieces:
