@@ -8,77 +8,17 @@
 namespace lowbit {
 namespace {
 
-// The same borders as in product.cpp, which plans a product by itself.
-constexpr int64_t kFewTokens = 16;
-constexpr int64_t kActivationBytes = 512 << 10;
-constexpr int64_t kMostTokenBlock = 252;
 // Weights that a thread takes at a time when decoding: small enough that the last part keeps nobody waiting for long.
 constexpr int64_t kLeastPart = 12 << 10, kMostPart = 96 << 10;
 constexpr int64_t kPartsPerThread = 6;
 constexpr int64_t kPlainRows = 4;
 
-int64_t padded_bytes(int64_t bytes) { return divide_up(bytes, kVector) * kVector; }
-
-int tile_of(int64_t tokens, bool integer, bool few) {
-    for (int tile : {1, 2, 4})
-        if (tokens <= tile && (few || !integer)) return tile;
-    return few ? 8 : isa().panel_tokens;
-}
-
-int64_t tile_bytes(const Header& header, int tile, bool integer) {
-    const Plan& plan = header.plan;
-    if (!integer) return padded_bytes(plan.positions() * tile * 4);
-    return padded_bytes(plan.positions() * tile) + 2 * padded_bytes(plan.segments * tile * 4);
-}
-
-ZeroPlan plan_zeros(const Header& header, bool panel) {
-    const bool rows = stores_zeros(header), fold = rows && panel && header.bits < 8;
-    ZeroPlan plan{};
-    plan.wide = header.table || header.bits == 8 || fold;
-    plan.per_row = rows && !fold;
-    plan.constant = header.table || fold ? 128 : 1 << (header.bits - 1);
-    if (plan.wide) plan.constant -= isa().wide_bias;
-    if (plan.per_row) plan.constant = 1;
-    return plan;
-}
-
-Form plan_form(const Header& header, int64_t tokens, int compute) {
-    Form form{};
-    form.integer = compute == LOWBIT_COMPUTE_INT8 && header.kind != LOWBIT_DENSE;
-    form.few = form.integer && tokens <= kFewTokens;
-    form.zeros = plan_zeros(header, !form.few);
-    form.activations.header = &header;
-    form.activations.dtype = LOWBIT_FP32;
-    form.activations.tokens = tokens;
-    form.activations.tile = tile_of(tokens, form.integer, form.few);
-    form.activations.zero_constant = form.zeros.constant;
-    form.activations.tile_bytes = tile_bytes(header, form.activations.tile, form.integer);
-    const int64_t tile = form.activations.tile, width = form.integer ? 1 : 4;
-    const int64_t fitting = kActivationBytes / (header.plan.positions() * width);
-    form.token_block = std::max<int64_t>(std::clamp<int64_t>(fitting, 48, kMostTokenBlock) / tile, 1) * tile;
-    return form;
-}
-
-bool same_form(const Form& a, const Form& b) {
-    const Header &x = *a.activations.header, &y = *b.activations.header;
-    return a.integer == b.integer && a.zeros.constant == b.zeros.constant && !memcmp(&x.plan, &y.plan, sizeof x.plan) && x.cols == y.cols &&
-           (!a.integer || x.unit * x.byte_factor == y.unit * y.byte_factor);
-}
-
-int64_t form_bytes(const Form& form) {
-    return divide_up(form.activations.tokens, form.activations.tile) * form.activations.tile_bytes;
-}
-
 ProductJob job_of(const View& view, const Form& form, float* y, int64_t y_stride) {
-    ProductJob job{};
-    job.activations = form.activations;
-    job.activations.header = view.header;
-    job.zeros = plan_zeros(*view.header, !form.few);
+    ProductJob job = form.job(*view.header);
     job.bias = view.bias;
     job.y = y;
     job.y_dtype = LOWBIT_FP32;
     job.y_stride = y_stride;
-    job.token_block = form.token_block;
     return job;
 }
 
@@ -114,17 +54,17 @@ const Form* Input::form_for(const View& view, int compute, uint8_t* room, int64_
     Form& form = forms[form_count++];
     form = wanted;
     form.activations.x = rows;
+    form.activations.dtype = LOWBIT_FP32;
     form.activations.stride = stride;
     form.activations.data = room + *used;
-    *used += form_bytes(form);
+    *used += form.bytes();
     return &form;
 }
 
 void Input::make_ready(int64_t begin, int64_t end) const {
     for (int i = 0; i < form_count; ++i) {
         const Activations& x = forms[i].activations;
-        const auto work = forms[i].integer ? isa().quantize_tile : isa().widen_tile;
-        for (int64_t tile = begin / x.tile; tile * x.tile < end; ++tile) work(x, tile);
+        for (int64_t tile = begin / x.tile; tile * x.tile < end; ++tile) forms[i].make_ready(tile);
     }
 }
 
@@ -132,8 +72,8 @@ int64_t room_for(const View& view, int64_t tokens, int compute) {
     if (!view.header) return 0;
     int64_t most = 0;
     for (int64_t count : {int64_t{1}, int64_t{2}, int64_t{4}, kFewTokens, tokens})
-        if (count <= tokens) most = std::max(most, form_bytes(plan_form(*view.header, count, compute)));
-    return most + form_bytes(plan_form(*view.header, std::min<int64_t>(tokens, 8), compute));
+        if (count <= tokens) most = std::max(most, plan_form(*view.header, count, compute).bytes());
+    return most + plan_form(*view.header, std::min<int64_t>(tokens, 8), compute).bytes();
 }
 
 int64_t token_unit() {
@@ -159,7 +99,7 @@ void Task::plan(int team) {
         items = divide_up(view.header->blocks, grain);
     } else {
         grain = 1;
-        items = divide_up(input->tokens, form->token_block) * divide_up(view.header->blocks, isa().panel_blocks);
+        items = form->items(*view.header);
     }
 }
 
@@ -177,10 +117,10 @@ Piece run_prepared(const Task& task, const View& view, const Form& form, float* 
     const int64_t blocks = view.header->blocks, tokens = form.activations.tokens;
     if (form.few) {
         const int64_t begin = item * task.grain, end = std::min(begin + task.grain, blocks);
-        isa().decode_rows(job, begin, end);
+        form.run(job, begin, end);
         return {0, tokens, begin * kBlockRows, std::min(end * kBlockRows, view.rows)};
     }
-    (form.integer ? isa().panel_items : isa().float_items)(job, item, item + 1);
+    form.run(job, item, item + 1);
     const int64_t panels = divide_up(blocks, isa().panel_blocks);
     const int64_t token = item / panels * form.token_block, row = item % panels * isa().panel_blocks * kBlockRows;
     return {token, std::min(token + form.token_block, tokens), row, std::min(row + isa().panel_blocks * kBlockRows, view.rows)};

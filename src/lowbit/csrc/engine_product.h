@@ -2,7 +2,7 @@
 #pragma once
 #include "dispatch.h"
 #include "engine_isa.h"
-#include "product.h"
+#include "product_plan.h"
 
 namespace lowbit {
 
@@ -19,14 +19,6 @@ struct View {
 };
 
 View view_of(const lowbit_matrix& matrix, int64_t index = 0);
-
-// The activations of a product in the form that a prepared weight asks for. Weights of one format and width share it.
-struct Form {
-    Activations activations;
-    ZeroPlan zeros;
-    bool integer, few;
-    int64_t token_block;
-};
 
 // Rows of fp32 that several matrices are multiplied with.
 struct Input {

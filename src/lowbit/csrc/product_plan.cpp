@@ -1,0 +1,95 @@
+#include "product_plan.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "dispatch.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int kWidestTile = 8;
+constexpr int64_t kActivationBytes = 512 << 10;  // of one token block: half of a 1 MiB second-level cache
+constexpr int64_t kLeastTokenBlock = 48;
+constexpr int64_t kMostTokenBlock = 252;  // of the 256 of panel_lanes.h, and near a multiple of every tile
+
+int64_t padded_bytes(int64_t bytes) { return divide_up(bytes, kVector) * kVector; }
+
+int tile_of(int64_t tokens, bool integer, bool few) {
+    for (int tile : {1, 2, 4})
+        if (tokens <= tile && (few || !integer)) return tile;
+    return few ? kWidestTile : isa().panel_tokens;
+}
+
+ZeroPlan plan_zeros(const Header& header, bool panel) {
+    const bool rows = stores_zeros(header), fold = rows && panel && header.bits < 8;
+    ZeroPlan plan{};
+    plan.wide = header.table || header.bits == 8 || fold;
+    plan.per_row = rows && !fold;
+    plan.constant = header.table || fold ? 128 : 1 << (header.bits - 1);
+    if (plan.wide) plan.constant -= isa().wide_bias;
+    if (plan.per_row) plan.constant = 1;
+    return plan;
+}
+
+int64_t tile_bytes(const Header& header, int tile, bool integer) {
+    const Plan& plan = header.plan;
+    if (!integer) return padded_bytes(plan.positions() * tile * 4);
+    return padded_bytes(plan.positions() * tile) + 2 * padded_bytes(plan.segments * tile * 4);
+}
+
+// As many as keep the activations in the second-level cache.
+int64_t token_block_for(const Header& header, int tile, int64_t bytes_per_number) {
+    const int64_t fitting = kActivationBytes / (header.plan.positions() * bytes_per_number);
+    return std::max<int64_t>(std::clamp<int64_t>(fitting, kLeastTokenBlock, kMostTokenBlock) / tile, 1) * tile;
+}
+
+}  // namespace
+
+Form plan_form(const Header& header, int64_t tokens, int compute) {
+    Form form{};
+    form.integer = compute == LOWBIT_COMPUTE_INT8 && header.kind != LOWBIT_DENSE;
+    form.few = form.integer && tokens <= kFewTokens;
+    Activations& x = form.activations;
+    x.header = &header;
+    x.tokens = tokens;
+    x.tile = tile_of(tokens, form.integer, form.few);
+    x.zero_constant = plan_zeros(header, !form.few).constant;
+    x.tile_bytes = tile_bytes(header, x.tile, form.integer);
+    form.token_block = token_block_for(header, x.tile, form.integer ? 1 : 4);
+    return form;
+}
+
+bool same_form(const Form& a, const Form& b) {
+    const Header &x = *a.activations.header, &y = *b.activations.header;
+    return a.integer == b.integer && a.activations.zero_constant == b.activations.zero_constant &&
+           !memcmp(&x.plan, &y.plan, sizeof x.plan) && x.cols == y.cols &&
+           (!a.integer || x.unit * x.byte_factor == y.unit * y.byte_factor);
+}
+
+int64_t Form::tiles() const { return divide_up(activations.tokens, activations.tile); }
+
+int64_t Form::bytes() const { return tiles() * activations.tile_bytes; }
+
+void Form::make_ready(int64_t tile) const { (integer ? isa().quantize_tile : isa().widen_tile)(activations, tile); }
+
+int64_t Form::items(const Header& header) const {
+    if (few) return header.blocks;
+    return divide_up(activations.tokens, token_block) * divide_up(header.blocks, isa().panel_blocks);
+}
+
+void Form::run(const ProductJob& job, int64_t begin, int64_t end) const {
+    const Isa& set = isa();
+    (few ? set.decode_rows : integer ? set.panel_items : set.float_items)(job, begin, end);
+}
+
+ProductJob Form::job(const Header& header) const {
+    ProductJob job{};
+    job.activations = activations;
+    job.activations.header = &header;
+    job.zeros = plan_zeros(header, !few);
+    job.token_block = token_block;
+    return job;
+}
+
+}  // namespace lowbit

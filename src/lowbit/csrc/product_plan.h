@@ -1,0 +1,31 @@
+// How one product is cut, decided in one place for lowbit_run and for the engine: integer or float, straight from the bit planes or
+// over expanded panels, tokens of a tile, what zero points cost, and how many tokens share a panel.
+#pragma once
+#include "product.h"
+
+namespace lowbit {
+
+// Up to here the weights stream past straight from their bit planes; beyond, expanding them once pays (measured, docs/notes/cpu.md).
+constexpr int64_t kFewTokens = 16;
+
+// The activations of a product in the form that a prepared weight asks for; where they come from and lie is still open.
+// Weights of one format and width share it.
+struct Form {
+    Activations activations;
+    bool integer, few;
+    int64_t token_block;  // tokens that share an expanded panel
+
+    int64_t tiles() const;
+    int64_t bytes() const;               // room for the activations
+    void make_ready(int64_t tile) const;
+    // Items of one product with a weight of this form: blocks of 16 rows, or token blocks x panels.
+    int64_t items(const Header& header) const;
+    void run(const ProductJob& job, int64_t begin, int64_t end) const;
+    ProductJob job(const Header& header) const;
+};
+
+Form plan_form(const Header& header, int64_t tokens, int compute);
+// Whether the activations made for one serve the other.
+bool same_form(const Form& a, const Form& b);
+
+}  // namespace lowbit
