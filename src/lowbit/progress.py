@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 PATIENCE_SECONDS = 2.0
 Advance = Callable[[str], None]
+Item = TypeVar("Item")
 
 
 @contextmanager
-def progress(label: str, total: int, show: bool | None = None) -> Iterator[Advance]:
+def progress(
+    label: str, total: int, show: bool | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Advance]:
     """Yields `advance(what)`, to be called after each of `total` steps. Draws on stderr, and only on a terminal unless told to."""
     drawing = sys.stderr.isatty() if show is None else show
-    bar = _Bar(label, total) if drawing else None
+    bar = _Bar(label, total, clock) if drawing else None
     try:
         yield bar.advance if bar else _silent
     finally:
         if bar:
             bar.close()
+
+
+def counted(
+    items: Collection[Item], label: str, show: bool | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Item]:
+    """The items one after another, with a bar that counts them."""
+    with progress(label, len(items), show, clock) as advance:
+        for item in items:
+            yield item
+            advance("")
 
 
 def _silent(what: str) -> None:
@@ -30,15 +44,15 @@ def _silent(what: str) -> None:
 class _Bar:
     """A rich bar with the time left, started late so that quick work prints nothing."""
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, clock: Callable[[], float]) -> None:
         self.label, self.total, self.done = label, total, 0
-        self.start = time.monotonic()
+        self.clock, self.start = clock, clock()
         self.stop: Callable[[], None] | None = None
         self.update: Callable[[str], None] | None = None
 
     def advance(self, what: str) -> None:
         self.done += 1
-        if self.update is None and time.monotonic() - self.start > PATIENCE_SECONDS:
+        if self.update is None and self.clock() - self.start > PATIENCE_SECONDS:
             self._draw()
         if self.update is not None:
             self.update(what)

@@ -159,6 +159,7 @@ def test_shards_tokenizer_code_and_report_travel_along(tmp_path: Path) -> None:
     again = Auto.load_low_bit(tmp_path / "low")
     assert torch.equal(logits(again), logits(model))
     assert [row.error for row in again.lowbit_report.layers] == [row.error for row in model.lowbit_report.layers]
+    assert again.lowbit_report.seconds == model.lowbit_report.seconds > 0
     again.save_low_bit(tmp_path / "low")
     assert torch.equal(logits(Auto.load_low_bit(tmp_path / "low")), logits(model))
 

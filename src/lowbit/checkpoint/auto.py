@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from lowbit.checkpoint.folder import CONFIG, check_folder, has_only_pickles, quantization_fields, refuse_pickles
+from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
 from lowbit.checkpoint.gguf_source import gguf_file, lazy_tensors
 from lowbit.checkpoint.hf import Job, LowBitConfig, reads
 from lowbit.checkpoint.keywords import CHOICES, Choices, as_dtype, build_recipe, cast_of
+from lowbit.checkpoint.loading_bar import loading_bar
 from lowbit.checkpoint.save import save_low_bit
+from lowbit.contents import CONFIG, has_only_pickles
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.interop.gguf import open_gguf
 from lowbit.recipe import Recipe
@@ -92,6 +95,10 @@ class _Request:
     def job(self) -> Job:
         return Job(self.choices.kernel, self.choices.compute)
 
+    def bar(self) -> AbstractContextManager[None]:
+        """The bar that counts the weights of this load."""
+        return loading_bar("packing" if self.recipe else "loading", self.choices.progress)
+
 
 def _low_bit_named(kwargs: dict[str, Any]) -> tuple[str | None, list[str]]:
     """The format that load_in_4bit, load_in_low_bit or a BitsAndBytesConfig asks for, and the modules which the last leaves out."""
@@ -152,7 +159,7 @@ class _AutoBase:
                 request = _Request(None, request.dtype, request.choices)
         if request.recipe is not None:
             kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=request.job())
-        with _one_sentence(str(source)):
+        with _one_sentence(str(source)), request.bar():
             loaded = cls.transformers_class.from_pretrained(
                 pretrained_model_name_or_path, *model_args, **request.with_dtype(kwargs)
             )
@@ -191,7 +198,7 @@ class _AutoBase:
         model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
         if request.recipe is not None:
             kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=request.job())
-        with _one_sentence(str(path)):
+        with _one_sentence(str(path)), request.bar():
             model = model_class.from_pretrained(
                 None, *model_args, config=config, state_dict=lazy_tensors(gguf, dtype), dtype=dtype, **kwargs
             )

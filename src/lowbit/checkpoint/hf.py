@@ -12,6 +12,7 @@ extra ones ignored.
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.bridge import attach_engine
 from lowbit.checkpoint import compressed
-from lowbit.checkpoint.folder import REPORT, check_safetensors, read_json
 from lowbit.checkpoint.form import parts, saved_form
 from lowbit.checkpoint.hf_names import keep_renamings_only_
 from lowbit.checkpoint.layout import held_weights
+from lowbit.checkpoint.loading_bar import replace_next_bar
 from lowbit.checkpoint.pages import Pages
 from lowbit.checkpoint.save import recipe_fields, save_low_bit
 from lowbit.checkpoint.sites import Packing, Reading
+from lowbit.contents import REPORT, read_header, read_json
 from lowbit.errors import FormatError, LowbitError
 from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitExperts, prepare_
 from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
@@ -175,14 +177,17 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.packing: Any = None
         self.reading: Any = None
         self.pages = Pages(())
+        self.start = 0.0
 
     # --- before loading ---
 
     def _process_model_before_weight_loading(self, model: nn.Module, **options: Any) -> None:
+        self.start = time.perf_counter()
+        replace_next_bar("loading" if self.pre_quantized else "packing")
         files = [str(f) for f in options.get("checkpoint_files") or ()]
         files = [f for f in files if f.endswith(".safetensors")]
         for file in files:
-            check_safetensors(Path(file))
+            read_header(Path(file))
         self.pages = Pages(files)
         if self.pre_quantized:
             self.reading = Reading(model, self.quantization_config.fields)
@@ -252,6 +257,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
             report = _saved_report(model)
         else:
             report = self.packing.finish()
+            report.seconds = time.perf_counter() - self.start
         self.packing = self.reading = None
         attach(model, report, self.quantization_config.recipe, self, job)
         return model

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.cli.options import LEAVE, LoadOptions, add_json, add_loading
 from lowbit.cli.output import Output, size_text
-from lowbit.cli.source import CONFIG, Source, find_source
+from lowbit.cli.source import Source, find_source
+from lowbit.contents import CONFIG
 from lowbit.errors import LowbitError, RecipeError
 
 if TYPE_CHECKING:
@@ -91,15 +91,12 @@ def quantize_and_save(
     from lowbit.cli.session import load_model, load_tokenizer, prepare_torch
 
     prepare_torch(threads)
-    start = time.perf_counter()
     model = load_model(source, load)
-    packed = time.perf_counter()
     tokenizer = load_tokenizer(source, load)
     if tokenizer is None:
         output.note("lowbit: the source has no tokenizer, so none is saved")
     lowbit.save_low_bit(model, out, tokenizer=tokenizer, compact=compact)
     report: Report = model.lowbit_report
-    report.seconds = report.seconds or packed - start
     return report
 
 

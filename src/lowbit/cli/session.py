@@ -178,7 +178,9 @@ def load_model(source: Source, options: LoadOptions) -> Any:
     if options.recipe is not None:
         _refuse_low_bit(source)
         arguments["recipe"] = options.recipe
-    with _foreign_errors(f"cannot load {source.name}"), _bar_while_packing(options):
+    # Asked for by name, since the bars of transformers are switched off.
+    arguments["progress"] = sys.stderr.isatty()
+    with _foreign_errors(f"cannot load {source.name}"):
         return lowbit.AutoModelForCausalLM.from_pretrained(source.name, allow_pickle=options.allow_pickle, **arguments)
 
 
@@ -190,19 +192,6 @@ def _refuse_low_bit(source: Source) -> None:
         raise CheckpointError(
             f"{source.name} is low-bit already ({method}): start from the model that it was made from"
         )
-
-
-@contextmanager
-def _bar_while_packing(options: LoadOptions) -> Iterator[None]:
-    """Packing a model takes seconds to minutes; the loader of transformers counts its weights."""
-    if options.recipe is None or not sys.stderr.isatty():
-        yield
-        return
-    transformers.logging.enable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.disable_progress_bar()
 
 
 def load_tokenizer(source: Source, options: LoadOptions) -> Any | None:

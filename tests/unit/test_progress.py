@@ -1,0 +1,113 @@
+"""Bars: none for quick work, one for long work, and one only, lowbit's, while transformers loads."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+import lowbit
+from lowbit.checkpoint.loading_bar import loading_bar
+from lowbit.progress import PATIENCE_SECONDS, counted, progress
+from unit.checkpoint_cases import EVEN, make
+
+
+class Terminal(io.StringIO):
+    """A text stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Time that passes only when it is told to: `step` seconds at every look."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[Terminal]:
+    with contextlib.redirect_stderr(Terminal()) as stream:
+        yield stream
+
+
+def test_quick_work_draws_nothing() -> None:
+    with terminal() as stream, progress("packing", 3, clock=Clock(0.5)) as advance:
+        for name in "abc":
+            advance(name)
+    assert stream.getvalue() == ""
+
+
+def test_bar_appears_once_two_seconds_have_passed() -> None:
+    clock = Clock(0.0)
+    with terminal() as stream, progress("packing", 3, clock=clock) as advance:
+        clock.now = PATIENCE_SECONDS
+        advance("first")
+        assert stream.getvalue() == ""
+        clock.now = PATIENCE_SECONDS + 0.1
+        advance("second")
+        assert "packing" in stream.getvalue() and "2/3" in stream.getvalue()
+
+
+def test_no_bar_where_nobody_looks_or_wants_one() -> None:
+    with contextlib.redirect_stderr(io.StringIO()) as file:
+        assert list(counted("abc", "packing", clock=Clock(9))) == list("abc")
+    with terminal() as stream:
+        assert list(counted("abc", "packing", show=False, clock=Clock(9))) == list("abc")
+    assert file.getvalue() == stream.getvalue() == ""
+
+
+hooked = pytest.mark.skipif(
+    not hasattr(transformers.utils.logging, "set_tqdm_hook"), reason="this transformers lets nobody else make its bars"
+)
+
+
+@hooked
+@pytest.mark.transformers
+def test_loading_shows_no_bar_of_transformers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A quick load is silent, by lowbit's class and by transformers', packed on the way in or packed already."""
+    folder = make("llama", tmp_path / "dense", **EVEN)
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert "Loading weights" in capfd.readouterr().err  # what it looks like without lowbit
+    model = lowbit.AutoModelForCausalLM.from_pretrained(folder, load_in_4bit=True)
+    model.save_low_bit(tmp_path / "low")
+    lowbit.AutoModelForCausalLM.load_low_bit(tmp_path / "low")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "low")
+    assert "Loading weights" not in capfd.readouterr().err
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert "Loading weights" in capfd.readouterr().err  # a load that is not lowbit's is as it was
+
+
+@hooked
+@pytest.mark.transformers
+def test_hook_counts_the_weights_and_leaves_other_bars_alone() -> None:
+    tqdm = transformers.utils.logging.tqdm
+    with terminal() as stream, loading_bar("packing"):
+        assert list(tqdm([1, 2], desc="Writing model shards", disable=True)) == [1, 2]
+        assert list(tqdm({"a": 1}.items(), desc="Loading weights")) == [("a", 1)]
+        assert list(tqdm([1], desc="Loading weights", disable=True)) == [1]  # the hook has gone
+    assert stream.getvalue() == ""
+
+
+@hooked
+@pytest.mark.transformers
+def test_hook_is_gone_after_a_load_that_failed_and_a_users_own_hook_stays() -> None:
+    logging = transformers.utils.logging
+    with pytest.raises(KeyError), loading_bar("packing"):
+        raise KeyError
+    assert logging.set_tqdm_hook(None) is None
+
+    def mine(factory: object, args: tuple, kwargs: dict) -> object:
+        return list(args[0])
+
+    logging.set_tqdm_hook(mine)
+    with loading_bar("packing"):
+        assert logging.tqdm([1, 2], desc="Loading weights") == [1, 2]
+    assert logging.set_tqdm_hook(None) is mine
