@@ -1,0 +1,106 @@
+// Several threads at once: products, engines and a change of the number of threads meet in one pool; a step is cancelled from outside.
+#include <atomic>
+#include <thread>
+
+#include "tiny_llama.h"
+
+namespace check {
+namespace {
+
+constexpr int kRounds = 30;
+// Counted by several threads and reported by the first.
+std::atomic<int> wrong{0};
+
+void use_engine(const TinyLlama& llama, uint64_t seed, const std::vector<double>& expected, int64_t count) {
+    const lowbit_engine_options made = options(64, 2, LOWBIT_CACHE_FP32, LOWBIT_COMPUTE_FP32, 32);
+    lowbit_engine* engine = lowbit_engine_create(&llama.model, &made);
+    const std::vector<int32_t> tokens = some_tokens(count, seed), slots(tokens.size(), 0);
+    const std::vector<uint8_t> wanted(tokens.size(), 1);
+    std::vector<float> logits(expected.size());
+    for (int round = 0; round < kRounds; ++round) {
+        wrong += lowbit_engine_truncate(engine, 0, 0) != LOWBIT_OK;
+        const int64_t first = round % 2 ? count : count - 3;
+        int64_t done = 0;
+        for (int64_t part = first; done < count; part = 1) {
+            wrong += lowbit_engine_step(engine, tokens.data() + done, slots.data(), wanted.data(), part, logits.data() + done * TinyLlama::kVocab) != LOWBIT_OK;
+            done += part;
+        }
+        wrong += !(distance(logits.data(), expected) < 1e-5);
+    }
+    lowbit_engine_destroy(engine);
+}
+
+void use_products(const Weight& weight, const Aligned& buffer) {
+    const std::vector<float> x = Random(1).bells(20 * weight.cols);
+    std::vector<float> first(static_cast<size_t>(20 * weight.rows)), y(first.size());
+    for (int round = 0; round < 2 * kRounds; ++round) {
+        const int status = lowbit_run(buffer.data(), buffer.size(), x.data(), LOWBIT_FP32, 20, weight.cols, nullptr, round ? y.data() : first.data(),
+                                      LOWBIT_FP32, weight.rows, LOWBIT_COMPUTE_INT8);
+        wrong += status != LOWBIT_OK || (round && y != first);
+    }
+}
+
+// Everything at once, while another thread asks for one thread, for four, for two.
+void check_meeting() {
+    const TinyLlama llama(&format_named("int4_g32_bf16"));
+    const Weight weight = quantized(format_named("int4_g64"), 320, 203, 9);
+    const auto buffer = prepared(weight);
+    constexpr int64_t kTokens = 20;
+    const std::vector<double> first = llama.logits(some_tokens(kTokens, 1)), second = llama.logits(some_tokens(kTokens, 2));
+    std::atomic<bool> done{false};
+    std::thread changer([&] {
+        for (int i = 0; !done.load(); ++i) {
+            lowbit_set_threads(1 + i * 3 % 4);
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    });
+    std::vector<std::thread> users;
+    users.emplace_back([&] { use_engine(llama, 1, first, kTokens); });
+    users.emplace_back([&] { use_engine(llama, 2, second, kTokens); });
+    users.emplace_back([&] { use_products(weight, *buffer); });
+    for (std::thread& user : users) user.join();
+    done.store(true);
+    changer.join();
+    EXPECT(wrong.load() == 0);
+    EXPECT(lowbit_set_threads(0) == LOWBIT_OK);
+}
+
+// A second thread at one engine gets a sentence; a cancelled step leaves the slot as it was; both leave the engine usable.
+void check_one_engine() {
+    const TinyLlama llama(nullptr);
+    const lowbit_engine_options made = options(4096, 1, LOWBIT_CACHE_FP32, LOWBIT_COMPUTE_FP32, 512);
+    lowbit_engine* engine = lowbit_engine_create(&llama.model, &made);
+    EXPECT(engine != nullptr);
+    const std::vector<int32_t> tokens = some_tokens(512, 1), slots(512, 0);
+    std::atomic<bool> done{false};
+    std::thread canceller([&] {
+        while (!done.load()) {
+            lowbit_engine_cancel(engine);
+            lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 1, nullptr);
+            std::this_thread::yield();
+        }
+    });
+    int cancelled = 0, served = 0;
+    for (int round = 0; round < 200 && !(cancelled && served > 3); ++round) {
+        const int status = lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 512, nullptr);
+        cancelled += status == LOWBIT_CANCELLED;
+        served += status == LOWBIT_OK;
+        if (lowbit_engine_length(engine, 0) > 3000) lowbit_engine_truncate(engine, 0, 0);
+    }
+    done.store(true);
+    canceller.join();
+    EXPECT(cancelled > 0);
+    EXPECT(lowbit_engine_truncate(engine, 0, 0) == LOWBIT_OK);
+    EXPECT(lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 512, nullptr) == LOWBIT_OK);
+    EXPECT(lowbit_engine_length(engine, 0) == 512);
+    lowbit_engine_destroy(engine);
+}
+
+}  // namespace
+
+void check_threads() {
+    check_meeting();
+    check_one_engine();
+}
+
+}  // namespace check
