@@ -23,7 +23,7 @@ from torch import nn
 
 from lowbit.formats import Format
 from lowbit.grid import unpack
-from lowbit.kernels.autograd import multiply
+from lowbit.kernels.autograd import multiply, multiply_experts
 from lowbit.kernels.table import Kernel, choose
 from lowbit.packing import BUFFERS, PackedTensor
 
@@ -89,11 +89,10 @@ class PackedWeight(nn.Module):
         kernel = self._ready()
         return kernel.rows(self.tensors, self.format, self.shape, ids).to(self.dtype)
 
-    def expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """x times one matrix of a weight [experts, out, in]."""
+    def experts(self, x: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
+        """Rows of x sorted by expert, each times its own matrix of a weight [experts, out, in]."""
         kernel = self._ready()
-        buffers = kernel.expert(self.tensors, self.format, self.shape, index)
-        return multiply(x, buffers, kernel, self.format.name, self.shape[1:], self.compute)
+        return multiply_experts(x, begins, self.tensors, kernel, self.format.name, self.shape, self.compute)
 
     def _ready(self) -> Kernel:
         if self.kernel is None:
@@ -225,9 +224,9 @@ class LowBitConv(nn.Module):
 class LowBitExperts(nn.Module):
     """The experts of a mixture, as transformers 5 fuses them: one 3-D weight for gate and up, one for down.
 
-    Tokens are sorted by expert, so each expert that was routed to is multiplied once over its own rows. `apply_gate`
-    is the original module's own function from the first product to the input of the second, so that every family's
-    activation is kept.
+    Tokens are sorted by expert, and one call multiplies all of them, each by its own expert, so that a weight is read
+    once for all its tokens. `apply_gate` is the original module's own function from the first product to the input of
+    the second, so that every family's activation is kept.
     """
 
     def __init__(
@@ -250,23 +249,22 @@ class LowBitExperts(nn.Module):
 
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden [tokens, width], top_k_index and top_k_weights [tokens, k] -> [tokens, width]."""
-        output = torch.zeros_like(hidden)
-        for expert in torch.unique(top_k_index).tolist():
-            if (
-                expert >= self.num_experts
-            ):  # transformers marks tokens that stay on another rank by an index past the last
-                continue
-            token, slot = torch.where(top_k_index == expert)
-            inner = self.apply_gate(self._product(self.up_name, expert, hidden[token]))
-            outer = self._product("down_proj", expert, inner) * top_k_weights[token, slot, None]
-            output.index_add_(0, token, outer.to(output.dtype))
-        return output
+        chosen = top_k_index.flatten()
+        order = torch.argsort(chosen, stable=True)
+        # An index past the last marks a token that stays on another rank: sorted to the end, it belongs to no expert.
+        counts = (chosen[None] == torch.arange(self.num_experts, device=chosen.device)[:, None]).sum(1)
+        begins = nn.functional.pad(counts.cumsum(0), (1, 0))
+        token, expert = order // top_k_index.shape[-1], chosen[order]
+        inner = self.apply_gate(self._product(self.up_name, expert, hidden[token], begins))
+        outer = self._product("down_proj", expert, inner, begins)
+        share = torch.where(expert < self.num_experts, top_k_weights.flatten()[order], 0.0)
+        return torch.zeros_like(hidden).index_add_(0, token, (outer * share[:, None]).to(hidden.dtype))
 
-    def _product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    def _product(self, name: str, expert: torch.Tensor, x: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
         held: PackedWeight = getattr(self, name)
         bias = getattr(self, f"{name}_bias")
-        y = held.expert(expert, x)
-        return y if bias is None else y + bias[expert].to(y.dtype)
+        y = held.experts(x, begins)
+        return y if bias is None else y + bias[expert.clamp_max(self.num_experts - 1)].to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}"

@@ -10,7 +10,15 @@ from torch import nn
 
 from lowbit.formats import FORMATS, Format, as_format
 from lowbit.grid import quantize, unpack
-from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitLinear, PackedWeight, packed_weights, prepare_
+from lowbit.layers import (
+    LowBitConv,
+    LowBitEmbedding,
+    LowBitExperts,
+    LowBitLinear,
+    PackedWeight,
+    packed_weights,
+    prepare_,
+)
 from lowbit.packing import PackedTensor
 
 torch.manual_seed(0)
@@ -170,3 +178,58 @@ def test_shapes_that_disagree_are_refused() -> None:
         PackedTensor(packed.format, (8, 128), packed.codes, packed.scales)
     with pytest.raises(WeightError, match="scales of a int4_g32 weight"):
         PackedTensor(Format("int4_g32", 4, group_size=32), (8, 64), packed.codes, packed.scales)
+
+
+def experts_layer(kernel: str, width: int = 64, inner: int = 48, count: int = 5) -> LowBitExperts:
+    """A small mixture whose gate doubles and halves, so that no activation hides a mistake."""
+    up = PackedWeight(quantize(torch.randn(count, 2 * inner, width), as_format("int8_g32")))
+    down = PackedWeight(quantize(torch.randn(count, width, inner), as_format("int4_g16")))
+    layer = LowBitExperts(up, down, lambda both: both[..., :inner] * both[..., inner:].sigmoid())
+    prepare_(layer, kernel)
+    return layer
+
+
+def expected_mixture(layer: LowBitExperts, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """The same token by token, over unpacked weights."""
+    up, down = unpack(layer.gate_up_proj.packed()), unpack(layer.down_proj.packed())
+    rows = []
+    for token, experts, weights in zip(x, chosen, shares, strict=True):
+        inner = {int(e): layer.apply_gate(up[e] @ token) for e in experts if e < layer.num_experts}
+        rows.append(sum(w * (down[e] @ inner[int(e)]) for e, w in zip(experts, weights, strict=True) if int(e) in inner))
+    return torch.stack([row if isinstance(row, torch.Tensor) else torch.zeros_like(x[0]) for row in rows])
+
+
+@pytest.mark.parametrize("kernel", ["reference", "core"])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_experts_are_the_sum_over_those_chosen(kernel: str, tokens: int) -> None:
+    layer = experts_layer(kernel)
+    for held in (layer.gate_up_proj, layer.down_proj):
+        held.compute = "fp32"
+    x, shares = torch.randn(tokens, 64), torch.rand(tokens, 2)
+    # Expert 1 gets nobody, and an index past the last stays on another rank.
+    chosen = torch.tensor([0, 2, 3, 4, 5])[torch.randint(5, (tokens, 2))]
+    expected = expected_mixture(layer, x, chosen, shares)
+    assert torch.allclose(layer(x, chosen, shares), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "core"])
+def test_gradient_passes_through_experts(kernel: str) -> None:
+    layer = experts_layer(kernel)
+    for held in (layer.gate_up_proj, layer.down_proj):
+        held.compute = "fp32"
+    x, shares = torch.randn(7, 64, requires_grad=True), torch.rand(7, 2)
+    chosen = torch.randint(6, (7, 2))
+    target = torch.randn(7, 64)
+    (layer(x, chosen, shares) * target).sum().backward()
+    twin = x.detach().clone().requires_grad_()
+    (expected_mixture(layer, twin, chosen, shares) * target).sum().backward()
+    assert x.grad is not None and twin.grad is not None
+    assert torch.allclose(x.grad, twin.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_experts_compile_as_one_graph() -> None:
+    layer = experts_layer("core")
+    x, chosen, shares = torch.randn(6, 64), torch.randint(5, (6, 2)), torch.rand(6, 2)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x, chosen, shares), layer(x, chosen, shares), atol=1e-5)

@@ -47,6 +47,16 @@ class Canonical:
     scale_scales: int = 0
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Prepared weights of one size that lie one after another, and int64 [count + 1]: where each expert's rows begin."""
+
+    address: int
+    size: int
+    count: int
+    begins: int
+
+
 def set_threads(threads: int) -> None:
     """Threads of the core's pool; 0 takes as many as affinity and the container's quota allow."""
     check(library().lowbit_set_threads(threads))
@@ -185,5 +195,14 @@ def run(prepared: int, size: int, x: Rows, y: Rows, bias: int = 0, compute: str 
     status = library().lowbit_run(
         prepared, size, x.address, DTYPES[x.dtype], x.rows, x.step, bias or None, y.address, DTYPES[y.dtype], y.step,
         _COMPUTE[compute],
+    )  # fmt: skip
+    check(status)
+
+
+def run_experts(experts: Experts, x: Rows, y: Rows, compute: str = "auto") -> None:
+    """Rows of x sorted by expert, each times its own prepared weight; rows of y that no expert owns are left as they are."""
+    status = library().lowbit_run_experts(
+        experts.address, experts.size, experts.count, experts.begins, x.address, DTYPES[x.dtype], x.rows, x.step,
+        y.address, DTYPES[y.dtype], y.step, _COMPUTE[compute],
     )  # fmt: skip
     check(status)

@@ -72,6 +72,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "lowbit_restore": (_I, [_P, _L, _P, _P, _P, _P]),
     "lowbit_read_rows": (_I, [_P, _L, _P, _L, _P]),
     "lowbit_run": (_I, [_P, _L, _P, _I, _L, _L, _P, _P, _I, _L, _I]),
+    "lowbit_run_experts": (_I, [_P, _L, _L, _P, _P, _I, _L, _L, _P, _I, _L, _I]),
 }
 
 

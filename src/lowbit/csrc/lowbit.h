@@ -88,6 +88,10 @@ LOWBIT_API int lowbit_read_rows(const void* prepared, int64_t prepared_bytes, co
 /* y [tokens, rows] = x [tokens, cols] times the prepared weight, plus bias [rows] in fp32 when it is not NULL. */
 LOWBIT_API int lowbit_run(const void* prepared, int64_t prepared_bytes, const void* x, int x_dtype, int64_t tokens,
                           int64_t x_stride, const float* bias, void* y, int y_dtype, int64_t y_stride, int compute);
+/* Rows of x sorted by expert, each times its own of `experts` weights of expert_bytes that lie one after another: rows begins[e] to
+ * begins[e + 1] are those of expert e (begins has experts + 1 entries). Rows of no expert are left as they are. */
+LOWBIT_API int lowbit_run_experts(const void* prepared, int64_t expert_bytes, int64_t experts, const int64_t* begins, const void* x,
+                                  int x_dtype, int64_t rows, int64_t x_stride, void* y, int y_dtype, int64_t y_stride, int compute);
 
 #ifdef __cplusplus
 }

@@ -1,7 +1,7 @@
-"""The one custom op: y = x W^T over a packed weight, for torch.compile and for gradients.
+"""The custom ops: y = x W^T over a packed weight, and the same for rows sorted by expert; for torch.compile and gradients.
 
     forward   y  = x W^T           by the layer's kernel
-    backward  dx = dy W            W unpacked for the moment of the product; the packed weight itself is frozen
+    backward  dx = dy W            W unpacked for the moment of the product, one expert at a time; the packed weight is frozen
 
 torch.compile sees one opaque node per layer with a known output shape, whatever kernel is behind it. Outside of
 compilation and of gradients `multiply` calls the kernel directly: the dispatcher costs more than a small product.
@@ -71,3 +71,97 @@ def multiply(
         y: torch.Tensor = linear(x, list(buffers.values()), names, kernel.name, format, list(shape), compute)
         return y
     return kernel.run(x, buffers, format_from_name(format), shape, compute)
+
+
+@torch.library.custom_op("lowbit::experts", mutates_args=())
+def experts(
+    x: torch.Tensor,
+    begins: torch.Tensor,
+    buffers: list[torch.Tensor],
+    names: str,
+    kernel: str,
+    format: str,
+    shape: list[int],
+    compute: str,
+) -> torch.Tensor:
+    """Rows sorted by expert times the packed weight of each expert; rows begins[e] to begins[e + 1] are those of e."""
+    named = dict(zip(names.split(","), buffers, strict=True))
+    return kernel_named(kernel).run_experts(x, named, format_from_name(format), tuple(shape), begins, compute)
+
+
+@experts.register_fake
+def _(
+    x: torch.Tensor,
+    begins: torch.Tensor,
+    buffers: list[torch.Tensor],
+    names: str,
+    kernel: str,
+    format: str,
+    shape: list[int],
+    compute: str,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], shape[-2])
+
+
+@torch.library.custom_op("lowbit::experts_input_gradient", mutates_args=())
+def experts_input_gradient(
+    grad: torch.Tensor,
+    begins: torch.Tensor,
+    buffers: list[torch.Tensor],
+    names: str,
+    kernel: str,
+    format: str,
+    shape: list[int],
+) -> torch.Tensor:
+    """The gradient with respect to the rows: zero for those that no expert took."""
+    named, row, kind = dict(zip(names.split(","), buffers, strict=True)), kernel_named(kernel), format_from_name(format)
+    dx = grad.new_zeros(len(grad), shape[-1])
+    edges = begins.tolist()
+    for index, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        if begin < end:
+            one = row.expert(named, kind, tuple(shape), index)
+            dx[begin:end] = grad[begin:end] @ unpack(row.restore(one, kind, tuple(shape[1:])), grad.dtype)
+    return dx
+
+
+@experts_input_gradient.register_fake
+def _(
+    grad: torch.Tensor,
+    begins: torch.Tensor,
+    buffers: list[torch.Tensor],
+    names: str,
+    kernel: str,
+    format: str,
+    shape: list[int],
+) -> torch.Tensor:
+    return grad.new_empty(grad.shape[0], shape[-1])
+
+
+def _setup_experts(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: torch.Tensor) -> None:
+    ctx.packed = inputs[1:7]  # type: ignore[attr-defined]
+
+
+def _experts_backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[object, ...]:
+    packed = ctx.packed  # type: ignore[attr-defined]
+    dx = experts_input_gradient(grad, *packed)
+    return (dx, None, [None] * len(packed[1]), None, None, None, None, None)
+
+
+experts.register_autograd(_experts_backward, setup_context=_setup_experts)
+
+
+def multiply_experts(
+    x: torch.Tensor,
+    begins: torch.Tensor,
+    buffers: dict[str, torch.Tensor],
+    kernel: Kernel,
+    format: str,
+    shape: tuple[int, ...],
+    compute: str,
+) -> torch.Tensor:
+    """Rows sorted by expert times their experts, through the op where compilation or gradients need it."""
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        names = ",".join(buffers)
+        y: torch.Tensor = experts(x, begins, list(buffers.values()), names, kernel.name, format, list(shape), compute)
+        return y
+    return kernel.run_experts(x, buffers, format_from_name(format), shape, begins, compute)

@@ -52,6 +52,24 @@ def expert(
     return restore(buffers, format, shape).expert(index).tensors()
 
 
+def run_experts(
+    x: torch.Tensor,
+    buffers: dict[str, torch.Tensor],
+    format: Format,
+    shape: tuple[int, ...],
+    begins: torch.Tensor,
+    compute: str,
+) -> torch.Tensor:
+    """Rows sorted by expert, [rows, in], times the expert that each was routed to: rows begins[e] to begins[e + 1] are
+    those of expert e, and rows of none become zeros."""
+    y = x.new_zeros(len(x), shape[-2])
+    edges = begins.tolist()
+    for index, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        if begin < end:
+            y[begin:end] = run(x[begin:end], expert(buffers, format, shape, index), format, shape[1:], compute)
+    return y
+
+
 def rows(buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...], ids: torch.Tensor) -> torch.Tensor:
     """Rows of a weight [out, in] in fp32."""
     return unpack(gather_rows(restore(buffers, format, shape), ids))

@@ -38,6 +38,7 @@ class Kernel:
     run: Callable[[torch.Tensor, Buffers, Format, tuple[int, ...], str], torch.Tensor]
     rows: Callable[[Buffers, Format, tuple[int, ...], torch.Tensor], torch.Tensor]
     expert: Callable[[Buffers, Format, tuple[int, ...], int], Buffers]
+    run_experts: Callable[[torch.Tensor, Buffers, Format, tuple[int, ...], torch.Tensor, str], torch.Tensor]
 
 
 REFERENCE = Kernel(
@@ -48,9 +49,17 @@ REFERENCE = Kernel(
     reference.run,
     reference.rows,
     reference.expert,
+    reference.run_experts,
 )
 CORE = Kernel(
-    "core", cpu_rows.refuses, cpu_rows.prepare, cpu_rows.restore, cpu_rows.run, cpu_rows.rows, cpu_rows.expert
+    "core",
+    cpu_rows.refuses,
+    cpu_rows.prepare,
+    cpu_rows.restore,
+    cpu_rows.run,
+    cpu_rows.rows,
+    cpu_rows.expert,
+    cpu_rows.run_experts,
 )
 
 KERNELS: dict[str, tuple[Kernel, ...]] = {
