@@ -29,7 +29,7 @@ from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_p
 from lowbit.checkpoint.gguf_source import gguf_file, lazy_tensors
 from lowbit.checkpoint.hf import Job, LowBitConfig, reads
 from lowbit.checkpoint.keywords import CHOICES, Choices, as_dtype, build_recipe, cast_of
-from lowbit.checkpoint.loading_bar import loading_bar
+from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.contents import CONFIG, has_only_pickles
 from lowbit.errors import CheckpointError, LowbitError
@@ -97,7 +97,7 @@ class _Request:
 
     def bar(self) -> AbstractContextManager[None]:
         """The bar that counts the weights of this load."""
-        return loading_bar("packing" if self.recipe else "loading", self.choices.progress)
+        return weights_bar("packing" if self.recipe else "loading", self.choices.progress)
 
 
 def _low_bit_named(kwargs: dict[str, Any]) -> tuple[str | None, list[str]]:

@@ -6,8 +6,9 @@ One weight that compressed-tensors cannot express puts the whole folder under th
 
 compressed-tensors folders keep a packed embedding dense, because transformers and vLLM read no other: the packed one
 unpacked, so the numbers are the same. A head tied to it is written packed, config.json says that the two are separate,
-and `tied` in lowbit's own part lets lowbit share the packed weight again and leave the dense copy unread. Under the
-own method a tied weight is stored once.
+and `tied` in lowbit's own part lets lowbit share the packed weight again and leave the dense copy unread. An embedding
+that is not tied lies packed in a file of its own (`ASIDE`, in a folder below, where other readers do not look), and
+`packed` in lowbit's own part gives its format. Under the own method every weight is stored once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.packing import PackedTensor
 
 VERSION = 1
+ASIDE = "lowbit/embedding.safetensors"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def saved_form(model: nn.Module, recipe: dict[str, Any] | None = None, compact: 
     linears = {h.path: h.weight.format for h in held if h.role == "linear"}
     experts = next((h.weight.format for h in held if h.role == "experts"), None)
     fields = compressed.config_for(linears, experts, [*dense_modules(model), *dense])
+    own["packed"] = {h.path: h.weight.format.name for h in _aside(held)}
     if not all(format.symmetric for format in linears.values()):
         # transformers can place packed zero points only while it unpacks (compressed-tensors 0.20 gives them another shape).
         fields["dequantize"] = True
@@ -129,6 +132,19 @@ def parts(model: nn.Module, form: SavedForm) -> Iterator[Part]:
             yield Part(_size(h), _maker(h, form))
     for name, tensor in dense_tensors(model):
         yield Part(tensor.nbytes, lambda name=name, tensor=tensor: {name: tensor.contiguous()})  # type: ignore[misc]
+
+
+def packed_aside(model: nn.Module, form: SavedForm) -> dict[str, torch.Tensor]:
+    """The packed form of what is dense in the files of a compressed-tensors folder: embeddings that no head stands for."""
+    tensors: dict[str, torch.Tensor] = {}
+    for h in _aside(held_weights(model)) if form.method == COMPRESSED_METHOD else ():
+        tensors |= {f"{h.path}.{name}": t.contiguous() for name, t in h.weight.packed().tensors().items()}
+    return tensors
+
+
+def _aside(held: list[Held]) -> list[Held]:
+    shared = {h.tied_to for h in held}
+    return [h for h in held if h.role == "embedding" and not h.tied_to and h.path not in shared]
 
 
 def _size(held: Held) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,8 @@ from lowbit.checkpoint.hf_names import keep_renamings_only_
 from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.loading_bar import replace_next_bar
 from lowbit.checkpoint.pages import Pages
-from lowbit.checkpoint.save import recipe_fields, save_low_bit
+from lowbit.checkpoint.plain_save import attach_saving
+from lowbit.checkpoint.save import recipe_fields
 from lowbit.checkpoint.sites import Packing, Reading
 from lowbit.contents import REPORT, read_header, read_json
 from lowbit.errors import FormatError, LowbitError
@@ -40,7 +40,7 @@ from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.packing import BUFFERS
 from lowbit.quantize import finish
 from lowbit.recipe import Recipe
-from lowbit.report import LayerReport, Report
+from lowbit.report import LayerReport, Report, Skipped
 
 _UP_PATTERNS = ("up_proj", "down_proj")
 
@@ -190,7 +190,8 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
             read_header(Path(file))
         self.pages = Pages(files)
         if self.pre_quantized:
-            self.reading = Reading(model, self.quantization_config.fields)
+            folder = Path(files[0]).parent if files else None
+            self.reading = Reading(model, self.quantization_config.fields, folder)
         elif self.quantization_config.recipe is not None:
             self.packing = Packing(model, self.quantization_config.recipe)
         else:
@@ -300,7 +301,7 @@ def attach(
     prepare_(model, job.kernel)
     finish(model, report, prepare=False)
     model.lowbit_recipe = recipe
-    model.save_low_bit = partial(save_low_bit, model)
+    attach_saving(model)
     attach_engine(model)
     form = saved_form(model, recipe_fields(model))
     config = LowBitConfig(form.fields, recipe, job)
@@ -321,7 +322,13 @@ def _saved_report(model: Any) -> Report:
     """The report that was saved with a model, or one made from what is there."""
     path = Path(str(getattr(model.config, "_name_or_path", ""))) / REPORT
     if path.is_file():
-        return Report.from_dict(read_json(path))
+        report = Report.from_dict(read_json(path))
+        there = {held.path for held in held_weights(model)}
+        for row in [row for row in report.layers if row.path not in there]:
+            report.layers.remove(row)
+            size = sum(p.nbytes for p in model.get_submodule(row.path).parameters(recurse=False))
+            report.skipped.append(Skipped(row.path, "the folder has it in full precision only", size))
+        return report
     report = Report(recipe="unknown")
     for held in held_weights(model):
         if not held.tied_to:

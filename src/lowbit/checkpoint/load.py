@@ -23,11 +23,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from lowbit.checkpoint.folder import REPORT, check_folder, quantization_fields, read_json, refuse_pickles, weight_files
+from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
 from lowbit.checkpoint.hf_names import is_transformers_model
 from lowbit.checkpoint.layout import held_weights
+from lowbit.checkpoint.plain_save import attach_saving
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.sites import Reading
+from lowbit.contents import REPORT, read_json, weight_files
 from lowbit.errors import CheckpointError
 from lowbit.layers import prepare_
 from lowbit.methods import OWN_METHOD
@@ -62,7 +64,7 @@ def _load_like_transformers(model: Any, folder: Path) -> nn.Module:
     training = model.training
     vars(model).clear()
     vars(model).update(vars(fresh))
-    model.save_low_bit = partial(save_low_bit, model)
+    attach_saving(model)
     model.train(training)
     return cast(nn.Module, model)
 

@@ -1,8 +1,8 @@
-"""One bar while a checkpoint loads: lowbit's own, in the place of the one that transformers draws at once.
+"""One bar while transformers loads or writes weights: lowbit's own, in the place of the one that is drawn at once.
 
 transformers lets its bars be made by somebody else (`logging.set_tqdm_hook`). The hook here answers for one bar, the one
 that counts the weights, and then takes itself away; every other bar, and every bar of a user with a hook of his own,
-is made as before. Versions of transformers without such a hook (before 5.12) keep their bar.
+is made as before. Versions of transformers without such a hook keep their bar.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from lowbit.progress import counted
 
-# What transformers writes beside the bar that counts the weights of a checkpoint.
-_WEIGHTS = "Loading weights"
+# What transformers writes beside the bars that count weights.
+_WEIGHTS = ("Loading weights", "Writing model shards")
 _set_hook: Callable[[Any], Any] | None = getattr(logging, "set_tqdm_hook", None)
 
 
@@ -28,7 +28,7 @@ class _Hook:
         self.bar: Any = None
 
     def __call__(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("desc") != _WEIGHTS or not args:
+        if kwargs.get("desc") not in _WEIGHTS or not args:
             return factory(*args, **kwargs)
         self.remove()
         # Who switched the bars of transformers off wants none of ours, unless this load asks for one.
@@ -51,8 +51,8 @@ class _Hook:
 
 
 @contextmanager
-def loading_bar(label: str, show: bool | None = None) -> Iterator[None]:
-    """Inside, the weights that transformers loads are counted by lowbit's bar."""
+def weights_bar(label: str, show: bool | None = None) -> Iterator[None]:
+    """Inside, the weights that transformers loads or writes are counted by lowbit's bar."""
     hook = _Hook(label, show)
     hook.install()
     try:

@@ -1,13 +1,14 @@
 """Save: a low-bit model as a Hugging Face folder that other tools read too.
 
-    config.json               with quantization_config: compressed-tensors where it can say everything, else lowbit's
-    own method model*.safetensors        shards, and an index where there are several lowbit_report.json        what
-    happened to every weight generation_config.json, tokenizer, processor, chat template, remote code, licence: as they
-    came with the model
+    config.json               with quantization_config: compressed-tensors where it can say everything, else our own method
+    model*.safetensors        shards, and an index where there are several
+    lowbit/embedding.safetensors   an embedding that is dense in the shards because other readers want it so, packed
+    lowbit_report.json        what happened to every weight
+    generation_config.json, tokenizer, processor, chat template, remote code, licence: as they came with the model
 
 Shards are made and written one at a time, so saving needs room for one of them. A model that is not transformers' own
 has a `lowbit.json` in the place of config.json. `model.save_pretrained` of transformers writes the same config and
-tensors (see `hf.py`), but without the rename at the end.
+tensors (see `plain_save.py`).
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from lowbit.checkpoint.folder import CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS, replace_folder
-from lowbit.checkpoint.form import Part, SavedForm, parts, saved_form
+from lowbit.checkpoint.folder import replace_folder
+from lowbit.checkpoint.form import ASIDE, Part, SavedForm, packed_aside, parts, saved_form
 from lowbit.checkpoint.hf_names import checkpoint_names, is_transformers_model
+from lowbit.contents import CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
 from lowbit.errors import CheckpointError
+from lowbit.progress import Advance, progress
 
 DEFAULT_SHARD = "5GB"
 _UNITS = {
@@ -71,7 +74,7 @@ def save_low_bit(
     """
     target = Path(folder)
     source = source_folder(model)
-    _refuse_to_replace_source(target, source, model)
+    refuse_to_replace_source(target, source)
     form = saved_form(model, recipe_fields(model), compact)
     if not getattr(model, "lowbit_report", None):
         raise CheckpointError(
@@ -80,8 +83,9 @@ def save_low_bit(
     with replace_folder(target) as temporary:
         try:
             _write_weights(model, form, temporary, parse_size(max_shard_size))
+            write_aside(model, form, temporary)
         except SafetensorError as error:
-            raise CheckpointError(f"cannot save to {target}: {error}; nothing was changed there") from error
+            raise CheckpointError(unwritten(target, error)) from error
         if source is not None:
             _copy_companions(source, temporary)
         if is_transformers_model(model):
@@ -90,7 +94,7 @@ def save_low_bit(
             _write_json(temporary / OWN_CONFIG, form.fields)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        (temporary / REPORT).write_text(model.lowbit_report.to_json() + "\n", encoding="utf-8")  # type: ignore[union-attr, operator]
+        write_report(model, temporary)
     return target
 
 
@@ -114,7 +118,8 @@ def source_folder(model: nn.Module) -> Path | None:
     return Path(name) if name and Path(name).exists() else None
 
 
-def _refuse_to_replace_source(target: Path, source: Path | None, model: nn.Module) -> None:
+def refuse_to_replace_source(target: Path, source: Path | None) -> None:
+    """Refuse to write a low-bit model over the model in full precision that it was made from."""
     if source is None or not target.exists() or not target.samefile(source):
         return
     if source.is_dir() and not (source / REPORT).exists():
@@ -127,19 +132,46 @@ def _write_weights(model: nn.Module, form: SavedForm, folder: Path, limit: int) 
     shards = list(_shards(parts(model, form), limit))
     weight_map: dict[str, str] = {}
     total = 0
-    for number, shard in enumerate(shards, 1):
-        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
-        for part in shard:
-            tensors |= {key: tensor.cpu() for key, tensor in part.make().items()}
-        if is_transformers_model(model):
-            names = checkpoint_names(model, tensors)
-            tensors = {names[key]: tensor for key, tensor in tensors.items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        weight_map |= dict.fromkeys(tensors, name)
+    with progress("saving", sum(map(len, shards))) as advance:
+        for number, shard in enumerate(shards, 1):
+            name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = _tensors_of(model, shard, advance)
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _tensors_of(model: nn.Module, shard: list[Part], advance: Advance) -> dict[str, torch.Tensor]:
+    """What one file holds, under the names of the checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
+    for part in shard:
+        made = part.make()
+        tensors |= {key: tensor.cpu() for key, tensor in made.items()}
+        advance(next(iter(made)))
+    if is_transformers_model(model):
+        names = checkpoint_names(model, tensors)
+        tensors = {names[key]: tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def write_aside(model: nn.Module, form: SavedForm, folder: Path) -> None:
+    """The packed form of embeddings that are dense in the shards."""
+    tensors = {name: tensor.cpu() for name, tensor in packed_aside(model, form).items()}
+    if tensors:
+        (folder / ASIDE).parent.mkdir()
+        save_file(tensors, folder / ASIDE, metadata={"format": "pt"})
+
+
+def write_report(model: Any, folder: Path) -> None:
+    """What happened to every weight."""
+    (folder / REPORT).write_text(model.lowbit_report.to_json() + "\n", encoding="utf-8")
+
+
+def unwritten(target: Path, error: Exception) -> str:
+    """The sentence for a save that broke off."""
+    return f"cannot save to {target}: {error}; nothing was changed there"
 
 
 def _shards(everything: Iterator[Part], limit: int) -> Iterator[list[Part]]:
@@ -163,18 +195,17 @@ def _write_config(model: Any, form: SavedForm, folder: Path) -> None:
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     if form.untie:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        _write_json(folder / CONFIG, untied(fields))
+        write_untied(folder)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.save_pretrained(folder)
 
 
-def untied(fields: dict[str, Any]) -> dict[str, Any]:
-    """A model's configuration that says its head and its embedding are separate."""
-    fields = fields | {"tie_word_embeddings": False}
+def write_untied(folder: Path) -> None:
+    """Let a written configuration say that head and embedding are separate."""
+    fields = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
     if isinstance(fields.get("text_config"), dict):
         fields["text_config"] = fields["text_config"] | {"tie_word_embeddings": False}
-    return fields
+    _write_json(folder / CONFIG, fields)
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -14,13 +14,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lowbit.algorithms.rtn import relative_error
 from lowbit.checkpoint import compressed
+from lowbit.checkpoint.form import ASIDE
 from lowbit.errors import CheckpointError, RecipeError, WeightError
 from lowbit.formats import Format, format_from_name
 from lowbit.layers import LowBitLinear, PackedWeight
@@ -182,16 +186,18 @@ class Packing(Sites):
 class Reading(Sites):
     """Puts the packed weights of a low-bit checkpoint in place."""
 
-    def __init__(self, model: nn.Module, fields: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, fields: dict[str, Any], folder: Path | None = None) -> None:
         super().__init__(model)
         self.fields = fields
         self.own = fields["quant_method"] == OWN_METHOD
-        tied = (fields if self.own else fields.get(OWN_METHOD) or {}).get("tied") or {}
+        ours = fields if self.own else fields.get(OWN_METHOD) or {}
+        tied = ours.get("tied") or {}
         self.targets = [dataclasses.replace(t, tied_to=tied.get(t.path, t.tied_to)) for t in self.targets]
         self.by_name = {name: (target, suffix) for target in self.targets for name, suffix in _weight_names(target)}
         self.formats: dict[str, Any] = self._own_formats() if self.own else self._schemes()
-        # Dense copies of weights that are also there packed: of an embedding tied to its head. Never read.
-        self.copies = [] if self.own else [f"{owner}.weight" for owner in tied.values()]
+        self.beside = Beside.found(folder, ours.get("packed") or {})
+        # Dense copies of weights that are also there packed, in a tied head or in the file beside. Never read.
+        self.copies = [] if self.own else [f"{owner}.weight" for owner in (*tied.values(), *self.beside.formats)]
 
     def _own_formats(self) -> dict[str, Any]:
         layers = self.fields.get("layers") or {}
@@ -220,14 +226,17 @@ class Reading(Sites):
         """Put one packed weight in place; `tensors` are its buffers by the names of its form."""
         target, suffix = self.by_name[name]
         path = _held_path(target, suffix)
-        if target.path in self.placed or name in self.copies:
+        if target.path in self.placed or (name in self.copies and path not in self.beside.formats):
             return
-        if path not in self.formats:
+        if path not in self.formats and path not in self.beside.formats:
             raise CheckpointError(f"{path} is packed in the checkpoint, but config.json does not say how")
         dense = getattr(target.module, suffix)
         shape = tuple(stored_order(target, dense).shape)
         try:
-            packed = self._packed(path, tensors, shape)
+            if path in self.beside.formats:
+                packed = self.beside.read(path, shape, next(iter(tensors.values())).device)
+            else:
+                packed = self._packed(path, tensors, shape)
         except WeightError as error:
             raise CheckpointError(f"{path}: {error}; the weights and config.json are not of the same model") from None
         self.place(target, suffix, PackedWeight(packed, dense.dtype), missing)
@@ -246,6 +255,33 @@ class Reading(Sites):
             if target.path not in self.placed and _held_path(target, suffix) in self.formats:
                 raise CheckpointError(f"the checkpoint lacks the packed weight {name} that config.json promises")
         self.settle_biases()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Weights that are dense in a checkpoint, for other readers, and packed in a file beside it."""
+
+    file: Path
+    formats: dict[str, Format]
+
+    @classmethod
+    def found(cls, folder: Path | None, names: dict[str, str]) -> Beside:
+        """What a configuration names, if the file is there: a folder may have been copied without it."""
+        file = Path(ASIDE) if folder is None else folder / ASIDE
+        there = folder is not None and file.exists()
+        return cls(file, {path: format_from_name(name) for path, name in names.items()} if there else {})
+
+    def read(self, path: str, shape: tuple[int, ...], device: torch.device) -> PackedTensor:
+        try:
+            with safe_open(self.file, framework="pt") as opened:
+                keys = {key for key in opened.keys() if key.rpartition(".")[0] == path}  # noqa: SIM118
+                tensors = {key.rpartition(".")[2]: opened.get_tensor(key).to(device) for key in keys}
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.file} cannot be read: {error}; get it again") from None
+        lacking = [part for part in _parts_of(self.formats[path]) if part not in tensors]
+        if lacking:
+            raise CheckpointError(f"{self.file} lacks the {lacking[0]} of {path}; it is incomplete")
+        return PackedTensor(self.formats[path], shape, **tensors)
 
 
 def _parts_of(format: Format) -> Iterator[str]:
