@@ -265,10 +265,10 @@ def test_other_files_are_refused_with_the_reason(tmp_path: Path, capsys: pytest.
     folder_of(config, {})
     (config / "config.json").write_text("{")
     told = {
-        pickled: "holds its weights as pickles (pytorch_model.bin)",
-        index: "is no index of shards",
-        config: "is not JSON",
-        tmp_path: "there is no .safetensors file in it",
+        pickled: "are pickles (pytorch_model.bin)",
+        index: "is no index",
+        config: "is not valid JSON",
+        tmp_path: "holds no weights",
         tmp_path / "absent": "there is no file or folder",
         pickled / "pytorch_model.bin": "is no checkpoint",
     }

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit.cli.headers import StoredTensor, read_folder, read_gguf, read_safetensors
 from lowbit.cli.listing import Hints, StoredWeight, hints_from, list_weights
 from lowbit.cli.options import add_json
 from lowbit.cli.output import Output, count_text, size_text
-from lowbit.cli.source import CONFIG, missing, read_config
+from lowbit.cli.source import missing
+from lowbit.contents import CONFIG, REPORT, StoredTensor, quantization_config, read_header, read_json, read_tensors
 from lowbit.errors import CheckpointError
 
 DESCRIPTION = """\
@@ -26,7 +26,6 @@ EXAMPLES = """\
   lowbit inspect ./small --all               every layer on its own line
   lowbit inspect model-q4_k_m.gguf
   lowbit inspect ./small --json | jq .bits_per_weight"""
-REPORT = "lowbit_report.json"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _HEADERS = ("weight", "count", "format", "shape", "bits/weight", "size")
 _RIGHT = ("count", "bits/weight", "size")
@@ -102,16 +101,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
         facts = {"model_type": metadata.get("general.architecture"), "quant_method": "gguf"}
         return _checkpoint(path, facts, tensors, Hints())
     if path.suffix == ".safetensors":
-        return _checkpoint(path, {}, read_safetensors(path), _hints(path.parent, _quantization_config(path.parent, {})))
+        return _checkpoint(path, {}, read_header(path), _hints(path.parent, _quantization_config(path.parent, {})))
     raise CheckpointError(f"{path} is no checkpoint: name a folder, a .safetensors file or a .gguf file")
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
+    """The metadata and the tensors of a GGUF file, with GGUF's names for both."""
+    from lowbit.interop.gguf_container import read_container
+
+    container = read_container(path)
+    tensors = [StoredTensor(e.name, e.type.name, e.shape, e.data.nbytes, path) for e in container.entries.values()]
+    return container.metadata, tensors
 
 
 def _read_model_folder(folder: Path) -> Checkpoint:
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1 and not (folder / CONFIG).is_file():
         return read_checkpoint(files[0])
-    tensors = read_folder(folder)
-    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    tensors = read_tensors(folder)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     quantization = _quantization_config(folder, config)
     facts = {
         "model_type": config.get("model_type"),
@@ -124,19 +132,19 @@ def _read_model_folder(folder: Path) -> Checkpoint:
 def _quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """How the folder says it was quantised: in its config, or in the file of an older tool."""
     if not config and (folder / CONFIG).is_file():
-        config = read_config(folder)
-    own = config.get("quantization_config")
-    if isinstance(own, dict):
+        config = read_json(folder / CONFIG)
+    own = quantization_config(config)
+    if own is not None:
         return own
     old = next((folder / name for name in _OLD_CONFIGS if (folder / name).is_file()), None)
     if old is None:
         return {}
     method = "gptq" if old.name == _OLD_CONFIGS[0] else "awq"
-    return {"quant_method": method} | read_config(folder, old.name)
+    return {"quant_method": method} | read_json(old)
 
 
 def _hints(folder: Path, quantization: dict[str, Any]) -> Hints:
-    return hints_from(quantization, read_config(folder, REPORT) if (folder / REPORT).is_file() else {})
+    return hints_from(quantization, read_json(folder / REPORT) if (folder / REPORT).is_file() else {})
 
 
 def _checkpoint(path: Path, facts: dict[str, Any], tensors: list[StoredTensor], hints: Hints) -> Checkpoint:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowbit.cli.headers import StoredTensor
+from lowbit.contents import StoredTensor
 from lowbit.errors import FormatError
 from lowbit.formats import format_from_name
 

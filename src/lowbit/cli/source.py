@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lowbit.contents import CONFIG, read_config
 from lowbit.errors import CheckpointError
 
-CONFIG = "config.json"
 # `name` or `owner/name`, as the hub spells them.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -95,15 +94,3 @@ def _folder_source(path: Path) -> Source:
 def _ask_which(path: Path, files: list[Path]) -> Source:
     names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
     raise CheckpointError(f"the folder {path} holds {len(files)} GGUF files: name one of them ({names})")
-
-
-def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
-    """The config.json of a model folder, or another of its JSON files."""
-    path = folder / name
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): copy the file again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no model's config: it holds a {type(config).__name__}, not an object")
-    return config

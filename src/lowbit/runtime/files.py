@@ -10,7 +10,6 @@ any size is made low-bit with room for one weight.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lowbit.contents import CONFIG, quantization_config, read_config, read_json, read_text, weight_files
 from lowbit.core import calls
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.formats import Format, format_from_name
@@ -28,12 +28,11 @@ from lowbit.models.spec import DecoderSpec, Located
 from lowbit.packing import PackedTensor
 from lowbit.recipe import Recipe
 from lowbit.runtime.gguf_blocks import NEAREST, packed_blocks
-from lowbit.runtime.mapped import MappedFile, Tensor, release_pages
+from lowbit.runtime.mapped import MappedFile, release_pages
 from lowbit.runtime.packed_names import PackedIndex
 from lowbit.runtime.stored import Dense, Weight, dequantize, join_rows, quantize_dense, stack
 from lowbit.runtime.text import Tokenizer
 
-CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 _DENSE_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Roles that a recipe packs, and what it calls them; routers, positions and vectors stay as they are.
 _RECIPE_ROLES = {
@@ -106,16 +105,14 @@ class FolderFiles:
             )
         self.path = path
         self.notes: list[str] = []
-        stored = read_json(path / CONFIG)
-        if not stored.get("model_type"):
-            raise CheckpointError(f"{path / CONFIG} names no model_type, so it does not describe a model")
-        self.tensors = self._map_tensors()
-        quantization = stored.pop("quantization_config", None)
+        stored = read_config(path)
+        self.tensors = {n: t for file in weight_files(path) for n, t in MappedFile(file).tensors.items()}
+        quantization = quantization_config(stored)
+        stored.pop("quantization_config", None)
         self.packed = PackedIndex(self.tensors, quantization, spec_from_config(stored).names_in_files)
         self.config = stored | ({"tie_word_embeddings": True} if self.packed.tied else {})
-        self.generation_config = (
-            read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
-        )
+        generation = path / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.exists() else {}
         self.names = set(self.tensors) | set(self.packed.paths)
 
     @property
@@ -126,23 +123,14 @@ class FolderFiles:
     def formats(self) -> set[Format]:
         return {format_from_name(name) for name in self.packed.format_of.values()}
 
-    def _map_tensors(self) -> dict[str, Tensor]:
-        if (self.path / INDEX).is_file() and not (self.path / WEIGHTS).is_file():
-            names = sorted(set(read_json(self.path / INDEX).get("weight_map", {}).values()))
-        else:
-            names = sorted(path.name for path in self.path.glob("*.safetensors"))
-        if not names:
-            raise CheckpointError(f"{self.path} holds no weights: there is neither {WEIGHTS} nor {INDEX}")
-        return {name: tensor for file in names for name, tensor in MappedFile(self.path / file).tensors.items()}
-
     def tokenizer(self) -> Tokenizer | None:
         file = self.path / "tokenizer.json"
-        if not file.is_file():
+        if not file.exists():
             return None
         config_file, template_file = self.path / "tokenizer_config.json", self.path / "chat_template.jinja"
-        config = read_json(config_file) if config_file.is_file() else {}
-        template = template_file.read_text(encoding="utf-8") if template_file.is_file() else None
-        return Tokenizer.from_json(file.read_text(encoding="utf-8"), config, template)
+        config = read_json(config_file) if config_file.exists() else {}
+        template = read_text(template_file) if template_file.exists() else None
+        return Tokenizer.from_json(read_text(file), config, template)
 
     def read(self, name: str, columns: int, is_embedding: bool = False) -> Weight:
         if name in self.packed.paths:
@@ -207,19 +195,6 @@ class GgufFiles:
 
     def release(self, name: str) -> None:
         release_pages(self.model.tensors[name].entry.data)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged, get it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; the file is damaged, get it again")
-    return value
 
 
 def read_spec(files: ModelFiles) -> DecoderSpec:

@@ -1,0 +1,224 @@
+"""What a model folder holds, read from its JSON and the headers of its safetensors; neither torch nor numpy is needed.
+
+    .safetensors = length of the header, u64 | header, JSON {name: {dtype, shape, data_offsets}} | the tensors' bytes
+    index        = JSON {weight_map: {name: file}}, where there are several files
+
+Every reader of folders stands on this file, so damage is found in one place and said in one sentence: a download that
+was cut short, a header that contradicts itself, a shard that is not there, a config whose numbers are none. Nothing
+behind it sees a header that is not whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import CheckpointError
+
+CONFIG = "config.json"
+OWN_CONFIG = "lowbit.json"
+REPORT = "lowbit_report.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+# Bits of an element by safetensors' name of its type. A type that is not here is not measured.
+ITEM_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+# Fields of a config.json that count something wherever they stand; a list counts per layer.
+_COUNTS = (
+    "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads",
+)  # fmt: skip
+_LENGTH = struct.Struct("<Q")
+# A header is JSON of names and offsets; one of more than this is a file of another kind (the safetensors library's limit).
+_LONGEST_HEADER = 100_000_000
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: its name, type and shape as stored, and where its bytes are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+    offset: int = 0
+
+    def read(self) -> bytes:
+        """The bytes of a (small) tensor."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.nbytes)
+
+
+def read_text(path: Path) -> str:
+    """A text of a model folder."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder, and a file is expected: get the model again") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is no text in UTF-8 ({error.reason}); the file is damaged, get it again"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model folder."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged, get it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object; the file is damaged, get it again")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model, of which at least the numbers are numbers."""
+    config = read_json(folder / CONFIG)
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
+        raise CheckpointError(f"{folder / CONFIG} names no model_type, so it does not describe a model")
+    _check_counts(folder / CONFIG, config)
+    if isinstance(config.get("text_config"), dict):
+        _check_counts(folder / CONFIG, config["text_config"])
+    return config
+
+
+def _check_counts(path: Path, fields: Mapping[str, Any]) -> None:
+    for name in _COUNTS:
+        value = fields.get(name)
+        counts = value if isinstance(value, list) and value else [value]
+        if value is not None and not all(type(count) is int and 0 < count < 1 << 31 for count in counts):
+            raise CheckpointError(f"{path} says {name} = {value!r}, which is no number from 1 up; get the file again")
+
+
+def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a config.json says about how the weights are quantised, or None when they are not."""
+    text = config.get("text_config")
+    found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    if found is None or isinstance(found, dict):
+        return found or None
+    raise CheckpointError(f"{CONFIG} holds a quantization_config that is no JSON object; the file is damaged")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; those that its index names are all there."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    names = sorted(set(_weight_map(folder).values())) or sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise CheckpointError(no_weights(folder))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{folder} lacks {len(absent)} of its {len(names)} files of weights ({absent[0]} ...): get them again"
+        )
+    return [folder / name for name in names]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Which file each tensor is in, by the index; empty for a folder without one, or whose one file is whole."""
+    path = folder / INDEX
+    if not path.exists() or (folder / WEIGHTS).exists():
+        return {}
+    found = read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) and file for file in found.values()):
+        raise CheckpointError(f"{path} is no index: its weight_map does not say which file each tensor is in")
+    return found
+
+
+def read_tensors(folder: Path) -> list[StoredTensor]:
+    """Every tensor of a model folder, over all of its files."""
+    tensors = [tensor for file in weight_files(folder) for tensor in read_header(file)]
+    lost = set(_weight_map(folder)) - {tensor.name for tensor in tensors}
+    if lost:
+        raise CheckpointError(f"{folder}: its index names {len(lost)} tensors that no file holds, for one {min(lost)}")
+    return tensors
+
+
+def has_only_pickles(folder: Path) -> bool:
+    """Whether a folder's weights are pickles and nothing else."""
+    return not list(folder.glob("*.safetensors")) and not (folder / INDEX).exists() and bool(_pickles(folder))
+
+
+def _pickles(folder: Path) -> list[str]:
+    return sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+
+
+def no_weights(folder: Path) -> str:
+    """The sentence for a folder without safetensors."""
+    if has_only_pickles(folder):
+        return (
+            f"the weights in {folder} are pickles ({_pickles(folder)[0]}), which can run code when they are loaded; "
+            "convert them to safetensors, or pass allow_pickle=True (--allow-pickle) if you trust their source"
+        )
+    return f"{folder} holds no weights: there is neither {WEIGHTS} nor {INDEX}"
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file, from its header, if the file is whole."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = _header_length(path, file.read(_LENGTH.size), size)
+            entries = json.loads(file.read(length))
+            start = _LENGTH.size + length
+            tensors = [_tensor(path, start, name, entry) for name, entry in entries.items() if name != "__metadata__"]
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder, and a file of weights is expected: get the model again") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path} is damaged: its header cannot be read; get it again") from None
+    end = max((tensor.offset + tensor.nbytes for tensor in tensors), default=start)
+    if size != end:
+        raise CheckpointError(
+            f"{path} is {'truncated' if size < end else 'damaged'}: it has {size} bytes, and by its header {end}; "
+            "get it again"
+        )
+    return tensors
+
+
+def _header_length(path: Path, prefix: bytes, size: int) -> int:
+    if len(prefix) < _LENGTH.size:
+        raise CheckpointError(f"{path} is truncated or no safetensors file: it has {size} bytes; get it again")
+    length: int = _LENGTH.unpack(prefix)[0]
+    if not 0 < length <= _LONGEST_HEADER:
+        raise CheckpointError(f"{path} is no safetensors file: its first 8 bytes are no length of a header")
+    if length > size - _LENGTH.size:
+        raise CheckpointError(f"{path} is truncated: it ends inside its header; get it again")
+    return length
+
+
+def _tensor(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
+    """One entry of a header. Whatever is odd about it, the file is not what its writer wrote."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, place = fields.get("dtype"), _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
+    if not isinstance(dtype, str) or shape is None or place is None or len(place) != 2:
+        raise CheckpointError(f"{path} is damaged: its header does not say what {name} is and where; get it again")
+    begin, end = place
+    bits = ITEM_BITS.get(dtype)
+    if begin > end or (bits is not None and (math.prod(shape) * bits + 7) // 8 != end - begin):
+        raise CheckpointError(
+            f"{path} is damaged: {name} has {end - begin} bytes, which is not {list(shape)} {dtype}; get it again"
+        )
+    return StoredTensor(name, dtype, shape, end - begin, path, start + begin)
+
+
+def _counts(value: Any) -> tuple[int, ...] | None:
+    whole = isinstance(value, list) and all(type(count) is int and count >= 0 for count in value)
+    return tuple(value) if whole else None
