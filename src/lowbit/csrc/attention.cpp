@@ -90,7 +90,7 @@ void Step::store_heads(Member& me, int64_t layer, int64_t token, int64_t head_be
         if (model_.qk_norm == LOWBIT_HEAD_NORM) norm(vector, head, size, head);
         if (model_.qk_norm == LOWBIT_HEADS_NORM) norm(at_head(vector, h * size), head, size, head);
         rotate(layer, token, head);
-        const float key_scale = engine_isa().store_key(type, head, model_.head_dim, cache.keys, position);
+        const float key_scale = engine_isa().store_key(type, head, model_.head_dim, padded, cache.keys, position);
         copy_clipped(qkv + plans_.v_places[static_cast<size_t>(h)], size, model_.clip, head);
         const float value_scale = engine_isa().store_value(type, head, model_.head_dim, padded, cache.values, position);
         if (cache.key_scales) {
@@ -145,6 +145,7 @@ void Step::attend_one(Member& me, int64_t layer, int64_t item) {
     job.key_begin = border(split);
     job.key_end = border(split + 1);
     job.scores = me.room.scores.get();
+    job.room = me.room.bytes.get();
     job.out = splits_ > 1 ? work_.split_out.get() + first_row * job.padded : me.room.out.get();
     job.most = splits_ > 1 ? work_.split_most.get() + first_row : me.room.most.get();
     job.total = splits_ > 1 ? work_.split_total.get() + first_row : me.room.total.get();
@@ -174,6 +175,7 @@ void Step::attend_tile(Member& me, int64_t layer, int64_t item) {
     job.key_begin = window ? std::max<int64_t>(tile.position - window + 1, 0) : 0;
     job.key_end = tile.position + tile.count;
     job.scores = me.room.scores.get();
+    job.room = me.room.bytes.get();
     job.out = me.room.out.get();
     job.most = me.room.most.get();
     job.total = me.room.total.get();

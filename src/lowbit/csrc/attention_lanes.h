@@ -20,12 +20,12 @@ constexpr int kRowTile = 6, kVectorTile = 4;
 constexpr int kRowTile = 4, kVectorTile = 1;
 #endif
 
-// What a masked score is worth: finite, so that the difference of two of them is a number.
-constexpr float kMasked = -1e30f;
+// What a masked score is worth: finite, so that the difference of two of them is a number, and a power of two, so that this difference
+// is 0 also in a fused product.
+constexpr float kMasked = -0x1p100f;
 
 inline F32 load_cached(const float* p) { return load(p); }
 inline F32 load_cached(const uint16_t* p) { return load_half(p); }
-inline F32 load_cached(const int8_t* p) { return load_bytes(p); }
 
 // out[r][v] (+)= sum over i < count of left[r][i] * right[i][v], where row i of `right` has vectors `step` numbers apart.
 template <class Number, int kRows, int kVectors, bool kAdd>
@@ -96,52 +96,62 @@ void add_values(const AttendJob& job, int64_t first, int64_t count) {
         multiply_rows<Number, 1, true>(job.rows, job.scores, kKeyTile, values + v, job.padded, kLane, count, job.out + v, job.padded);
 }
 
-// Scores of one row and tile become e^(score - most); the row's sums follow.
-inline void soften_row(const AttendJob& job, int64_t r, int64_t first, int64_t blocks) {
+constexpr float kLog2E = 1.44269504f;
+
+inline float power_of(float most, float lower) {  // e^(lower - most)
+    return first_of(power_of_two(splat((lower - most) * kLog2E)));
+}
+
+// Scores of one row and tile times their scales, capped, moved and masked in place; returns the largest by lane.
+inline F32 mask_scores(const AttendJob& job, int64_t r, int64_t first, int64_t blocks, float scale) {
     float* scores = job.scores + r * kKeyTile;
     const int64_t position = job.positions[r];
     const int64_t window_begin = job.window ? position - job.window + 1 : 0;
     const int64_t low = window_begin > job.key_begin ? window_begin : job.key_begin;
     const int64_t high = position + 1 < job.key_end ? position + 1 : job.key_end;
     const auto lane = [](int64_t key) { return static_cast<int>(key < 0 ? 0 : key > kLane ? kLane : key); };
-    F32 most = splat(job.most[r]);
+    F32 most = splat(kMasked);
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t key = first + b * kKeyBlock;
         F32 s = load(scores + b * kKeyBlock);
-        if (job.key_scales) s = s * load(job.key_scales + key);
+        if (job.key_scales) s = s * (load(job.key_scales + key) * splat(scale));
         if (job.soft_cap > 0.0f) s = splat(job.soft_cap) * hyperbolic_tangent(s * splat(1.0f / job.soft_cap));
         if (job.slopes) s = multiply_add(count_up() + splat(static_cast<float>(key - position)), splat(job.slopes[r]), s);
         if (key < low || key + kLane > high) s = inside(s, lane(low - key), lane(high - key), kMasked);
         store(scores + b * kKeyBlock, s);
         most = larger(most, s);
     }
-    const float peak = largest_of(most);
+    return most;
+}
+
+// What a row has so far, seen from a new largest score.
+inline void rescale_row(const AttendJob& job, int64_t r, float peak) {
+    const float shrink = power_of(peak, job.most[r]);
+    for (int64_t v = 0; v < job.padded; v += kLane) {
+        float* out = job.out + r * job.padded + v;
+        store(out, load(out) * splat(shrink));
+    }
+    job.total[r] *= shrink;
+    job.most[r] = peak;
+}
+
+// Scores of one row and tile become e^(score - most); the row's sums follow.
+inline void soften_row(const AttendJob& job, int64_t r, int64_t first, int64_t blocks) {
+    float* scores = job.scores + r * kKeyTile;
+    const float peak = largest_of(mask_scores(job, r, first, blocks, 1.0f));
+    if (peak > job.most[r]) rescale_row(job, r, peak);
+    const F32 lowered = splat(-job.most[r] * kLog2E);
     F32 total = splat(0.0f);
     for (int64_t b = 0; b < blocks; ++b) {
-        F32 p = exponential(load(scores + b * kKeyBlock) - splat(peak));
+        const F32 p = power_of_two(multiply_add(load(scores + b * kKeyBlock), splat(kLog2E), lowered));
         total = total + p;
-        if (job.value_scales) p = p * load(job.value_scales + first + b * kKeyBlock);
         store(scores + b * kKeyBlock, p);
-    }
-    if (peak > job.most[r]) {
-        const float shrink = sum_of(inside(exponential(splat(job.most[r] - peak)), 0, 1, 0.0f));
-        for (int64_t v = 0; v < job.padded; v += kLane) {
-            float* out = job.out + r * job.padded + v;
-            store(out, load(out) * splat(shrink));
-        }
-        job.total[r] *= shrink;
-        job.most[r] = peak;
     }
     job.total[r] += sum_of(total);
 }
 
 template <class Number>
 void attend_over(const AttendJob& job) {
-    for (int64_t r = 0; r < job.rows; ++r) {
-        job.most[r] = kMasked;
-        job.total[r] = 0.0f;
-    }
-    memset(job.out, 0, static_cast<size_t>(job.rows * job.padded) * sizeof(float));
     for (int64_t first = job.key_begin / kKeyBlock * kKeyBlock; first < job.key_end; first += kKeyTile) {
         const int64_t count = job.key_end - first < kKeyTile ? job.key_end - first : kKeyTile;
         const int64_t blocks = (count + kKeyBlock - 1) / kKeyBlock;
@@ -151,31 +161,32 @@ void attend_over(const AttendJob& job) {
     }
 }
 
+}  // namespace
+}  // namespace lowbit
+
+#include "attention_bytes.h"
+
+namespace lowbit {
+namespace {
+
 void attend(const AttendJob& job) {
+    for (int64_t r = 0; r < job.rows; ++r) {
+        job.most[r] = kMasked;
+        job.total[r] = 0.0f;
+    }
+    memset(job.out, 0, static_cast<size_t>(job.rows * job.padded) * sizeof(float));
     switch (job.cache_type) {
         case LOWBIT_CACHE_FP32: return attend_over<float>(job);
         case LOWBIT_CACHE_FP16: return attend_over<uint16_t>(job);
-        default: return attend_over<int8_t>(job);
+        default: return attend_bytes(job);
     }
 }
 
 // --- the cache ---
 
-// The multiplier that brings the largest of `count` numbers to 127, and its inverse for reading.
-inline float byte_scale(const float* x, int count) {
-    float most = 0.0f;
-    for (int i = 0; i < count; ++i) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-    return most / 127.0f;
-}
-
-float store_key(int cache_type, const float* key, int head_dim, void* keys, int64_t position) {
+float store_key(int cache_type, const float* key, int head_dim, int padded, void* keys, int64_t position) {
+    if (cache_type == LOWBIT_CACHE_INT8) return store_key_bytes(key, head_dim, padded, static_cast<uint8_t*>(keys), position);
     const int64_t place = position / kKeyBlock * kKeyBlock * head_dim + position % kKeyBlock;
-    if (cache_type == LOWBIT_CACHE_INT8) {
-        const float scale = byte_scale(key, head_dim), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-        int8_t* to = static_cast<int8_t*>(keys) + place;
-        for (int i = 0; i < head_dim; ++i) to[i * kKeyBlock] = static_cast<int8_t>(nearbyintf(key[i] * inverse));
-        return scale;
-    }
     if (cache_type == LOWBIT_CACHE_FP16) {
         uint16_t* to = static_cast<uint16_t*>(keys) + place;
         for (int i = 0; i < head_dim; ++i) to[i * kKeyBlock] = to_fp16(key[i]);
@@ -187,12 +198,7 @@ float store_key(int cache_type, const float* key, int head_dim, void* keys, int6
 }
 
 float store_value(int cache_type, const float* value, int head_dim, int padded, void* values, int64_t position) {
-    if (cache_type == LOWBIT_CACHE_INT8) {
-        const float scale = byte_scale(value, head_dim), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-        int8_t* to = static_cast<int8_t*>(values) + position * padded;
-        for (int i = 0; i < padded; ++i) to[i] = i < head_dim ? static_cast<int8_t>(nearbyintf(value[i] * inverse)) : 0;
-        return scale;
-    }
+    if (cache_type == LOWBIT_CACHE_INT8) return store_value_bytes(value, head_dim, padded, static_cast<uint8_t*>(values), position);
     if (cache_type == LOWBIT_CACHE_FP16) {
         uint16_t* to = static_cast<uint16_t*>(values) + position * padded;
         for (int i = 0; i < padded; ++i) to[i] = i < head_dim ? to_fp16(value[i]) : 0;

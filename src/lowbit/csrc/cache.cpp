@@ -13,12 +13,14 @@ namespace {
 
 int number_bytes(int type) { return type == LOWBIT_CACHE_FP32 ? 4 : type == LOWBIT_CACHE_FP16 ? 2 : 1; }
 int padded_width(int head_dim) { return static_cast<int>(divide_up(head_dim, 16) * 16); }
+// Bytes of a key go through the processor by fours of channels, so they are padded.
+int key_width(int head_dim, int type) { return type == LOWBIT_CACHE_INT8 ? padded_width(head_dim) : head_dim; }
 int64_t padded_context(int64_t context) { return divide_up(context, kKeyTile) * kKeyTile; }
 
 int64_t bytes_per_token(const lowbit_model& model, const lowbit_engine_options& options) {
     const int64_t heads = static_cast<int64_t>(model.layer_count) * model.kv_heads;
     const int64_t scales = options.cache_type == LOWBIT_CACHE_INT8 ? 2 * 4 : 0;
-    return heads * ((model.head_dim + padded_width(model.head_dim)) * number_bytes(options.cache_type) + scales);
+    return heads * ((key_width(model.head_dim, options.cache_type) + padded_width(model.head_dim)) * number_bytes(options.cache_type) + scales);
 }
 
 // Memory that the system can give without swapping, or -1 where it does not say.
@@ -61,7 +63,7 @@ int Cache::make(const lowbit_model& model, const lowbit_engine_options& options)
                     static_cast<long long>(available >> 20),
                     static_cast<long long>(available / (bytes_per_token(model, options) * options.slots) / kKeyTile * kKeyTile));
     type_ = options.cache_type;
-    head_dim_ = model.head_dim;
+    key_width_ = key_width(model.head_dim, type_);
     padded_ = padded_width(model.head_dim);
     context_ = padded_context(options.context);
     slots_ = options.slots;
@@ -69,7 +71,7 @@ int Cache::make(const lowbit_model& model, const lowbit_engine_options& options)
     width_ = number_bytes(type_);
     const int64_t rows = static_cast<int64_t>(model.layer_count) * slots_ * heads_ * context_;
     const bool scaled = type_ == LOWBIT_CACHE_INT8;
-    if (!keys_.map(rows * head_dim_ * width_) || !values_.map(rows * padded_ * width_) || (scaled && !scales_.map(rows * 2 * 4)))
+    if (!keys_.map(rows * key_width_ * width_) || !values_.map(rows * padded_ * width_) || (scaled && !scales_.map(rows * 2 * 4)))
         return fail(LOWBIT_NO_MEMORY, "the system gives no memory for a cache of %lld MB", static_cast<long long>(bytes >> 20));
     return LOWBIT_OK;
 }
@@ -77,7 +79,7 @@ int Cache::make(const lowbit_model& model, const lowbit_engine_options& options)
 HeadCache Cache::head(int64_t layer, int64_t slot, int64_t head) const {
     const int64_t row = ((layer * slots_ + slot) * heads_ + head) * context_;
     HeadCache out{};
-    out.keys = keys_.as<uint8_t>() + row * head_dim_ * width_;
+    out.keys = keys_.as<uint8_t>() + row * key_width_ * width_;
     out.values = values_.as<uint8_t>() + row * padded_ * width_;
     if (type_ == LOWBIT_CACHE_INT8) {
         out.key_scales = scales_.as<float>() + 2 * row;

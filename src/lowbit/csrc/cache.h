@@ -1,7 +1,8 @@
 // Keys and values of every layer, slot and key head.
 //
 //   keys    [layer][slot][head][context / 16][head_dim][16]    values  [layer][slot][head][context][padded head_dim]
-//   int8 has a scale beside each key and value: [layer][slot][head][context]
+//   int8 has a scale beside each key and value: [layer][slot][head][context], and lies in fours (attention_bytes.h):
+//   keys    [layer][slot][head][context / 16][padded head_dim / 4][16][4]    values  [layer][slot][head][context / 4][padded head_dim][4]
 //
 // The memory is mapped and not touched: the system hands out pages as a sequence grows.
 #pragma once
@@ -44,7 +45,7 @@ public:
     int padded() const { return padded_; }
 
 private:
-    int type_ = 0, padded_ = 0, head_dim_ = 0;
+    int type_ = 0, padded_ = 0, key_width_ = 0;
     int64_t context_ = 0, slots_ = 0, heads_ = 0, width_ = 0;
     Pages keys_, values_, scales_;
 };

@@ -7,7 +7,7 @@
 namespace lowbit {
 
 constexpr int kKeyBlock = 16;  // keys whose channels lie side by side in the cache
-constexpr int kKeyTile = 64;   // keys that share one step of the online softmax
+constexpr int kKeyTile = 128;  // keys that share one step of the online softmax
 
 struct NormJob {
     int kind;  // lowbit_norm_kind
@@ -21,7 +21,7 @@ struct AttendJob {
     int64_t rows;
     int head_dim, padded;  // padded: head_dim rounded up to whole vectors, the width of a value
     int cache_type;
-    const void* keys;      // [blocks of 16 keys][head_dim][16]
+    const void* keys;      // [blocks of 16 keys][head_dim][16]; int8 as in attention_bytes.h
     const void* values;    // [keys][padded]
     const float* key_scales;    // int8 only, one for each key
     const float* value_scales;
@@ -34,7 +34,11 @@ struct AttendJob {
     float* out;            // [rows][padded], not yet divided by `total`
     float* most;           // [rows] largest score
     float* total;          // [rows] sum of e^(score - most)
+    uint8_t* room;         // attend_room() bytes; int8 only
 };
+
+// Queries in two planes of bytes, a tile's probabilities in two, three numbers.
+inline int64_t attend_room(int64_t rows, int64_t padded) { return rows * (2 * padded + 2 * kKeyTile + 12); }
 
 // y[t][r] = bias[r] + sum x[t][k] w[r][k] for rows [row_begin, row_end) of a plain matrix.
 struct DenseJob {
@@ -59,7 +63,7 @@ struct EngineIsa {
     void (*dense)(const DenseJob& job);
     void (*attend)(const AttendJob& job);
     // One key or value of a head into the cache; int8 returns its scale.
-    float (*store_key)(int cache_type, const float* key, int head_dim, void* keys, int64_t position);
+    float (*store_key)(int cache_type, const float* key, int head_dim, int padded, void* keys, int64_t position);
     float (*store_value)(int cache_type, const float* value, int head_dim, int padded, void* values, int64_t position);
 };
 

@@ -217,7 +217,7 @@ bool make_room(const Plans& plans, const lowbit_engine_options& options, int64_t
            room->packed.make(packed_bytes(plans, kAloneTokens, options.compute)) && room->row.make(plans.qkv_size) &&
            room->branch.make(std::max<int64_t>(model.hidden_size, model.head_dim)) && room->queries.make(rows * model.head_dim) &&
            room->scores.make(rows * kKeyTile) && room->out.make(rows * padded) && room->most.make(rows) && room->total.make(rows) &&
-           room->positions.make(rows) && room->slopes.make(rows);
+           room->bytes.make(attend_room(rows, padded)) && room->positions.make(rows) && room->slopes.make(rows);
 }
 
 bool make_expert_buffers(const Plans& plans, const lowbit_engine_options& options, Workspace* work) {

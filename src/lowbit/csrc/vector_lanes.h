@@ -30,6 +30,7 @@ inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32 larger(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F32 smaller(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline float first_of(F32 x) { return _mm512_cvtss_f32(x.v); }
 inline float sum_of(F32 x) { return _mm512_reduce_add_ps(x.v); }
 inline float largest_of(F32 x) { return _mm512_reduce_max_ps(x.v); }
 inline F32 round_near(F32 x) { return {_mm512_roundscale_ps(x.v, 0)}; }
@@ -83,6 +84,7 @@ inline F32 operator/(F32 x, F32 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div
 inline F32 multiply_add(F32 x, F32 y, F32 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 inline F32 larger(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline F32 smaller(F32 x, F32 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline float first_of(F32 x) { return _mm256_cvtss_f32(x.a); }
 inline float sum_of(F32 x) {
     const __m256 s = _mm256_add_ps(x.a, x.b);
     __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -178,6 +180,7 @@ inline F32 larger(F32 a, F32 b) {
 inline F32 smaller(F32 a, F32 b) {
     return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
+inline float first_of(F32 x) { return x.v[0]; }
 inline float sum_of(F32 x) {
     for (int half = kLane / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
@@ -240,6 +243,18 @@ inline F32 exponential(F32 x) {
     p = multiply_add(p, r, splat(1.6666665459e-1f));
     p = multiply_add(p, r, splat(5.0000001201e-1f));
     p = multiply_add(p, r * r, r + splat(1.0f));
+    return times_power(p, n);
+}
+
+// 2^x = 2^n 2^r with |r| <= 1/2, good to one unit in the last place; below -126 the result is 0 or nearly.
+inline F32 power_of_two(F32 x) {
+    x = larger(x, splat(-126.0f));
+    const F32 n = round_near(x), r = x - n;
+    F32 p = multiply_add(splat(1.327644094e-3f), r, splat(9.675541086e-3f));
+    p = multiply_add(p, r, splat(5.550713370e-2f));
+    p = multiply_add(p, r, splat(2.402211973e-1f));
+    p = multiply_add(p, r, splat(6.931469670e-1f));
+    p = multiply_add(p, r, splat(1.000000072f));
     return times_power(p, n);
 }
 

@@ -35,6 +35,7 @@ struct Room {
     Buffer<float> row;             // one row of q, k and v, normalised
     Buffer<float> branch;          // one token's sum of experts, or its norm
     Buffer<float> queries, scores, out, most, total;  // of an attention item
+    Buffer<uint8_t> bytes;
     Buffer<int64_t> positions;
     Buffer<float> slopes;
 };

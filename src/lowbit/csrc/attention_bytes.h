@@ -1,0 +1,225 @@
+// Attention over int8 keys and values, both products in whole numbers (attention_lanes.h has the formula):
+//
+//   s_j = a b_j (Q . K_j)       Q: a query's bytes, a its scale; K_j, b_j those of a key
+//   o  += c (P . V)             P_j = round(p_j b'_j / c): a tile's probabilities times its values' scales, in 14 bits
+//
+// Four channels of 16 keys lie side by side, and four keys of 16 channels, so that a lane is one score or one output and a broadcast
+// of four bytes serves 16 of them. Keys are kept with 128 added: the product of the processors takes unsigned by signed bytes, and
+// 128 times the sum of the query is taken off once. Probabilities are relative to the largest of their own tile: next to a key that
+// takes nearly everything (the first token often does) the others of later tiles keep all their bits.
+#pragma once
+#include "byte_lanes.h"
+#include "engine_isa.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int kQueryMost = kQueryPlanes == 1 ? 127 : (63 << kQueryBits) + 31;
+constexpr int kShareBits = 7;
+constexpr float kShareMost = 16383.0f;  // two planes of 7 bits
+
+// The room of an item, by row of queries.
+struct ByteRoom {
+    float *query_scales, *weights;  // weights: what a tile's sums of values are worth
+    int32_t* starts;                // what the sums of a row's scores begin at
+    uint8_t *queries, *shares;      // [rows][planes][padded], [rows][2][kKeyTile]
+
+    ByteRoom(uint8_t* room, int64_t rows, int64_t padded) {
+        query_scales = reinterpret_cast<float*>(room);
+        weights = query_scales + rows;
+        starts = reinterpret_cast<int32_t*>(weights + rows);
+        queries = reinterpret_cast<uint8_t*>(starts + rows);
+        shares = queries + rows * kQueryPlanes * padded;
+    }
+};
+
+// Four bytes of each row, again and again, times `right`: lanes of `right` are `step` bytes apart and successive fours `right_stride`.
+struct ByteProduct {
+    const uint8_t* left;
+    int64_t left_stride, plane_stride;
+    const uint8_t* right;
+    int64_t right_stride, step, fours;
+};
+
+template <bool kKeys, int kPlanes, int kBits, int kRows, int kVectors, class Start, class Finish>
+inline void dot_tile(const ByteProduct& job, int64_t row, const Start& start, const Finish& finish) {
+    I32 total[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) total[r][v] = splat_int(0);
+    const uint8_t* rows = job.left + row * job.left_stride;
+#pragma GCC unroll 2
+    for (int plane = 0; plane < kPlanes; ++plane) {
+        if (plane > 0)
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) total[r][v] = shift_left<kBits>(total[r][v]);
+        for (int64_t i = 0; i < job.fours; ++i) {
+            Quads right[kVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) right[v] = load_quads(job.right + i * job.right_stride + v * job.step);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const Quads left = splat_quad(rows + r * job.left_stride + plane * job.plane_stride + 4 * i);
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v)
+                    total[r][v] = kKeys ? dot_quads(total[r][v], right[v], left) : dot_quads(total[r][v], left, right[v]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+        const auto begin = start(row + r);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) finish(row + r, v, to_floats(total[r][v]), begin);
+    }
+}
+
+template <bool kKeys, int kPlanes, int kBits, int kVectors, class Start, class Finish>
+inline void dot_rows(const ByteProduct& job, int64_t rows, const Start& start, const Finish& finish) {
+    int64_t r = 0;
+    for (; r + kRowTile <= rows; r += kRowTile) dot_tile<kKeys, kPlanes, kBits, kRowTile, kVectors>(job, r, start, finish);
+    switch (rows - r) {
+        case 1: return dot_tile<kKeys, kPlanes, kBits, 1, kVectors>(job, r, start, finish);
+        case 2: return dot_tile<kKeys, kPlanes, kBits, 2, kVectors>(job, r, start, finish);
+        case 3: return dot_tile<kKeys, kPlanes, kBits, 3, kVectors>(job, r, start, finish);
+        case 4: return dot_tile<kKeys, kPlanes, kBits, 4, kVectors>(job, r, start, finish);
+        case 5: return dot_tile<kKeys, kPlanes, kBits, 5, kVectors>(job, r, start, finish);
+        default: return;
+    }
+}
+
+// One query as bytes in planes of kQueryBits, its scale, and what a sum of products with keys moved by 128 has too much.
+inline void round_query(const AttendJob& job, const ByteRoom& room, int64_t r) {
+    const float* query = job.queries + r * job.head_dim;
+    const auto part = [&](int i) { return i + kLane <= job.head_dim ? load(query + i) : load_first(query + i, job.head_dim - i); };
+    F32 most = splat(0.0f);
+    for (int i = 0; i < job.padded; i += kLane) {
+        const F32 x = part(i);
+        most = larger(most, larger(x, splat(0.0f) - x));
+    }
+    const float largest = largest_of(most), inverse = largest > 0.0f ? kQueryMost / largest : 0.0f;
+    F32 sum = splat(0.0f);
+    int8_t* to = reinterpret_cast<int8_t*>(room.queries + r * kQueryPlanes * job.padded);
+    for (int i = 0; i < job.padded; i += kLane) {
+        const F32 x = round_near(part(i) * splat(inverse));
+        sum = sum + x;
+        if (kQueryPlanes == 1) {
+            store_bytes(to + i, x);
+            continue;
+        }
+        const F32 high = round_near(x * splat(1.0f / (1 << kQueryBits)));
+        store_bytes(to + i, high);
+        store_bytes(to + job.padded + i, x - high * splat(1 << kQueryBits));
+    }
+    room.query_scales[r] = largest / kQueryMost;
+    room.starts[r] = -128 * static_cast<int32_t>(sum_of(sum));
+}
+
+inline void score_bytes(const AttendJob& job, const ByteRoom& room, int64_t first, int64_t blocks) {
+    const int64_t block = static_cast<int64_t>(job.padded) * kKeyBlock;
+    ByteProduct product{room.queries, kQueryPlanes * job.padded, job.padded, static_cast<const uint8_t*>(job.keys) + first * job.padded,
+                        4 * kKeyBlock, block, (job.head_dim + 3) / 4};
+    float* scores = job.scores;
+    const auto start = [&](int64_t r) { return static_cast<float>(room.starts[r]); };
+    const auto finish = [&](int64_t r, int v, F32 total, float begin) { store(scores + r * kKeyTile + v * kLane, total + splat(begin)); };
+    int64_t b = 0;
+    for (; b + kVectorTile <= blocks; b += kVectorTile, product.right += kVectorTile * block, scores += kVectorTile * kKeyBlock)
+        dot_rows<true, kQueryPlanes, kQueryBits, kVectorTile>(product, job.rows, start, finish);
+    for (; b < blocks; ++b, product.right += block, scores += kKeyBlock)
+        dot_rows<true, kQueryPlanes, kQueryBits, 1>(product, job.rows, start, finish);
+}
+
+// What a probability is multiplied with to become a whole number, for each key of a tile, and the value of 1 in those numbers.
+inline float plan_shares(const AttendJob& job, int64_t first, int64_t count, float* factors) {
+    F32 most = splat(0.0f);
+    for (int64_t i = 0; i < count; i += kLane) {
+        const F32 scale = load(job.value_scales + first + i);
+        most = larger(most, i + kLane <= count ? scale : inside(scale, 0, static_cast<int>(count - i), 0.0f));
+    }
+    const float largest = largest_of(most);
+    for (int64_t i = 0; i < count; i += kLane) {
+        const F32 factor = load(job.value_scales + first + i) * splat(largest > 0.0f ? kShareMost / largest : 0.0f);
+        store(factors + i, i + kLane <= count ? factor : inside(factor, 0, static_cast<int>(count - i), 0.0f));
+    }
+    return largest / kShareMost;
+}
+
+// Scores of one row and tile become shares; the row's sums follow.
+inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, int64_t first, int64_t blocks, const float* factors, float unit) {
+    float* scores = job.scores + r * kKeyTile;
+    uint8_t* shares = room.shares + r * 2 * kKeyTile;
+    const float peak = largest_of(mask_scores(job, r, first, blocks, room.query_scales[r]));
+    const F32 lowered = splat(-peak * kLog2E);
+    F32 total = splat(0.0f);
+    for (int64_t b = 0; b < blocks; ++b) {
+        const F32 p = power_of_two(multiply_add(load(scores + b * kKeyBlock), splat(kLog2E), lowered));
+        total = total + p;
+        store_planes(shares + b * kKeyBlock, shares + kKeyTile + b * kKeyBlock, p * load(factors + b * kKeyBlock));
+    }
+    float weight = 1.0f;
+    if (peak > job.most[r]) {
+        rescale_row(job, r, peak);
+    } else {
+        weight = power_of(job.most[r], peak);
+    }
+    job.total[r] += weight * sum_of(total);
+    room.weights[r] = weight * unit;
+}
+
+inline void add_bytes(const AttendJob& job, const ByteRoom& room, int64_t first, int64_t count) {
+    ByteProduct product{room.shares, 2 * kKeyTile, kKeyTile, static_cast<const uint8_t*>(job.values) + first * job.padded, 4 * job.padded,
+                        4 * kLane, (count + 3) / 4};
+    float* out = job.out;
+    const auto start = [&](int64_t r) { return room.weights[r]; };
+    const auto finish = [&](int64_t r, int v, F32 total, float weight) {
+        float* to = out + r * job.padded + v * kLane;
+        store(to, multiply_add(total, splat(weight), load(to)));
+    };
+    int v = 0;
+    for (; v + kVectorTile * kLane <= job.padded; v += kVectorTile * kLane, product.right += 4 * kVectorTile * kLane, out += kVectorTile * kLane)
+        dot_rows<false, 2, kShareBits, kVectorTile>(product, job.rows, start, finish);
+    for (; v < job.padded; v += kLane, product.right += 4 * kLane, out += kLane) dot_rows<false, 2, kShareBits, 1>(product, job.rows, start, finish);
+}
+
+void attend_bytes(const AttendJob& job) {
+    const ByteRoom room(job.room, job.rows, job.padded);
+    alignas(64) float factors[kKeyTile];
+    for (int64_t r = 0; r < job.rows; ++r) round_query(job, room, r);
+    for (int64_t first = job.key_begin / kKeyBlock * kKeyBlock; first < job.key_end; first += kKeyTile) {
+        const int64_t count = job.key_end - first < kKeyTile ? job.key_end - first : kKeyTile;
+        const int64_t blocks = (count + kKeyBlock - 1) / kKeyBlock;
+        score_bytes(job, room, first, blocks);
+        const float unit = plan_shares(job, first, count, factors);
+        for (int64_t r = 0; r < job.rows; ++r) share_row(job, room, r, first, blocks, factors, unit);
+        add_bytes(job, room, first, count);
+    }
+}
+
+// The multiplier that brings the largest of `count` numbers to 127, and its inverse for reading.
+inline float byte_scale(const float* x, int count) {
+    float most = 0.0f;
+    for (int i = 0; i < count; ++i) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    return most / 127.0f;
+}
+
+// Bytes of a key or value at [channel / 4][16 keys][channel % 4] or [channel][key % 4].
+inline float store_key_bytes(const float* key, int head_dim, int padded, uint8_t* keys, int64_t position) {
+    const float scale = byte_scale(key, head_dim), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    uint8_t* to = keys + position / kKeyBlock * kKeyBlock * padded + position % kKeyBlock * 4;
+    for (int i = 0; i < padded; ++i)
+        to[i / 4 * 4 * kKeyBlock + i % 4] = static_cast<uint8_t>(128 + (i < head_dim ? static_cast<int>(nearbyintf(key[i] * inverse)) : 0));
+    return scale;
+}
+
+inline float store_value_bytes(const float* value, int head_dim, int padded, uint8_t* values, int64_t position) {
+    const float scale = byte_scale(value, head_dim), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    uint8_t* to = values + position / 4 * 4 * padded + position % 4;
+    for (int i = 0; i < padded; ++i) to[4 * i] = static_cast<uint8_t>(i < head_dim ? static_cast<int>(nearbyintf(value[i] * inverse)) : 0);
+    return scale;
+}
+
+}  // namespace
+}  // namespace lowbit

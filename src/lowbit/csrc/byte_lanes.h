@@ -1,0 +1,133 @@
+// Sixteen sums of four products of bytes at a time: what attention over int8 keys and values is made of. The counterpart of
+// vector_lanes.h for whole numbers; each instruction set's file compiles its own copy.
+//
+// A `Quads` holds four bytes for each of 16 lanes. dot_quads adds to every lane the four products of its unsigned and its signed
+// bytes; AVX2 adds pairs in 16 bits, so there an unsigned byte up to 255 allows signed ones up to 63, and one up to 127 all.
+#pragma once
+#include "vector_lanes.h"
+
+namespace lowbit {
+namespace {
+
+#if defined(__AVX512F__)
+
+constexpr int kQueryPlanes = 1, kQueryBits = 7;
+struct I32 {
+    __m512i v;
+};
+struct Quads {
+    __m512i v;
+};
+inline I32 splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Quads load_quads(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Quads splat_quad(const uint8_t* p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return {_mm512_set1_epi32(four)};
+}
+inline I32 dot_quads(I32 sum, Quads unsigned_bytes, Quads signed_bytes) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(unsigned_bytes.v), "v"(signed_bytes.v));
+    return sum;
+}
+template <int kBits>
+inline I32 shift_left(I32 x) {
+    return {_mm512_slli_epi32(x.v, kBits)};
+}
+inline F32 to_floats(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
+// Whole numbers below 2^14, from their nearest float, as two bytes of 7 bits each.
+inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
+    const __m512i whole = _mm512_cvtps_epi32(x.v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 7)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(127))));
+}
+
+#elif defined(__AVX2__)
+
+constexpr int kQueryPlanes = 2, kQueryBits = 6;
+struct I32 {
+    __m256i a, b;
+};
+struct Quads {
+    __m256i a, b;
+};
+inline I32 splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Quads load_quads(const uint8_t* p) {
+    const __m256i* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+inline Quads splat_quad(const uint8_t* p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
+}
+inline __m256i four_products(__m256i unsigned_bytes, __m256i signed_bytes) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_bytes, signed_bytes), _mm256_set1_epi16(1));
+}
+inline I32 dot_quads(I32 sum, Quads unsigned_bytes, Quads signed_bytes) {
+    return {_mm256_add_epi32(sum.a, four_products(unsigned_bytes.a, signed_bytes.a)),
+            _mm256_add_epi32(sum.b, four_products(unsigned_bytes.b, signed_bytes.b))};
+}
+template <int kBits>
+inline I32 shift_left(I32 x) {
+    return {_mm256_slli_epi32(x.a, kBits), _mm256_slli_epi32(x.b, kBits)};
+}
+inline F32 to_floats(I32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
+    alignas(32) int32_t whole[kLane];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(whole), _mm256_cvtps_epi32(x.a));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(whole + 8), _mm256_cvtps_epi32(x.b));
+    for (int i = 0; i < kLane; ++i) {
+        high[i] = static_cast<uint8_t>(whole[i] >> 7);
+        low[i] = static_cast<uint8_t>(whole[i] & 127);
+    }
+}
+
+#else
+
+constexpr int kQueryPlanes = 1, kQueryBits = 7;
+struct I32 {
+    int32_t v[kLane];
+};
+struct Quads {
+    uint8_t v[4 * kLane];
+};
+inline I32 splat_int(int32_t x) {
+    I32 out;
+    for (int i = 0; i < kLane; ++i) out.v[i] = x;
+    return out;
+}
+inline Quads load_quads(const uint8_t* p) {
+    Quads out;
+    memcpy(out.v, p, sizeof out.v);
+    return out;
+}
+inline Quads splat_quad(const uint8_t* p) {
+    Quads out;
+    for (int i = 0; i < kLane; ++i) memcpy(out.v + 4 * i, p, 4);
+    return out;
+}
+inline I32 dot_quads(I32 sum, Quads unsigned_bytes, Quads signed_bytes) {
+    for (int i = 0; i < kLane; ++i)
+        for (int k = 0; k < 4; ++k) sum.v[i] += unsigned_bytes.v[4 * i + k] * static_cast<int8_t>(signed_bytes.v[4 * i + k]);
+    return sum;
+}
+template <int kBits>
+inline I32 shift_left(I32 x) {
+    for (int i = 0; i < kLane; ++i) x.v[i] *= 1 << kBits;
+    return x;
+}
+inline F32 to_floats(I32 x) {
+    return each([&](int i) { return static_cast<float>(x.v[i]); });
+}
+inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
+    for (int i = 0; i < kLane; ++i) {
+        const int whole = static_cast<int>(nearbyintf(x.v[i]));
+        high[i] = static_cast<uint8_t>(whole >> 7);
+        low[i] = static_cast<uint8_t>(whole & 127);
+    }
+}
+
+#endif
+
+}  // namespace
+}  // namespace lowbit
