@@ -33,7 +33,7 @@ from lowbit.formats import as_format
 from lowbit.grid import unpack
 from lowbit.models.walk import find_targets
 from lowbit.quantize import plan
-from lowbit.recipe import Recipe, recipe_named
+from lowbit.recipe import VALUES, Recipe, recipe_named
 from lowbit_assets import chunks, move_scales, reference_model, text
 
 BUDGET = 4.6
@@ -41,7 +41,6 @@ WINDOW = 512
 TEXTS = ("sqlite_valid", "moby_dick")
 NUMBERS = "default_format.json"
 REFERENCE_SEED = 2026
-VALUES = r"(^|\.)v_proj$"
 ATTENTION_INPUTS = r"(^|\.)[qkv]_proj$"
 
 

@@ -120,7 +120,7 @@ def pack_weight(
             bytes_before=weight.nbytes,
             bytes_after=packed.nbytes,
             error=relative_error(weight, packed),
-            note=note,
+            note="; ".join(text for text in (note, choice.note) if text),
         )
     )
     return packed

@@ -21,15 +21,19 @@ ROUNDERS = ("rtn", "plain_rtn")
 
 @dataclass(frozen=True)
 class Choice:
-    """The formats that one weight may take (the one with the least error wins), or none and the reason."""
+    """The formats that one weight may take (the one with the least error wins), or none and the reason.
+
+    `note` is what the report adds to the line of a packed weight.
+    """
 
     formats: tuple[Format, ...] = ()
     reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do to a model. A role without a format is left as it is."""
+    """What to do to a model. A role without a format is left as it is. `notes` are remarks on paths, for the report."""
 
     linear: Format
     head: Format | None = None
@@ -39,16 +43,17 @@ class Recipe:
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Format | None], ...] = ()
     alternatives: tuple[Format, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
     name: str = ""
 
     def __post_init__(self) -> None:
         if self.rounder not in ROUNDERS:
             raise RecipeError(f"no rounder is called {self.rounder!r}: {nearest(self.rounder, ROUNDERS)}")
-        for pattern, _ in self.overrides:
+        for pattern, _ in (*self.overrides, *self.notes):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise RecipeError(f"override {pattern!r} is not a regular expression: {error}") from None
+                raise RecipeError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
 
     def choose(self, path: str, role: str) -> Choice:
         """What becomes of the weight at a path."""
@@ -62,7 +67,8 @@ class Recipe:
         chosen = by_role.get(role, self.linear)
         if chosen is None:
             return Choice(reason=f"the recipe leaves every {role} in full precision")
-        return Choice((chosen, *self.alternatives) if chosen == self.linear else (chosen,))
+        note = next((note for pattern, note in self.notes if re.search(pattern, path)), "")
+        return Choice((chosen, *self.alternatives) if chosen == self.linear else (chosen,), note=note)
 
     def replace(self, **changes: Any) -> Recipe:
         return dataclasses.replace(self, **changes)
@@ -85,6 +91,7 @@ class Recipe:
         values["skip"] = tuple(values.get("skip", ()))
         values["alternatives"] = tuple(as_format(f) for f in values.get("alternatives", ()))
         values["overrides"] = tuple((p, as_format(f) if f else None) for p, f in values.get("overrides", ()))
+        values["notes"] = tuple((p, note) for p, note in values.get("notes", ()))
         return cls(**values)
 
 
@@ -96,13 +103,26 @@ def _plain(value: Any) -> Any:
     return value
 
 
+# What the families call the projection of attention values, where it is a weight of its own, and the weights in which it
+# is fused with those of queries or keys.
+VALUES = (
+    r"(^|\.)(v_proj|v_lin|value_proj|to_v|wv)$|[aA]ttention(\.self|\.attention)?\.(value|v)$|(attn|crossattention)\.v$"
+)
+FUSED_VALUES = (
+    r"(^|\.)(query_key_value|qkv_proj|qkv|[wW]qkv|W_pack|c_attn|att_proj|to_qkv|kv_proj|kv_b_proj|key_value|to_kv)$"
+)
+_FUSED_NOTE = (
+    "values share this weight with queries or keys, so they have its format and not the 6 bit that int4 gives them"
+)
+
 # The 4-bit default is measured, not assumed: benchmarks/results/default_format.md has the table. The value projections
 # are a fortieth of the weights and carry a quarter of the damage: at 6 bit they save more than any use of as many bits.
 _INT4 = Recipe(
     as_format("int4_g64"),
     head=as_format("int5_g32"),
     embedding=as_format("int5_g32"),
-    overrides=((r"(^|\.)v_proj$", as_format("int6_g64")),),
+    overrides=((VALUES, as_format("int6_g64")),),
+    notes=((FUSED_VALUES, _FUSED_NOTE),),
     name="int4",
 )
 RECIPES: dict[str, Recipe] = {"int4": _INT4, "sym_int4": _INT4}

@@ -24,6 +24,8 @@ from torch import nn
 Role = Literal["linear", "head", "embedding", "conv", "experts"]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EXPERT_UP_NAMES = ("gate_up_proj", "up_proj")
+# Subclasses of nn.Linear whose own forward computes what nn.Linear's does.
+_SPELT_OUT = ("FalconLinear",)
 # Names that transformers' families give to the linear that routes tokens to experts.
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 
@@ -84,7 +86,9 @@ def _role(module: nn.Module, head: nn.Module | None) -> Role | None:
         return "head"
     if type(module) is nn.Linear or _is_conv1d(module):
         return "linear"
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and (
+        type(module).forward is nn.Linear.forward or type(module).__name__ in _SPELT_OUT
+    ):
         return "linear"
     if isinstance(module, nn.Embedding) and not _offset_positions(module):
         return "embedding"
