@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.bridge import attach_engine
 from lowbit.checkpoint import compressed
+from lowbit.checkpoint.devices import check_device_map
 from lowbit.checkpoint.form import parts, saved_form
 from lowbit.checkpoint.hf_names import keep_renamings_only_
 from lowbit.checkpoint.layout import held_weights
@@ -180,6 +181,14 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.start = 0.0
 
     # --- before loading ---
+
+    def update_device_map(self, device_map: Any) -> Any:
+        check_device_map(device_map)
+        return device_map
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Called again with the map that stands for a word such as "auto"."""
+        check_device_map(device_map)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **options: Any) -> None:
         self.start = time.perf_counter()

@@ -1,0 +1,54 @@
+"""`device_map`: where a model's weights shall lie, looked at before anything is read.
+
+A device is a name ("cpu", "cuda:1"), a number, a torch.device, a map from modules to these, or a word such as "auto" for a
+map that accelerate makes. Maps over several GPUs are accelerate's work. What cannot come to a good end is refused here:
+devices that are not there, and weights on the disk or partly on the CPU, which would be copied at every call. A low-bit
+model is small: it fits where it runs, or it runs elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lowbit.errors import CheckpointError
+
+# Words for a map that is made from the memory that is free.
+WORDS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def check_device_map(device_map: Any) -> None:
+    """Refuse a map that names a device which is not there, or which would hold weights and not run them."""
+    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    kinds = {_kind(place) for place in places if place is not None and place not in WORDS}
+    if "disk" in kinds:
+        raise CheckpointError(
+            "device_map sends weights to the disk, from where they would be read at every call; "
+            "a low-bit model is small: use device_map='cpu', or a format of fewer bits"
+        )
+    if "meta" in kinds:
+        raise CheckpointError(
+            "device_map='meta' would load no weights; lowbit.low_memory_init() makes a model without them"
+        )
+    for kind in sorted(kinds):
+        if not _is_there(kind):
+            raise CheckpointError(f"torch sees no {kind} device here: use device_map='cpu', and see `lowbit doctor`")
+    if "cpu" in kinds and len(kinds) > 1:
+        raise CheckpointError(
+            f"device_map splits the model between cpu and {', '.join(sorted(kinds - {'cpu'}))}, and the part on the CPU would be "
+            "copied at every call; use one kind of device, or a format of fewer bits"
+        )
+
+
+def _kind(place: Any) -> str:
+    """The kind of device that a place of a map stands for."""
+    if isinstance(place, int):
+        return torch.device(place).type
+    return place.type if isinstance(place, torch.device) else str(place).partition(":")[0]
+
+
+def _is_there(kind: str) -> bool:
+    """Whether torch sees a device of a kind; of kinds that it does not know, it shall speak itself."""
+    seen = {"cuda": torch.cuda.is_available, "xpu": torch.xpu.is_available, "mps": torch.backends.mps.is_available}
+    return kind not in seen or seen[kind]()
