@@ -56,7 +56,7 @@ def test_quantize_reports_what_it_did(dense: Path, tmp_path: Path, capsys: pytes
     out = tmp_path / "out"
     assert main(["quantize", str(dense), str(out)]) == OK
     text = capsys.readouterr().out
-    for word in ("size", "bits per weight", "error", "kernels", "hurt most", f"saved in {out}"):
+    for word in ("size", "bits per weight", "error", "kernels", "errors in model.layers", f"saved in {out}"):
         assert word in text
     assert (out / "tokenizer.json").is_file()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

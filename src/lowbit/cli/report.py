@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from lowbit.cli.output import Output, seconds_text, size_text
 from lowbit.report import LayerReport, Report
 
-WORST_SHOWN = 8
 SKIPPED_SHOWN = 12
+# Layers in one table of errors; longer models show their worst layers, in their order.
+LAYERS_SHOWN = 48
+# model.layers.7.self_attn.q_proj is the weight self_attn.q_proj of layer 7 of model.layers.
+_IN_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>\d+)\.(?P<weight>.+)")
 _HEADERS = ("weight", "format", "shape", "bits/weight", "error", "size", "kernel")
 _RIGHT = ("bits/weight", "error", "size")
 
 
 def print_report(output: Output, report: Report, everything: bool = False) -> None:
-    """Totals, the weights that rounding hurt most (or all), what was left, the kernels."""
+    """Totals, the error of every weight layer by layer (or a line for each weight), what was left, the kernels."""
     print_totals(output, report)
     output.say()
-    rows = report.layers if everything else report.worst[:WORST_SHOWN]
-    if not everything and len(report.layers) > len(rows):
-        output.say(f"the {len(rows)} of {len(report.layers)} weights that rounding hurt most (--all shows all):")
-    output.table(_HEADERS, [_row(layer) for layer in rows], right=_RIGHT)
+    if everything:
+        output.table(_HEADERS, [_row(layer) for layer in report.layers], right=_RIGHT)
+    else:
+        print_errors(output, report)
     notes = [layer for layer in report.layers if layer.note]
     for layer in notes if everything else notes[:SKIPPED_SHOWN]:
         output.say(f"note: {layer.path}: {layer.note}")
@@ -52,6 +56,35 @@ def error_summary(report: Report) -> str:
         return "-"
     worst = report.worst[0]
     return f"{sum(errors) / len(errors):.4f} on average, {worst.error:.4f} at most ({worst.path})"
+
+
+def print_errors(output: Output, report: Report) -> None:
+    """The relative error of every weight: a line for each layer of a stack, a column for each of its weights."""
+    stacks: dict[str, dict[int, dict[str, float]]] = {}
+    alone: list[LayerReport] = []
+    for row in report.layers:
+        found = _IN_LAYER.fullmatch(row.path)
+        if found is None:
+            alone.append(row)
+        else:
+            layers = stacks.setdefault(found["stack"], {})
+            layers.setdefault(int(found["index"]), {})[found["weight"]] = row.error
+    if alone:
+        output.table(_HEADERS, [_row(layer) for layer in alone], right=_RIGHT)
+    for stack, layers in stacks.items():
+        weights = list(dict.fromkeys(name for errors in layers.values() for name in errors))
+        worst = sorted(layers, key=lambda index: max(layers[index].values()), reverse=True)[:LAYERS_SHOWN]
+        names = _short(weights)
+        cells = [[str(i), *(f"{layers[i][w]:.4f}" if w in layers[i] else "-" for w in weights)] for i in sorted(worst)]
+        cut = f", the {len(worst)} worst of {len(layers)} layers" if len(worst) < len(layers) else ""
+        output.say(f"\nerrors in {stack}{cut} (lowbit quantize --all has a line for each weight):")
+        output.table(("layer", *names), cells, right=("layer", *names))
+
+
+def _short(weights: list[str]) -> list[str]:
+    """Names of weights without the modules around them, where that leaves them apart."""
+    short = [name.rpartition(".")[2] for name in weights]
+    return short if len(set(short)) == len(short) else weights
 
 
 def print_skipped(output: Output, report: Report, everything: bool) -> None:
