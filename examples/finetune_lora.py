@@ -1,4 +1,4 @@
-"""Train a LoRA adapter on a packed model with plain peft: packed weights stay frozen, gradients pass through them."""
+"""Train a LoRA adapter on a packed model with peft and transformers' Trainer: packed weights stay frozen."""
 
 import peft
 import torch
@@ -14,15 +14,29 @@ tokenizer = transformers.AutoTokenizer.from_pretrained("nf4")
 model = peft.prepare_model_for_kbit_training(model)
 model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
-batch = tokenizer("lowbit keeps each weight in a few bits and trains a small adapter beside it.", return_tensors="pt")
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
-losses = []
-for _ in range(6):
-    loss = model(**batch, labels=batch["input_ids"]).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    losses.append(loss.item())
+text = "lowbit keeps each weight in a few bits and trains a small adapter beside it."
+ids = tokenizer(text, return_tensors="pt").input_ids[0]
+trainer = transformers.Trainer(
+    model=model,
+    args=transformers.TrainingArguments(
+        output_dir="run",
+        max_steps=6,
+        per_device_train_batch_size=1,
+        learning_rate=5e-3,
+        gradient_checkpointing=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+    ),
+    train_dataset=[{"input_ids": ids, "labels": ids}] * 6,
+)
+trainer.train()
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 print("loss:", ", ".join(f"{value:.2f}" for value in losses))
 assert losses[-1] < losses[0] / 2
-model.save_pretrained("adapter")
+trainer.save_model("adapter")
+
+# The adapter is an ordinary peft folder: it goes onto the packed model again, or onto the model in full precision.
+again = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("nf4"), "adapter").eval()
+with torch.inference_mode():
+    assert torch.equal(again(ids[None]).logits, model.eval()(ids[None]).logits)
