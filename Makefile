@@ -9,13 +9,14 @@ PINS := -c requirements/constraints.txt
 OTHER_TRANSFORMERS := 5.12.1
 OVERLAY := $(VENV)/transformers-$(OTHER_TRANSFORMERS)
 
-.PHONY: help demo test check bench form clean setup
+.PHONY: help demo test check bench bench-peers form clean setup
 
 help:
 	@echo "make demo    set everything up and quantise, save, load and run a small model"
 	@echo "make test    set everything up and pass every test"
 	@echo "make check   ruff, mypy, form tests, unit tests; under two minutes"
 	@echo "make bench   the benchmarks, written to benchmarks/results"
+	@echo "make bench-peers   the programs to measure against, in PEERS (12 GB, half an hour); IK_SOURCE=DIR adds ik_llama.cpp"
 
 setup: $(READY)
 
@@ -45,6 +46,10 @@ test: $(READY) $(OVERLAY)
 bench: $(READY)
 	$(RUN)/python benchmarks/default_format.py
 	$(RUN)/python benchmarks/load_times.py
+
+PEERS ?= .venv-peers
+bench-peers: $(READY)
+	$(RUN)/python benchmarks/peers/prepare.py $(PEERS) $(if $(IK_SOURCE),--ik-source $(IK_SOURCE))
 
 clean:
 	rm -rf $(VENV) build

@@ -1,0 +1,201 @@
+"""From readings to verdicts: which of our rows may be set against a peer, the table of the goals, and what lies behind it.
+
+A 4-bit figure counts only for a recipe that is no further from the original than the peer's file is. So every peer meets
+the fastest of our recipes whose KL divergence is no worse than its own, and the row's ratio is the least of those: it is
+reached only if every peer is beaten at its own quality or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import common
+
+from peers.rounds import FEWEST_QUIET, NOISE, Row
+
+Line = dict[str, Any]
+# The random 1.1 B has no quality of its own: its files are judged by what the same format does to the reference model.
+SAME_QUALITY = 1.005  # within half a percent two mean KLs over some thousand tokens are the same
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A peer and the recipe of ours that is set against it."""
+
+    peer: Line
+    ours: Line | None
+    ratio: float
+
+
+def meetings(found: Mapping[str, Any], quality: Mapping[str, float], row: Row) -> list[Meeting]:
+    """Each peer with our best recipe that is no worse than its file."""
+    ours = [line for line in found["lines"] if line["ours"] and line["unit"] == row.task.unit]
+    peers = [line for line in found["lines"] if not line["ours"]]
+    if row.against == "lowbit":  # ours against ours: `model.generate` against the engine
+        ours, peers = [x for x in ours if "generate" in x["name"]], [x for x in ours if "generate" not in x["name"]]
+    made = []
+    for peer in peers:
+        allowed = [line for line in ours if may_meet(line, peer, quality)]
+        best = choose(allowed, row)
+        made.append(Meeting(peer, best, best["median"] / peer["median"] if best else 0.0))
+    return made
+
+
+def may_meet(ours: Line, peer: Line, quality: Mapping[str, float]) -> bool:
+    own, other = quality.get(ours["quality"]), quality.get(peer["quality"])
+    return own is None or other is None or own <= other * SAME_QUALITY
+
+
+def choose(lines: Sequence[Line], row: Row) -> Line | None:
+    if not lines:
+        return None
+    return (min if row.task.less_is_better else max)(lines, key=lambda line: float(line["median"]))
+
+
+def hardest(met: Sequence[Meeting], row: Row) -> Meeting | None:
+    """The meeting that decides the row: the least ratio (the greatest, of seconds and megabytes)."""
+    counted = [m for m in met if not row.against or row.against in ("lowbit", m.peer["program"])]
+    if not counted:
+        return None
+    return (max if row.task.less_is_better else min)(counted, key=lambda m: m.ratio)
+
+
+def goal_rows(
+    rows: Sequence[Row], done: Mapping[str, Any], quality: Mapping[str, float], tiles: bool
+) -> list[list[str]]:
+    """The table of the goals: what, must reach, ours, the deciding peer, the ratio, met or missed."""
+    lines = []
+    for row in rows:
+        if row.name not in done:
+            continue
+        found = done[row.name]
+        met = hardest(meetings(found, quality, row), row)
+        must = row.amx_ratio if tiles and row.amx_ratio else row.ratio
+        ours = met.ours if met else choose([x for x in found["lines"] if x["ours"]], row)
+        verdicts = []
+        if must is not None and met:
+            reached = met.ratio <= must if row.task.less_is_better else met.ratio >= must
+            verdicts.append(reached and met.ours is not None)
+        if row.most is not None and ours:
+            verdicts.append(ours["median"] <= row.most)
+        if row.bandwidth is not None and ours:
+            verdicts.append(ours["shares"]["bandwidth"] >= row.bandwidth)
+        if row.peak is not None and ours and not tiles:
+            verdicts.append(vector_share(ours, row) >= row.peak)
+        verdict = "" if not verdicts else "met" if all(verdicts) else "**missed**"
+        if verdict and any(line and too_noisy(line) for line in (ours, met.peer if met else None)):
+            verdict += ", but the machine was busy"
+        lines.append(
+            [
+                row.name,
+                goal_text(row, must, tiles),
+                value_text(ours) if ours else "none",
+                f"{met.peer['name']}: {value_text(met.peer)}" if met else "no peer ran",
+                f"{met.ratio:.2f}x" if met and met.ours else "no recipe of that quality" if met else "",
+                share_text(ours, row, tiles) if ours else "",
+                verdict,
+            ]
+        )
+    return lines
+
+
+def too_noisy(line: Line) -> bool:
+    return int(line["quiet"]) < min(FEWEST_QUIET, line["rounds"])
+
+
+def goal_text(row: Row, must: float | None, tiles: bool) -> str:
+    parts = []
+    if must is not None:
+        sign = "<=" if row.task.less_is_better else ">="
+        parts.append(f"{sign} {must:g}x {row.against or 'the best peer'}")
+    if row.most is not None:
+        parts.append(f"<= {row.most:g} {row.task.unit}")
+    if row.bandwidth is not None:
+        parts.append(f">= {row.bandwidth:.0%} of the bandwidth")
+    if row.peak is not None and not tiles:
+        parts.append(f">= {row.peak:.0%} of the VNNI peak")
+    return ", ".join(parts) or "for information"
+
+
+def value_text(line: Line) -> str:
+    digits = 2 if line["unit"] == "s" else 1 if line["median"] < 100 else 0
+    spread = f"{line['low']:.{digits}f}-{line['high']:.{digits}f}"
+    return f"{line['median']:.{digits}f} {line['unit']} ({spread})"
+
+
+def share_text(line: Line, row: Row, tiles: bool) -> str:
+    if row.task.kind == "decode":
+        return f"{line['shares']['bandwidth']:.0%} of {line['bandwidth']:.1f} GB/s"
+    if row.task.kind == "prefill":
+        peak, name = (line["tile_peak"], "AMX") if tiles else (line["vector_peak"], "VNNI")
+        return f"{operations(line, row) / peak:.0%} of {peak:.0f} GOP/s ({name})" if peak else ""
+    return ""
+
+
+def operations(line: Line, row: Row) -> float:
+    """Integer GOP/s of a prefill: the linear layers of every token; the head only of the last, attention left out."""
+    from peers.entries import SIZES
+
+    return 2e-9 * SIZES[row.model][0] * float(line["median"])
+
+
+def vector_share(line: Line, row: Row) -> float:
+    return operations(line, row) / line["vector_peak"] if line["vector_peak"] else 0.0
+
+
+def detail(row: Row, found: Mapping[str, Any], quality: Mapping[str, float], tiles: bool) -> str:
+    """All contenders of one row."""
+    ordered = sorted(found["lines"], key=lambda line: line["median"], reverse=not row.task.less_is_better)
+    lines = []
+    for line in ordered:
+        kl = quality.get(line["quality"])
+        noise = f"{line['others']:.0%} {'' if line['quiet'] == line['rounds'] else '(!)'}".strip()
+        lines.append(
+            [
+                f"**{line['name']}**" if line["ours"] else line["name"],
+                line["flags"],
+                value_text(line),
+                f"{line['bits']:.2f}" if line["bits"] else "",
+                f"{line['megabytes']:.0f}",
+                f"{kl:.4f}" if kl is not None else "",
+                share_text(line, row, tiles),
+                f"{line['bandwidth']:.1f}",
+                f"{line['vector_peak']:.0f}",
+                noise,
+                f"{line['quiet']}/{line['rounds']}",
+            ]
+        )
+    head = (
+        "program, file",
+        "flags",
+        f"{row.task.unit}: median (range)",
+        "bits",
+        "MB a token",
+        "KL",
+        "share of the limit",
+    )
+    text = [f"## {row.name}\n", common.table((*head, "GB/s beside", "GOP/s beside", "others", "quiet"), lines)]
+    text += [f"\n{name} gave no figure: {why}" for name, why in found["failed"].items()]
+    tried = [(line["name"], t) for line in found["lines"] for t in line["tried"]]
+    if tried:
+        said = "; ".join(f"{n} [{t['flags']}] {max(t['values']):.4g}" for n, t in tried)
+        text.append(f"\nFlags tried, the best of {len(tried[0][1]['values'])} short looks: {said}.")
+    return "\n".join(text) + "\n"
+
+
+def page(title: str, rows: Sequence[Row], data: Mapping[str, Any], quality: Mapping[str, float]) -> str:
+    tiles = "amx_int8" in data["machine"]["instruction set"] and not data.get("without_amx")
+    head = ("what", "must reach", "ours", "deciding peer", "ratio", "share of the limit", "verdict")
+    parts = [
+        f"# {title}\n",
+        f"{data['threads']} threads. Rounds interleaved; median and range. Of our recipes only those count against a peer "
+        "whose KL on the reference model is no worse than that of the peer's file (peers_quality.md). Limits (bandwidth, "
+        "integer peak of the registers) were read before each reading; 'others' is the most of a core that other processes "
+        f"took during one, and readings above {NOISE:.0%} are left out while three quiet ones remain.\n",
+        common.table(head, goal_rows(rows, data["rows"], quality, tiles)),
+        "",
+        *(detail(row, data["rows"][row.name], quality, tiles) for row in rows if row.name in data["rows"]),
+    ]
+    return "\n".join(parts)
