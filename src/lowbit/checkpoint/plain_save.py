@@ -22,6 +22,7 @@ from lowbit.checkpoint.form import saved_form
 from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.checkpoint.save import (
+    describe_to_engine,
     recipe_fields,
     refuse_to_replace_source,
     save_low_bit,
@@ -33,7 +34,7 @@ from lowbit.checkpoint.save import (
 )
 from lowbit.errors import CheckpointError
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|lowbit")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|lowbit(_engine\.json)?")
 
 
 def attach_saving(model: Any) -> None:
@@ -75,3 +76,4 @@ def _write(model: Any, folder: Path, adapters_only: bool, options: dict[str, Any
     if form.untie:
         write_untied(folder)
     write_report(model, folder)
+    describe_to_engine(folder)

@@ -4,6 +4,7 @@
     model*.safetensors        shards, and an index where there are several
     lowbit/embedding.safetensors   an embedding that is dense in the shards because other readers want it so, packed
     lowbit_report.json        what happened to every weight
+    lowbit_engine.json        what the C++ face of the core needs to know, where the engine runs such a model
     generation_config.json, tokenizer, processor, chat template, remote code, licence: as they came with the model
 
 Shards are made and written one at a time, so saving needs room for one of them. A model that is not transformers' own
@@ -13,6 +14,7 @@ tensors (see `plain_save.py`).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -30,8 +32,9 @@ from lowbit.checkpoint.folder import replace_folder
 from lowbit.checkpoint.form import ASIDE, Part, SavedForm, packed_aside, parts, saved_form
 from lowbit.checkpoint.hf_names import checkpoint_names, is_transformers_model
 from lowbit.contents import CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, LowbitError
 from lowbit.progress import Advance, progress
+from lowbit.runtime.engine_file import ENGINE_FILE, write_engine_file
 
 DEFAULT_SHARD = "5GB"
 _UNITS = {
@@ -55,6 +58,7 @@ _WRITTEN = (
     OWN_CONFIG,
     REPORT,
     INDEX,
+    ENGINE_FILE,
     "generation_config.json",
     "pytorch_model.bin.index.json",
     "quantize_config.json",
@@ -95,7 +99,14 @@ def save_low_bit(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_report(model, temporary)
+        describe_to_engine(temporary)
     return target
+
+
+def describe_to_engine(folder: Path) -> None:
+    """Write lowbit_engine.json if the engine runs the model; asked for by hand, the same function says why it does not."""
+    with contextlib.suppress(LowbitError):
+        write_engine_file(folder)
 
 
 def parse_size(size: int | str) -> int:

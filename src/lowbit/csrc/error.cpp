@@ -2,6 +2,10 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <new>
+#include <system_error>
+
+#include "face/refusal.h"
 
 namespace lowbit {
 namespace {
@@ -15,6 +19,20 @@ int fail(int code, const char* pattern, ...) {
     vsnprintf(message, sizeof message, pattern, arguments);
     va_end(arguments);
     return code;
+}
+
+int caught() {
+    try {
+        throw;
+    } catch (const Refusal& refusal) {
+        return fail(refusal.code(), "%s", refusal.what());
+    } catch (const std::bad_alloc&) {
+        return fail(LOWBIT_NO_MEMORY, "not enough memory for what was asked");
+    } catch (const std::system_error& error) {
+        return fail(LOWBIT_NO_MEMORY, "the system refuses what was asked: %s", error.what());
+    } catch (const std::exception& error) {
+        return fail(LOWBIT_BAD_ARGUMENT, "what was given contradicts itself: %s", error.what());
+    }
 }
 
 }  // namespace lowbit

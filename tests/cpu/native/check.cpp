@@ -35,9 +35,23 @@ std::vector<float> Random::bells(int64_t count) {
 
 namespace {
 
-lowbit_format integers(int bits, bool symmetric, int group, int scale) { return {bits, LOWBIT_INT, symmetric, group, scale, 0, nullptr}; }
+lowbit_format integers(int bits, bool symmetric, int group, int scale) {
+    lowbit_format format{};
+    format.bits = bits;
+    format.kind = LOWBIT_INT;
+    format.symmetric = symmetric;
+    format.group_size = group;
+    format.scale_type = scale;
+    return format;
+}
 
-lowbit_format levels(int bits, int group, int scale, const float* table) { return {bits, LOWBIT_LEVELS, 1, group, scale, 1 << bits, table}; }
+lowbit_format levels(int bits, int group, int scale, const float* table) {
+    lowbit_format format = integers(bits, true, group, scale);
+    format.kind = LOWBIT_LEVELS;
+    format.level_count = 1 << bits;
+    format.levels = table;
+    return format;
+}
 
 const float kNf4[16] = {-1.0f,       -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f, -0.091050036f, 0.0f,
                         0.0795803f,  0.1609302f,  0.2461123f,   0.33791524f, 0.44070983f,  0.562617f,    0.72295684f,   1.0f};
@@ -176,8 +190,8 @@ Weight quantized(const lowbit_format& format, int64_t rows, int64_t cols, uint64
 
 std::unique_ptr<Aligned> prepared(const Weight& weight) {
     auto buffer = std::make_unique<Aligned>(lowbit_prepared_bytes(&weight.format, weight.rows, weight.cols));
-    EXPECT(lowbit_prepare(&weight.format, weight.rows, weight.cols, weight.codes.data(), weight.scales.data(), weight.zeros_or_null(), &weight.unit,
-                          buffer->data(), buffer->size()) == LOWBIT_OK);
+    EXPECT(call(lowbit_prepare, &weight.format, weight.rows, weight.cols, weight.codes.data(), weight.scales.data(), weight.zeros_or_null(), &weight.unit,
+                buffer->data(), buffer->size()) == LOWBIT_OK);
     return buffer;
 }
 
