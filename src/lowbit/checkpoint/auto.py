@@ -12,9 +12,7 @@ Keywords that belong to transformers go on to it untouched.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,16 +21,17 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
+from lowbit.checkpoint.devices import check_device_map
 from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
 from lowbit.checkpoint.gguf_source import gguf_file, lazy_tensors
 from lowbit.checkpoint.hf import Job, LowBitConfig, reads
 from lowbit.checkpoint.keywords import CHOICES, Choices, as_dtype, build_recipe, cast_of
 from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.checkpoint.save import save_low_bit
-from lowbit.contents import CONFIG, has_only_pickles
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.checkpoint.verdict import check_account, check_method, one_sentence
+from lowbit.contents import CONFIG, has_only_pickles, read_config
+from lowbit.errors import CheckpointError
 from lowbit.interop.gguf import open_gguf
 from lowbit.recipe import Recipe
 
@@ -119,22 +118,6 @@ def _low_bit_named(kwargs: dict[str, Any]) -> tuple[str | None, list[str]]:
     return {"nf4": "nf4" + double, "fp4": "fp4" + double}.get(config.bnb_4bit_quant_type, FOUR_BITS), skip
 
 
-@contextlib.contextmanager
-def _one_sentence(source: str) -> Iterator[None]:
-    """transformers wraps whatever goes wrong while it loads; give back the sentence in it."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise CheckpointError(f"{source}: {error}; the file is damaged, get it again") from None
-    except RuntimeError as error:
-        if isinstance(error, LowbitError) or "mismatch" not in str(error):
-            raise
-        raise CheckpointError(
-            f"{source}: weights have other shapes than config.json says (transformers lists them above); "
-            "they are not of the same model"
-        ) from None
-
-
 class _AutoBase:
     """What the ten classes share. `transformers_class` is the class of transformers that does the work."""
 
@@ -145,12 +128,15 @@ class _AutoBase:
         """Load a model, packing it on the way in if a low-bit keyword asks for it."""
         source = Path(pretrained_model_name_or_path)
         request = _Request.take(kwargs)
+        check_device_map(kwargs.get("device_map"))
         gguf = gguf_file(source, kwargs.pop("gguf_file", None))
         if gguf is not None:
             return cls._from_gguf(gguf, request, *model_args, **kwargs)
         folder = source / (kwargs.get("subfolder") or "")
         if source.exists():
             check_folder(folder)
+            check_method(folder)
+            _refuse_untrusted_code(folder, kwargs)
             _admit_pickles(folder, request, kwargs)
             if request.recipe is not None and _is_low_bit(folder):
                 warnings.warn(
@@ -159,13 +145,14 @@ class _AutoBase:
                 request = _Request(None, request.dtype, request.choices)
         if request.recipe is not None:
             kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=request.job())
-        with _one_sentence(str(source)), request.bar():
-            loaded = cls.transformers_class.from_pretrained(
-                pretrained_model_name_or_path, *model_args, **request.with_dtype(kwargs)
+        wants_account = kwargs.pop("output_loading_info", False)
+        with one_sentence(str(source), source.exists()), request.bar():
+            model, account = cls.transformers_class.from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **request.with_dtype(kwargs)
             )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_account(str(source), model, account, kwargs)
         model.save_low_bit = partial(save_low_bit, model)
-        return loaded
+        return (model, account) if wants_account else model
 
     @classmethod
     def load_low_bit(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Any:
@@ -194,11 +181,17 @@ class _AutoBase:
         for name in ("trust_remote_code", "low_cpu_mem_usage"):
             kwargs.pop(name, None)
         config = transformers.AutoConfig.for_model(**gguf.config)
-        model_class = cls.transformers_class._model_mapping[type(config)]
+        classes = cls.transformers_class._model_mapping
+        if type(config) not in classes:
+            raise CheckpointError(
+                f"{path} holds a {config.model_type} model, which {cls.__name__} has no class for; "
+                "a GGUF file is a language model: use AutoModelForCausalLM"
+            )
+        model_class = classes[type(config)]
         model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
         if request.recipe is not None:
             kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=request.job())
-        with _one_sentence(str(path)), request.bar():
+        with one_sentence(str(path), True), request.bar():
             model = model_class.from_pretrained(
                 None, *model_args, config=config, state_dict=lazy_tensors(gguf, dtype), dtype=dtype, **kwargs
             )
@@ -212,6 +205,17 @@ class _AutoBase:
 def _is_low_bit(folder: Path) -> bool:
     fields = quantization_fields(folder) if (folder / CONFIG).exists() else None
     return fields is not None and reads(fields)
+
+
+def _refuse_untrusted_code(folder: Path, kwargs: dict[str, Any]) -> None:
+    """Code of the folder's own runs only where the caller trusts it; where transformers has its own, that one runs."""
+    config = read_config(folder) if (folder / CONFIG).exists() else {}
+    own = config.get("auto_map")
+    if own and not kwargs.get("trust_remote_code") and config["model_type"] not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{folder} brings its own code for a model of type {config['model_type']!r} (the Python files in the folder): "
+            "look at it, and pass trust_remote_code=True (--trust-remote-code) if you trust it"
+        )
 
 
 def _admit_pickles(folder: Path, request: _Request, kwargs: dict[str, Any]) -> None:
