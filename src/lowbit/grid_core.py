@@ -21,9 +21,8 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 
 
 def core_serves(format: Format, tensor: torch.Tensor) -> bool:
-    """Whether the core has code for a format on the device of a tensor."""
-    plain = format.kind != "kquant" and not format.scale_block
-    return plain and tensor.device.type == "cpu" and library_path() is not None
+    """Whether the core reads a format on the device of a tensor."""
+    return tensor.device.type == "cpu" and library_path() is not None
 
 
 def core_quantize(
@@ -32,7 +31,8 @@ def core_quantize(
     """Round a weight [.., out, in] onto the grid of `grid.fit_grid`."""
     if not core_serves(format, weight) or weight.dtype not in _DTYPE_NAMES or not weight.numel():
         return None
-    if format.group_size == 0:  # one scale for a whole tensor needs two passes over it
+    # One scale for a whole tensor, and a second level of scales, need two passes over it; k-quants are fitted in kquants.py.
+    if format.group_size == 0 or format.scale_block or format.kind == "kquant":
         return None
     rows = _as_rows(weight)
     buffers = empty_buffers(format, tuple(weight.shape), torch)
@@ -93,5 +93,4 @@ def _rows(rows: torch.Tensor) -> calls.Rows:
 
 
 def _addresses(buffers: dict[str, torch.Tensor]) -> calls.Canonical:
-    names = ("codes", "scales", "zeros", "scale_scales")
-    return calls.Canonical(**{name: buffers[name].data_ptr() for name in names if name in buffers})
+    return calls.Canonical.of({name: tensor.data_ptr() for name, tensor in buffers.items()})

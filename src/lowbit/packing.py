@@ -15,6 +15,7 @@ imports neither: it only slices and names. `pack` and `unpack`, which compute, a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -180,6 +181,11 @@ def empty_buffers(format: Format, shape: tuple[int, ...], library: Any) -> dict[
         buffers["zeros"] = library.empty(scale_shape(format, shape), dtype=library.uint8)
     if format.has_global_scale:
         buffers["scale_scales"] = library.empty((1,), dtype=library.float32)
+    if format.scale_block:
+        buffers["scales"] = library.empty(scale_shape(format, shape), dtype=library.uint8)
+        count = math.prod(scale_shape(format, shape))
+        buffers["scale_scales"] = library.empty((-(-count // format.scale_block),), dtype=library.float32)
+        buffers["scale_offset"] = library.empty((1,), dtype=library.float32)
     return buffers
 
 

@@ -306,7 +306,9 @@ def test_sizes_are_checked_before_any_address() -> None:
 
 def test_refusals_are_sentences() -> None:
     assert calls.refuses(format_from_name("int4"), (64, 64)) is None
-    assert "k-quants" in str(calls.refuses(format_from_name("q4_k"), (64, 256)))
+    assert calls.refuses(format_from_name("q4_k"), (64, 256)) is None
+    assert calls.refuses(format_from_name("int4_dq"), (4, 64, 256)) is None
+    assert "no whole blocks" in str(calls.refuses(format_from_name("int4_dq"), (4, 20, 331)))
     assert "bf16" in str(calls.refuses(format_from_name("int4"), (64, 64), "bf16"))
     assert "stacks of them" in str(calls.refuses(format_from_name("int4"), (2, 2, 64, 64)))
     with pytest.raises(KernelError, match="no instruction set"):

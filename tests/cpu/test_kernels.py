@@ -97,8 +97,8 @@ def test_a_kernel_asked_for_by_name_refuses_aloud() -> None:
     assert choose(format, (8, 64), "cuda").name == "reference"
     with pytest.raises(KernelError, match="did you mean core"):
         choose(format, (8, 64), "cpu", name="cores")
-    with pytest.raises(KernelError, match="cannot run a q4_k weight"):
-        choose(as_format("q4_k"), (8, 256), "cpu", name="core")
+    with pytest.raises(KernelError, match="cannot run a w8a8 weight"):
+        choose(as_format("w8a8"), (8, 256), "cpu", compute="fp32", name="core")
     with pytest.raises(KernelError, match="no row for the device 'cuda'"):
         choose(format, (8, 64), "cuda", name="core")
     with pytest.raises(KernelError, match="compute='fp64' is not known"):

@@ -230,7 +230,7 @@ def test_paths_that_are_no_model_are_said(tmp_path: Path) -> None:
 def test_formats_that_cannot_be_are_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="unknown format"):
         load(folder, format="int99")
-    with pytest.raises(RecipeError, match="the engine cannot run q4_k"):
+    with pytest.raises(RecipeError, match="the engine cannot make q4_k"):
         load(folder, format="q4_k")
     lowbit.optimize_model(tiny_model_in_memory("llama"), low_bit="nf4").save_low_bit(tmp_path / "saved")
     with pytest.raises(RecipeError, match="is low-bit already"):

@@ -70,9 +70,10 @@ def _files_for_engine(source: Source, options: LoadOptions) -> ModelFiles | None
     read_spec(files)
     recipe = options.recipe
     formats = files.formats if recipe is None else {f for f in (recipe.linear, recipe.head, recipe.embedding) if f}
-    refusals = filter(None, (calls.refuses(format, (1, 1)) for format in formats))
-    for reason in refusals:
-        raise LowbitError(reason)
+    for format in formats:
+        reason = calls.refuses(format, (1, 1)) or (recipe and calls.refuses_to_quantize(format))
+        if reason:
+            raise LowbitError(reason)
     return files
 
 

@@ -14,8 +14,8 @@ checks what it can.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 from lowbit.core.library import DTYPES, c_dense, c_format, c_search, check, last_error, library
 from lowbit.errors import KernelError
@@ -45,6 +45,12 @@ class Canonical:
     scales: int = 0
     zeros: int = 0
     scale_scales: int = 0
+    scale_offset: int = 0
+
+    @classmethod
+    def of(cls, addresses: Mapping[str, int]) -> Canonical:
+        """From the addresses of a weight's arrays by name; others than these are left out."""
+        return cls(**{field.name: addresses[field.name] for field in fields(cls) if field.name in addresses})
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def dequantize(format: Format, packed: Canonical, weight: Rows) -> None:
     """Write the weight that canonical buffers stand for."""
     status = library().lowbit_dequantize(
         c_format(format), weight.rows, weight.cols, packed.codes, packed.scales, packed.zeros or None,
-        packed.scale_scales or None, weight.address, DTYPES[weight.dtype], weight.step,
+        packed.scale_scales or None, weight.address, DTYPES[weight.dtype], weight.step, packed.scale_offset or None,
     )  # fmt: skip
     check(status)
 
@@ -108,6 +114,7 @@ def distance(format: Format, packed: Canonical, weight: Rows) -> tuple[float, fl
     status = library().lowbit_distance(
         c_format(format), weight.rows, weight.cols, packed.codes, packed.scales, packed.zeros or None,
         packed.scale_scales or None, weight.address, DTYPES[weight.dtype], weight.step, ctypes.addressof(sums),
+        packed.scale_offset or None,
     )  # fmt: skip
     check(status)
     return sums[0], sums[1]
@@ -130,18 +137,23 @@ _TABLE_BITS = (3, 4, 6, 8)
 
 def refuses(format: Format, shape: tuple[int, ...], compute: str = "auto") -> str | None:
     """Why the core cannot multiply by a weight of this format and shape, or None when it can."""
-    if format.kind == "kquant":
-        return f"the compiled core has no product for k-quants ({format}) yet"
-    if format.scale_block:
-        return f"the compiled core reads no doubly quantised scales yet ({format})"
     if format.levels and format.bits not in _TABLE_BITS:
         return f"the compiled core has no table of {format.bits} bits ({format})"
     if format.act_bits == 8 and compute == "fp32":
         return f"{format} quantises its activations, so compute='fp32' contradicts it"
     if len(shape) not in (2, 3):
         return f"the compiled core multiplies matrices and stacks of them, not a weight of shape {list(shape)}"
+    if len(shape) == 3 and format.scale_block and shape[1] * format.groups(shape[2]) % format.scale_block:
+        return f"the scales of one expert are no whole blocks of {format.scale_block}, so its second level is not its own"
     if compute not in _COMPUTE:
         return f"the compiled core computes in int8 or fp32, not in {compute}"
+    return None
+
+
+def refuses_to_quantize(format: Format) -> str | None:
+    """Why the core cannot round weights to a format that it can run, or None."""
+    if format.kind == "kquant" or format.scale_block or format.group_size == 0:
+        return f"weights become {format} with torch only: lowbit quantize writes a folder that the engine runs"
     return None
 
 
@@ -157,7 +169,7 @@ def prepare(format: Format, rows: int, cols: int, packed: Canonical, prepared: i
     """Lay a weight out at `prepared` (on a 64-byte boundary) for the products."""
     status = library().lowbit_prepare(
         c_format(format), rows, cols, packed.codes, packed.scales or None, packed.zeros or None, packed.scale_scales or None,
-        prepared, size,
+        prepared, size, packed.scale_offset or None,
     )  # fmt: skip
     check(status)
 
@@ -166,7 +178,7 @@ def prepare_dense(weight: Rows, prepared: int, size: int) -> None:
     """Lay a plain weight out; its rows must be contiguous."""
     check(
         library().lowbit_prepare(
-            c_dense(weight.dtype), weight.rows, weight.cols, weight.address, None, None, None, prepared, size
+            c_dense(weight.dtype), weight.rows, weight.cols, weight.address, None, None, None, prepared, size, None
         )
     )
 
@@ -180,9 +192,10 @@ def restore(prepared: int, size: int, packed: Canonical) -> None:
     """Write the canonical buffers that `prepare` read, bit for bit."""
     check(
         library().lowbit_restore(
-            prepared, size, packed.codes, packed.scales or None, packed.zeros or None, packed.scale_scales or None
+            prepared, size, packed.codes, packed.scales or None, packed.zeros or None, packed.scale_scales or None,
+            packed.scale_offset or None,
         )
-    )
+    )  # fmt: skip
 
 
 def read_rows(prepared: int, size: int, rows: int, count: int, to: int) -> None:

@@ -20,8 +20,10 @@ from lowbit.formats import Format
 LIBRARY = "liblowbit.so"
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 SCALE_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "e8m0": 3, "e4m3": 4}
-_KINDS = {"int": 0, "codebook": 1, "float": 1}
+_KINDS = {"int": 0, "codebook": 1, "float": 1, "kquant": 3}
 _DENSE = 2
+# GGUF's blocks with scales inside, numbered as in lowbit.h.
+BLOCK_TYPES = {"q2_k": 1, "q3_k": 2, "q4_k": 3, "q5_k": 4, "q6_k": 5, "q4_1": 6, "q5_1": 7}
 _OK, _BAD_WEIGHT = 0, 2
 
 
@@ -36,6 +38,8 @@ class CFormat(ctypes.Structure):
         ("scale_type", ctypes.c_int32),
         ("level_count", ctypes.c_int32),
         ("levels", ctypes.POINTER(ctypes.c_float)),
+        ("scale_block", ctypes.c_int32),
+        ("block_type", ctypes.c_int32),
     ]
 
 
@@ -65,11 +69,11 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "lowbit_probabilities": (_I, [_P, _L, _P, _P, _L, _P]),
     "lowbit_pack": (_I, [_I, _L, _L, _P, _P]),
     "lowbit_unpack": (_I, [_I, _L, _L, _P, _P]),
-    "lowbit_dequantize": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _I, _L]),
-    "lowbit_distance": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _I, _L, _P]),
+    "lowbit_dequantize": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _I, _L, _P]),
+    "lowbit_distance": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _I, _L, _P, _P]),
     "lowbit_prepared_bytes": (_L, [_F, _L, _L]),
-    "lowbit_prepare": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _L]),
-    "lowbit_restore": (_I, [_P, _L, _P, _P, _P, _P]),
+    "lowbit_prepare": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _L, _P]),
+    "lowbit_restore": (_I, [_P, _L, _P, _P, _P, _P, _P]),
     "lowbit_read_rows": (_I, [_P, _L, _P, _L, _P]),
     "lowbit_run": (_I, [_P, _L, _P, _I, _L, _L, _P, _P, _I, _L, _I]),
     "lowbit_run_experts": (_I, [_P, _L, _L, _P, _P, _I, _L, _L, _P, _I, _L, _I]),
@@ -112,10 +116,6 @@ def check(status: int) -> None:
 @lru_cache(maxsize=256)
 def c_format(format: Format) -> CFormat:
     """The C face of a format. The result holds its table of levels alive."""
-    if format.kind not in _KINDS:
-        raise KernelError(f"the compiled core has no code for {format} yet")
-    if format.scale_block:
-        raise KernelError(f"the compiled core has no code for the doubly quantised scales of {format} yet")
     levels = (ctypes.c_float * len(format.levels))(*format.levels) if format.levels else None
     pointer = ctypes.cast(levels, ctypes.POINTER(ctypes.c_float)) if levels is not None else None
     return CFormat(
@@ -126,12 +126,14 @@ def c_format(format: Format) -> CFormat:
         SCALE_TYPES[format.scale_dtype],
         len(format.levels),
         pointer,
+        format.scale_block,
+        BLOCK_TYPES[format.name] if format.kind == "kquant" else 0,
     )
 
 
 def c_dense(dtype: str) -> CFormat:
     """The C face of a plain weight of an element type."""
-    return CFormat(0, _DENSE, 1, -1, DTYPES[dtype], 0, None)
+    return CFormat(0, _DENSE, 1, -1, DTYPES[dtype], 0, None, 0, 0)
 
 
 def c_search(ratios: Sequence[float], zero_steps: int, importance: int) -> CSearch:

@@ -52,6 +52,7 @@ struct TileView {
     int32_t* bytes;  // [positions / 4][tile]
     float* scales;   // [segments][tile]
     int32_t* sums;   // [segments][tile]
+    float* scaled_sums;  // [segments][tile] for weights with minima, else nullptr
 };
 
 inline int64_t padded(int64_t bytes) { return divide_up(bytes, kVector) * kVector; }
@@ -59,8 +60,10 @@ inline int64_t padded(int64_t bytes) { return divide_up(bytes, kVector) * kVecto
 inline TileView view_tile(const Activations& job, int64_t tile) {
     uint8_t* base = job.data + tile * job.tile_bytes;
     uint8_t* scales = base + padded(job.header->plan.positions() * job.tile);
-    return {reinterpret_cast<int32_t*>(base), reinterpret_cast<float*>(scales),
-            reinterpret_cast<int32_t*>(scales + padded(job.header->plan.segments * job.tile * 4))};
+    uint8_t* sums = scales + padded(job.header->plan.segments * job.tile * 4);
+    uint8_t* scaled_sums = sums + padded(job.header->plan.segments * job.tile * 4);
+    return {reinterpret_cast<int32_t*>(base), reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(sums),
+            job.header->scales.minima ? reinterpret_cast<float*>(scaled_sums) : nullptr};
 }
 
 void quantize_tile(const Activations& job, int64_t tile) {
@@ -78,6 +81,7 @@ void quantize_tile(const Activations& job, int64_t tile) {
             else memset(bytes, 0, sizeof bytes);
             view.scales[s * job.tile + t] = quantized.scale * factor;
             view.sums[s * job.tile + t] = -job.zero_constant * quantized.sum;
+            if (view.scaled_sums) view.scaled_sums[s * job.tile + t] = quantized.scale * static_cast<float>(quantized.sum);
             int32_t* to = view.bytes + s * plan.segment / 4 * job.tile + t;
             for (int64_t i = 0; i < plan.segment; i += 4, to += job.tile) memcpy(to, bytes + i, 4);
         }

@@ -1,6 +1,6 @@
 // Few tokens: the weights stream past once, straight from the bit planes, and every unpacked vector meets all tokens of a tile.
 //
-//   y[t][r] = sum over segments  scale[r] * sx[t] * (sum(u x) - z sum(x))
+//   y[t][r] = sum over segments  scale[r] * sx[t] * (sum(u x) - z sum(x)) + minimum[r] * sx[t] * sum(x)
 //
 // The integer sums start at -z sum(x) instead of 0, so that zero points cost nothing inside; one conversion and one fused product
 // close a segment. Bound by memory: about 30 instructions go with the 40 cycles in which DRAM delivers 256 bytes to a core.
@@ -19,15 +19,15 @@ constexpr int kAhead = 8192;
 struct GroupReader {
     const Header& header;
     const uint8_t* block;
+    ScaleReader scales;
     bool row_zeros;
     int32_t zero_bias;
     int64_t group = 0, left = 0;
-    Floats scales = splat_floats(0.0f);
     Ints zeros = splat_ints(0);
 
     LOWBIT_INLINE void step() {
         if (left == 0) {
-            scales = scales_at(block, header.scale_type, group);
+            scales.read(group);
             if (row_zeros)
                 zeros = subtract_ints(widen_bytes(block + header.zeros_offset + group * kBlockRows), splat_ints(zero_bias));
             ++group;
@@ -46,11 +46,15 @@ LOWBIT_INLINE void begin_segment(const GroupReader& reader, const int32_t* sums,
     }
 }
 
-template <int kTokens>
-LOWBIT_INLINE void end_segment(const GroupReader& reader, const float* scales, const Ints* partial, Floats* total) {
+// `place`: of the segment in the tile's arrays.
+template <int kBits, bool kTable, int kTokens>
+LOWBIT_INLINE void end_segment(const GroupReader& reader, const TileView& x, int64_t place, const Ints* partial, Floats* total) {
     LOWBIT_UNROLL
     for (int t = 0; t < kTokens; ++t)
-        total[t] = multiply_add(to_floats(partial[t]), multiply(reader.scales, splat_floats(scales[t])), total[t]);
+        total[t] = multiply_add(to_floats(partial[t]), multiply(reader.scales.scales, splat_floats(x.scales[place + t])), total[t]);
+    if (!kMayHaveMinima<kBits, kTable> || !x.scaled_sums) return;
+    LOWBIT_UNROLL
+    for (int t = 0; t < kTokens; ++t) total[t] = multiply_add(reader.scales.minima, splat_floats(x.scaled_sums[place + t]), total[t]);
 }
 
 // With one or two tokens every second step has sums of its own: one chain of dot products would wait for itself.
@@ -103,7 +107,7 @@ LOWBIT_INLINE void decode_units(const Header& header, GroupReader& reader, const
             inputs += kSteps * kTokens;
         }
         join_chains<kTokens>(partial);
-        end_segment<kTokens>(reader, x.scales + s * kTokens, partial, total);
+        end_segment<kBits, kTable, kTokens>(reader, x, s * kTokens, partial, total);
     }
 }
 
@@ -115,6 +119,8 @@ LOWBIT_INLINE void decode_halves(const Header& header, GroupReader& reader, cons
     const uint8_t* planes = reader.block + header.codes_offset;
     const int64_t segments = header.plan.segments;
     for (int64_t s = 0; s < segments; s += 2, planes += kBits * kVector) {
+        LOWBIT_UNROLL
+        for (int v = 0; v < kBits; ++v) fetch(planes + kAhead + v * kVector);
         Bytes steps[kSteps];
         unpack_unit<kBits, kTable>(planes, table, steps);
         LOWBIT_UNROLL
@@ -126,14 +132,14 @@ LOWBIT_INLINE void decode_halves(const Header& header, GroupReader& reader, cons
             begin_chains<kTokens>(partial);
             dot_steps<kTokens, kWide, kHalf>(steps + half * kHalf, x.bytes + (s + half) * kHalf * kTokens, partial);
             join_chains<kTokens>(partial);
-            end_segment<kTokens>(reader, x.scales + (s + half) * kTokens, partial, total);
+            end_segment<kBits, kTable, kTokens>(reader, x, (s + half) * kTokens, partial, total);
         }
     }
 }
 
 template <int kBits, bool kTable, int kTokens>
 void decode_block(const Header& header, const uint8_t* block, const TileView& x, const ZeroPlan& zeros, Floats* total) {
-    GroupReader reader{header, block, zeros.per_row, kTable || kBits == 8 ? kWideBias : 0};
+    GroupReader reader{header, block, ScaleReader(header, block), zeros.per_row, kTable || kBits == 8 ? kWideBias : 0};
     const Table table = load_table(header.bytes);
     Floats sums[kTokens];
     for (int t = 0; t < kTokens; ++t) sums[t] = splat_floats(0.0f);

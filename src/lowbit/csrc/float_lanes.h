@@ -11,36 +11,40 @@ struct FloatPanel {
 };
 
 template <int kBits, bool kTable, int kInput>
-inline void widen_step(const Header& header, Bytes codes, Floats scales, Ints zeros, float* to) {
+inline void widen_step(const Header& header, Bytes codes, Floats scales, Ints zeros, Floats minima, float* to) {
     const Ints code = byte_of<kInput>(codes);
     const Floats value = kTable ? look_up_floats<kBits>(header.levels, code) : to_floats(subtract_ints(code, zeros));
-    store_floats(to + kInput * kBlockRows, multiply(scales, value));
+    Floats weight = multiply(scales, value);
+    if (kMayHaveMinima<kBits, kTable>) weight = add(weight, minima);
+    store_floats(to + kInput * kBlockRows, weight);
 }
 
 template <int kBits, bool kTable>
 void widen_block(const Header& header, const uint8_t* block, int64_t first_unit, int64_t units, float (*to)[kBlockRows]) {
     const Plan& plan = header.plan;
+    ScaleReader reader(header, block);
     const Table table{};
-    const bool has_zeros = header.zeros_offset != header.codes_offset;
+    const bool has_zeros = stores_zeros(header);
     const Floats unit = splat_floats(header.unit);
     for (int64_t u = 0; u < units; ++u) {
         Bytes steps[kSteps];
         unpack_unit<kBits, false>(block + header.codes_offset + (first_unit + u) * kBits * kVector, table, steps);
         Floats scales = splat_floats(0.0f);
-        Ints zeros = splat_ints(1 << (kBits - 1));
+        Ints zeros = splat_ints(header.zero);
     LOWBIT_UNROLL
         for (int s = 0; s < kSteps; ++s) {
             if (s % (kSteps / 2) == 0) {  // a segment begins at most every half unit
                 const int64_t segment = ((first_unit + u) * kUnit + s * 4) / plan.segment;
                 const int64_t group = segment < plan.segments ? segment / plan.split : plan.groups - 1;
-                scales = multiply(scales_at(block, header.scale_type, group), unit);
+                reader.read(group);
+                scales = multiply(reader.scales, unit);
                 if (has_zeros) zeros = widen_bytes(block + header.zeros_offset + group * kBlockRows);
             }
             float* place = to[u * kUnit + s * 4];
-            widen_step<kBits, kTable, 0>(header, steps[s], scales, zeros, place);
-            widen_step<kBits, kTable, 1>(header, steps[s], scales, zeros, place);
-            widen_step<kBits, kTable, 2>(header, steps[s], scales, zeros, place);
-            widen_step<kBits, kTable, 3>(header, steps[s], scales, zeros, place);
+            widen_step<kBits, kTable, 0>(header, steps[s], scales, zeros, reader.minima, place);
+            widen_step<kBits, kTable, 1>(header, steps[s], scales, zeros, reader.minima, place);
+            widen_step<kBits, kTable, 2>(header, steps[s], scales, zeros, reader.minima, place);
+            widen_step<kBits, kTable, 3>(header, steps[s], scales, zeros, reader.minima, place);
         }
     }
 }

@@ -1,6 +1,7 @@
 #include "format.h"
 
 #include "error.h"
+#include "gguf_block.h"
 
 namespace lowbit {
 
@@ -16,6 +17,12 @@ int check_format(const lowbit_format* format, Shape shape) {
         return fail(LOWBIT_BAD_ARGUMENT, "a weight of shape [%lld, %lld] cannot be stored; both sides must be positive",
                     static_cast<long long>(shape.rows), static_cast<long long>(shape.cols));
     if (format->kind == LOWBIT_DENSE) return check_dtype(format->scale_type);
+    if (format->kind == LOWBIT_BLOCKS) {
+        const BlockLayout* blocks = blocks_of(*format);
+        if (!blocks || blocks->bits != format->bits)
+            return fail(LOWBIT_UNSUPPORTED, "blocks of type %d with %d-bit codes are not known to the core", format->block_type, format->bits);
+        return LOWBIT_OK;
+    }
     if (format->kind != LOWBIT_INT && format->kind != LOWBIT_LEVELS)
         return fail(LOWBIT_UNSUPPORTED, "kind %d of number is not known to the core", format->kind);
     if (format->bits < 2 || format->bits > 8)
@@ -24,12 +31,21 @@ int check_format(const lowbit_format* format, Shape shape) {
         return fail(LOWBIT_BAD_ARGUMENT, "group size %d; use a positive size, -1 for rows or 0 for the tensor", format->group_size);
     if (format->scale_type < LOWBIT_SCALE_FP32 || format->scale_type > LOWBIT_SCALE_E4M3)
         return fail(LOWBIT_BAD_ARGUMENT, "scale type %d is not known to the core", format->scale_type);
+    if (format->scale_block < 0 || (format->scale_block > 0 && format->scale_type > LOWBIT_SCALE_FP16))
+        return fail(LOWBIT_BAD_ARGUMENT, "scales of type %d cannot be quantised again in blocks of %d", format->scale_type, format->scale_block);
     if (format->kind == LOWBIT_LEVELS && (!format->levels || format->level_count != (1 << format->bits)))
         return fail(LOWBIT_BAD_ARGUMENT, "a table of %d levels was given for %d-bit codes", format->level_count, format->bits);
     return LOWBIT_OK;
 }
 
-int64_t group_length(const lowbit_format& format, int64_t cols) { return format.group_size > 0 ? format.group_size : cols; }
+const BlockLayout* blocks_of(const lowbit_format& format) {
+    return format.kind == LOWBIT_BLOCKS ? block_layout(format.block_type) : nullptr;
+}
+
+int64_t group_length(const lowbit_format& format, int64_t cols) {
+    if (const BlockLayout* blocks = blocks_of(format)) return blocks->weights / blocks->groups;
+    return format.group_size > 0 ? format.group_size : cols;
+}
 int64_t group_count(const lowbit_format& format, int64_t cols) { return divide_up(cols, group_length(format, cols)); }
 int64_t code_words(const lowbit_format& format, int64_t cols) { return divide_up(cols * format.bits, 32); }
 int scale_bytes(int scale_type) { return scale_type == LOWBIT_SCALE_FP32 ? 4 : scale_type <= LOWBIT_SCALE_FP16 ? 2 : 1; }

@@ -7,6 +7,7 @@
 namespace lowbit {
 
 constexpr int kMostLevels = 256;
+constexpr int kStepMidpoint = 128;  // the code of a doubly quantised scale that means the mean scale
 constexpr int64_t kMostElements = int64_t{1} << 40;
 
 struct Shape {
@@ -15,6 +16,10 @@ struct Shape {
 };
 
 inline int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
+
+// GGUF's blocks: their layout, or nullptr.
+struct BlockLayout;
+const BlockLayout* blocks_of(const lowbit_format& format);
 
 // 0 when the format and the shape make sense together; else an error code with its sentence.
 int check_format(const lowbit_format* format, Shape shape);

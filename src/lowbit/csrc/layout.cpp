@@ -5,12 +5,14 @@
 #include <cstring>
 
 #include "error.h"
+#include "gguf_block.h"
+#include "number.h"
 
 namespace lowbit {
 namespace {
 
 constexpr char kMagic[8] = {'l', 'o', 'w', 'b', 'i', 't', 'P', '1'};
-constexpr int32_t kVersion = 1;
+constexpr int32_t kVersion = 2;
 constexpr int64_t kShortSegment = 16;
 constexpr int kByteMidpoint = 128;
 constexpr float kByteMost = 127.0f;
@@ -41,11 +43,56 @@ void fill_levels(const lowbit_format& format, Header* header) {
     }
 }
 
+// What scales and minima are made of.
+void describe_scales(const lowbit_format& format, Header* header) {
+    if (const BlockLayout* blocks = blocks_of(format)) {
+        header->block_type = format.block_type;
+        header->zero = blocks->zero;
+        header->scales = blocks->scales;
+        header->factor_groups = blocks->groups;
+        header->group_size = blocks->weights / blocks->groups;
+        header->scale_type = LOWBIT_SCALE_FP16;
+    } else if (format.kind != LOWBIT_DENSE && format.scale_block > 0) {
+        header->scale_block = format.scale_block;
+        header->scales = {kStepTable, kNoMinima, kStepMidpoint};
+        const int64_t scales = format.group_size == 0 ? 1 : header->rows * header->plan.groups;
+        header->step_count = divide_up(scales, format.scale_block);
+    }
+}
+
+// Every part of a block begins on a vector.
+void place_parts(Header* header) {
+    const int64_t groups = header->plan.groups, lanes = groups * kBlockRows;
+    int64_t end = 0;
+    const auto place = [&](int64_t bytes) {
+        const int64_t begin = end;
+        end += round_up(bytes, kVector);
+        return begin;
+    };
+    const ScaleCodes& scales = header->scales;
+    if (header->kind != LOWBIT_DENSE) place(scales.level == kOneLevel ? lanes * scale_bytes(header->scale_type) : lanes);
+    header->zeros_offset = place(stores_zeros(*header) ? lanes : 0);
+    header->minima_offset = place(scales.minima == kHalfMinima ? 2 * lanes : scales.minima == kByteMinima ? lanes : 0);
+    if (scales.level == kFactorPerBlock) {
+        const int64_t factors = 2 * lanes / header->factor_groups;
+        header->factors_offset = place(factors);
+        header->minimum_factors_offset = place(scales.minima ? factors : 0);
+    } else {
+        header->minimum_factors_offset = header->minima_offset;  // numbers by themselves
+    }
+    header->codes_offset = end;
+    header->block_bytes = header->codes_offset + header->plan.units * header->bits * kVector;
+    header->steps_offset = kHeaderBytes + header->blocks * header->block_bytes;
+    header->total_bytes = header->steps_offset + round_up(header->step_count * static_cast<int64_t>(sizeof(float)), kVector);
+}
+
 }  // namespace
 
 Plan make_plan(const lowbit_format& format, int64_t cols) {
     Plan plan{};
     plan.group = format.kind == LOWBIT_DENSE ? cols : group_length(format, cols);
+    // GGUF's blocks are whole, and what lies behind the end of a row is kept.
+    if (const BlockLayout* blocks = blocks_of(format)) cols = round_up(cols, blocks->weights);
     plan.groups = divide_up(cols, plan.group);
     const int64_t length = std::min(plan.group, cols);
     if (length <= kShortSegment) {
@@ -88,13 +135,28 @@ void make_header(const lowbit_format& format, Shape shape, Header* header) {
     header->blocks = divide_up(shape.rows, kBlockRows);
     header->plan = make_plan(format, shape.cols);
     header->unit = header->byte_factor = 1.0f;
-    const int64_t lanes = header->plan.groups * kBlockRows;
-    const bool dense = format.kind == LOWBIT_DENSE;
-    header->zeros_offset = dense ? 0 : round_up(lanes * scale_bytes(format.scale_type), kVector);
-    header->codes_offset = header->zeros_offset + (stores_zeros(*header) ? round_up(lanes, kVector) : 0);
-    header->block_bytes = header->codes_offset + header->plan.units * header->bits * kVector;
-    header->total_bytes = kHeaderBytes + header->blocks * header->block_bytes;
+    header->zero = format.kind == LOWBIT_INT ? 1 << (format.bits - 1) : 0;
+    describe_scales(format, header);
+    place_parts(header);
     if (format.kind == LOWBIT_LEVELS) fill_levels(format, header);
+}
+
+LaneScale lane_scale(const Header& header, int64_t row, int64_t group) {
+    const uint8_t* block = block_at(header, row / kBlockRows);
+    const int64_t lane = row % kBlockRows, place = group * kBlockRows + lane;
+    if (header.scales.level == kStepTable) {
+        const float scaled = static_cast<float>(block[place] - header.scales.bias) * steps_of(header)[step_index(header, row, group)];
+        return {scaled + header.scale_offset, 0.0f};
+    }
+    if (header.scales.level == kOneLevel) {
+        const float minimum = header.scales.minima ? load_number(block + header.minima_offset, LOWBIT_FP16, place) : 0.0f;
+        return {load_scale(block, header.scale_type, place, header.unit), minimum};
+    }
+    const int64_t factor = group / header.factor_groups * kBlockRows + lane;
+    const bool minima = header.scales.minima != kNoMinima;
+    const uint8_t minimum = header.scales.minima == kByteMinima ? block[header.minima_offset + place] : 0;
+    return scale_of_codes(header.scales, block[place], minimum, load_number(block + header.factors_offset, LOWBIT_FP16, factor),
+                          minima ? load_number(block + header.minimum_factors_offset, LOWBIT_FP16, factor) : 0.0f);
 }
 
 bool stores_zeros(const Header& header) { return header.kind == LOWBIT_INT && !header.symmetric; }

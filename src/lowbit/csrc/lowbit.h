@@ -8,6 +8,9 @@
  *   scales  [out, G], G = ceil(in / group_size)
  *   zeros   uint8 [out, G], asymmetric integers only
  *   w = scale * (code - zero), or scale * levels[code]
+ * Scales that are quantised themselves (scale_block > 0) are uint8 codes: scale = (code - 128) * scale_scales[i / scale_block] +
+ * scale_offset[0], i counting scales over the whole tensor. Blocks (LOWBIT_BLOCKS) are GGUF's, byte for byte in `codes`: uint8
+ * [out, blocks of a row * bytes of a block], the end of a row filled up, and nothing beside them.
  * The prepared form of the same weight is one buffer of lowbit_prepared_bytes() bytes, described in layout.h.
  */
 #pragma once
@@ -15,6 +18,9 @@
 
 #ifdef __cplusplus
 extern "C" {
+#define LOWBIT_OPTIONAL = nullptr
+#else
+#define LOWBIT_OPTIONAL
 #endif
 
 #define LOWBIT_API __attribute__((visibility("default")))
@@ -31,7 +37,9 @@ enum lowbit_status {
 enum lowbit_dtype { LOWBIT_FP32 = 0, LOWBIT_BF16 = 1, LOWBIT_FP16 = 2 };
 /* Types of stored scales; the first three equal lowbit_dtype. */
 enum lowbit_scale { LOWBIT_SCALE_FP32 = 0, LOWBIT_SCALE_BF16 = 1, LOWBIT_SCALE_FP16 = 2, LOWBIT_SCALE_E8M0 = 3, LOWBIT_SCALE_E4M3 = 4 };
-enum lowbit_kind { LOWBIT_INT = 0, LOWBIT_LEVELS = 1, LOWBIT_DENSE = 2 };
+enum lowbit_kind { LOWBIT_INT = 0, LOWBIT_LEVELS = 1, LOWBIT_DENSE = 2, LOWBIT_BLOCKS = 3 };
+/* GGUF's types of blocks that have scales inside. */
+enum lowbit_block { LOWBIT_Q2_K = 1, LOWBIT_Q3_K = 2, LOWBIT_Q4_K = 3, LOWBIT_Q5_K = 4, LOWBIT_Q6_K = 5, LOWBIT_Q4_1 = 6, LOWBIT_Q5_1 = 7 };
 /* Precision of the product: activations as int8 with one scale per group, or everything in fp32. */
 enum lowbit_compute { LOWBIT_COMPUTE_INT8 = 0, LOWBIT_COMPUTE_FP32 = 1 };
 
@@ -43,6 +51,8 @@ typedef struct lowbit_format {
     int32_t scale_type;    /* lowbit_scale; dense: the lowbit_dtype of the weight */
     int32_t level_count;   /* LOWBIT_LEVELS: 2^bits */
     const float* levels;   /* value of each code; NaN for codes that mean nothing */
+    int32_t scale_block;   /* > 0: scales are codes under a second level, for so many of them each */
+    int32_t block_type;    /* LOWBIT_BLOCKS: lowbit_block; group size and scale type follow from it */
 } lowbit_format;
 
 typedef struct lowbit_search {
@@ -70,19 +80,21 @@ LOWBIT_API int lowbit_pack(int bits, int64_t rows, int64_t cols, const uint8_t* 
 LOWBIT_API int lowbit_unpack(int bits, int64_t rows, int64_t cols, const int32_t* codes, uint8_t* values);
 /* The canonical form back to a dense weight. */
 LOWBIT_API int lowbit_dequantize(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
-                                 const uint8_t* zeros, const float* scale_scales, void* weight, int dtype, int64_t row_stride);
+                                 const uint8_t* zeros, const float* scale_scales, void* weight, int dtype, int64_t row_stride,
+                                 const float* scale_offset LOWBIT_OPTIONAL);
 
 /* sums[0] = sum of (w - w^)^2, sums[1] = sum of w^2, of a dense weight against its canonical form. */
 LOWBIT_API int lowbit_distance(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
                                const uint8_t* zeros, const float* scale_scales, const void* weight, int dtype, int64_t row_stride,
-                               double* sums);
+                               double* sums, const float* scale_offset LOWBIT_OPTIONAL);
 
 /* Bytes of the prepared form, or -1 with a sentence when the format has no kernel. */
 LOWBIT_API int64_t lowbit_prepared_bytes(const lowbit_format* format, int64_t rows, int64_t cols);
 LOWBIT_API int lowbit_prepare(const lowbit_format* format, int64_t rows, int64_t cols, const void* codes, const void* scales,
-                              const uint8_t* zeros, const float* scale_scales, void* prepared, int64_t prepared_bytes);
+                              const uint8_t* zeros, const float* scale_scales, void* prepared, int64_t prepared_bytes,
+                              const float* scale_offset LOWBIT_OPTIONAL);
 LOWBIT_API int lowbit_restore(const void* prepared, int64_t prepared_bytes, void* codes, void* scales, uint8_t* zeros,
-                              float* scale_scales);
+                              float* scale_scales, float* scale_offset LOWBIT_OPTIONAL);
 /* Some rows of a prepared weight as fp32 [count, cols]: what an embedding looks up. */
 LOWBIT_API int lowbit_read_rows(const void* prepared, int64_t prepared_bytes, const int64_t* rows, int64_t count, float* to);
 /* y [tokens, rows] = x [tokens, cols] times the prepared weight, plus bias [rows] in fp32 when it is not NULL. */

@@ -20,6 +20,7 @@ struct Panel {
     alignas(64) uint8_t bytes[kPanelBlocks][kStretch * kBlockRows];
     alignas(64) float scales[kMostSegments][kPanelBlocks][kBlockRows];
     alignas(64) int32_t zeros[kMostSegments][kPanelBlocks][kBlockRows];
+    alignas(64) float minima[kMostSegments][kPanelBlocks][kBlockRows];
 };
 
 struct Stretch {
@@ -30,8 +31,9 @@ struct Stretch {
 template <int kBits, bool kTable>
 void expand_block(const Header& header, const uint8_t* block, const ZeroPlan& zeros, Stretch stretch, int which, Panel& panel) {
     const Plan& plan = header.plan;
+    ScaleReader scales(header, block);
     const Table table = load_table(header.bytes);
-    const bool fold = header.zeros_offset != header.codes_offset && !zeros.per_row;
+    const bool fold = stores_zeros(header) && !zeros.per_row;
     const int64_t first_unit = stretch.first_segment * plan.segment / kUnit;
     const int64_t units = divide_up(stretch.segments * plan.segment, kUnit);
     uint8_t* to = panel.bytes[which];
@@ -45,7 +47,9 @@ void expand_block(const Header& header, const uint8_t* block, const ZeroPlan& ze
     const int64_t vectors = plan.segment / 4;
     for (int64_t s = 0; s < stretch.segments; ++s) {
         const int64_t group = (stretch.first_segment + s) / plan.split;
-        store_floats(panel.scales[s][which], scales_at(block, header.scale_type, group));
+        scales.read(group);
+        store_floats(panel.scales[s][which], scales.scales);
+        if (kMayHaveMinima<kBits, kTable> && header.scales.minima) store_floats(panel.minima[s][which], scales.minima);
         const uint8_t* row_zeros = block + header.zeros_offset + group * kBlockRows;
         if (fold) {
             const Bytes offset = subtract_bytes(spread_bytes(row_zeros), splat_ints(static_cast<int32_t>(0x80808080u)));
@@ -75,7 +79,7 @@ void expand(const Header& header, const uint8_t* block, const ZeroPlan& zeros, S
 
 // One register tile: kPanelTokens tokens x kBlocks blocks over a stretch, added to `sums` [tokens][blocks][16]. Only the integer sums
 // live in registers; the float sums wait in the nearest cache, where one load and one store per segment cost less than the room.
-template <int kBlocks, bool kWide, bool kRowZeros>
+template <int kBlocks, bool kWide, bool kRowZeros, bool kMinima>
 void tile_product(const Panel& panel, const Plan& plan, Stretch stretch, const TileView& x, float* sums) {
     const int64_t vectors = plan.segment / 4;
     const uint8_t* weights = panel.bytes[0];
@@ -106,16 +110,21 @@ void tile_product(const Panel& panel, const Plan& plan, Stretch stretch, const T
             weights += 4 * kVector;
             inputs += 4 * kPanelTokens;
         }
-        Floats scales[kBlocks];
+        Floats scales[kBlocks], minima[kBlocks];
         LOWBIT_UNROLL
         for (int b = 0; b < kBlocks; ++b) scales[b] = load_floats(panel.scales[s][b]);
+        if (kMinima)
+            LOWBIT_UNROLL
+            for (int b = 0; b < kBlocks; ++b) minima[b] = load_floats(panel.minima[s][b]);
         LOWBIT_UNROLL
         for (int t = 0; t < kPanelTokens; ++t) {
             const Floats sx = splat_floats(x.scales[place + t]);
             LOWBIT_UNROLL
             for (int b = 0; b < kBlocks; ++b) {
                 float* sum = sums + (t * kPanelBlocks + b) * kBlockRows;
-                store_floats(sum, multiply_add(to_floats(partial[b][t]), multiply(scales[b], sx), load_floats(sum)));
+                Floats before = load_floats(sum);
+                if (kMinima) before = multiply_add(minima[b], splat_floats(x.scaled_sums[place + t]), before);
+                store_floats(sum, multiply_add(to_floats(partial[b][t]), multiply(scales[b], sx), before));
             }
         }
     }
@@ -147,7 +156,7 @@ inline void store_item(const ProductJob& job, const Item& item, const float* sum
     }
 }
 
-template <bool kWide, bool kRowZeros>
+template <bool kWide, bool kRowZeros, bool kMinima>
 void panel_item(const ProductJob& job, const Item& item, Panel& panel, float* sums) {
     const Header& header = *job.activations.header;
     const Plan& plan = header.plan;
@@ -160,8 +169,8 @@ void panel_item(const ProductJob& job, const Item& item, Panel& panel, float* su
         for (int64_t tile = 0; tile < item.tiles; ++tile) {
             const TileView x = view_tile(job.activations, item.first_tile + tile);
             float* place = sums + tile * kPanelTokens * kPanelBlocks * kBlockRows;
-            if (item.blocks == kPanelBlocks) tile_product<kPanelBlocks, kWide, kRowZeros>(panel, plan, stretch, x, place);
-            else tile_product<1, kWide, kRowZeros>(panel, plan, stretch, x, place);
+            if (item.blocks == kPanelBlocks) tile_product<kPanelBlocks, kWide, kRowZeros, kMinima>(panel, plan, stretch, x, place);
+            else tile_product<1, kWide, kRowZeros, kMinima>(panel, plan, stretch, x, place);
         }
     }
     store_item(job, item, sums);
@@ -172,9 +181,10 @@ void panel_items(const ProductJob& job, int64_t begin, int64_t end) {
     alignas(64) float sums[kMostTokens * kPanelBlocks * kBlockRows];
     for (int64_t index = begin; index < end; ++index) {
         const Item item = item_at(job, index);
-        if (job.zeros.per_row) panel_item<true, true>(job, item, panel, sums);
-        else if (job.zeros.wide) panel_item<true, false>(job, item, panel, sums);
-        else panel_item<false, false>(job, item, panel, sums);
+        if (job.zeros.per_row) panel_item<true, true, false>(job, item, panel, sums);
+        else if (job.zeros.wide) panel_item<true, false, false>(job, item, panel, sums);
+        else if (job.activations.header->scales.minima) panel_item<false, false, true>(job, item, panel, sums);
+        else panel_item<false, false, false>(job, item, panel, sums);
     }
 }
 

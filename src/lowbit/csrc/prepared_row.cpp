@@ -42,13 +42,14 @@ void read_prepared(const Header& header, int64_t row, float* to) {
     }
     const uint8_t* zeros = stores_zeros(header) ? block + header.zeros_offset : nullptr;
     for (int64_t group = 0; group < header.plan.groups; ++group) {
-        const float scale = load_scale(block, header.scale_type, group * kBlockRows + lane, header.unit);
-        const int zero = zeros ? zeros[group * kBlockRows + lane] : 1 << (header.bits - 1);
+        const LaneScale scale = lane_scale(header, row, group);
+        const int zero = zeros ? zeros[group * kBlockRows + lane] : header.zero;
         const int64_t end = std::min((group + 1) * header.plan.group, header.cols);
         for (int64_t k = group * header.plan.group; k < end; ++k) {
             const int64_t position = header.plan.straight ? k : header.plan.position_of(k);
             const uint32_t code = code_at(units + position / kUnit * unit_bytes, header.bits, position % kUnit, lane);
-            to[k] = scale * (header.table ? header.levels[code] : static_cast<float>(static_cast<int>(code) - zero));
+            const float value = header.table ? header.levels[code] : static_cast<float>(static_cast<int>(code) - zero);
+            to[k] = scale.scale * value + scale.minimum;
         }
     }
 }

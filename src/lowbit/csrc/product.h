@@ -12,7 +12,8 @@ struct ZeroPlan {
 };
 
 // Activations of one call, laid out in tiles of `tile` tokens:
-//   integer   bytes [positions / 4][tile][4] | scales [segments][tile] | -constant * sum [segments][tile]
+//   integer   bytes [positions / 4][tile][4] | scales [segments][tile] | -constant * sum [segments][tile] |
+//             scale * sum [segments][tile] where the weight has minima
 //   float     fp32 [positions][tile]
 struct Activations {
     const Header* header;

@@ -26,7 +26,7 @@ ZeroPlan plan_zeros(const Header& header, bool panel) {
     ZeroPlan plan{};
     plan.wide = header.table || header.bits == 8 || fold;
     plan.per_row = rows && !fold;
-    plan.constant = header.table || fold ? 128 : 1 << (header.bits - 1);
+    plan.constant = header.table || fold ? 128 : header.zero;
     if (plan.wide) plan.constant -= isa().wide_bias;
     if (plan.per_row) plan.constant = 1;
     return plan;
@@ -35,7 +35,8 @@ ZeroPlan plan_zeros(const Header& header, bool panel) {
 int64_t tile_bytes(const Header& header, int tile, bool integer) {
     const Plan& plan = header.plan;
     if (!integer) return padded_bytes(plan.positions() * tile * 4);
-    return padded_bytes(plan.positions() * tile) + 2 * padded_bytes(plan.segments * tile * 4);
+    const int arrays = header.scales.minima ? 3 : 2;  // scales, sums, scaled sums
+    return padded_bytes(plan.positions() * tile) + arrays * padded_bytes(plan.segments * tile * 4);
 }
 
 // As many as keep the activations in the second-level cache.
@@ -48,7 +49,7 @@ int64_t token_block_for(const Header& header, int tile, int64_t bytes_per_number
 
 Form plan_form(const Header& header, int64_t tokens, int compute) {
     Form form{};
-    form.integer = compute == LOWBIT_COMPUTE_INT8 && header.kind != LOWBIT_DENSE;
+    form.integer = compute != LOWBIT_COMPUTE_FP32 && header.kind != LOWBIT_DENSE;
     form.few = form.integer && tokens <= kFewTokens;
     Activations& x = form.activations;
     x.header = &header;
@@ -63,7 +64,7 @@ Form plan_form(const Header& header, int64_t tokens, int compute) {
 bool same_form(const Form& a, const Form& b) {
     const Header &x = *a.activations.header, &y = *b.activations.header;
     return a.integer == b.integer && a.activations.zero_constant == b.activations.zero_constant &&
-           !memcmp(&x.plan, &y.plan, sizeof x.plan) && x.cols == y.cols &&
+           !memcmp(&x.plan, &y.plan, sizeof x.plan) && x.cols == y.cols && !x.scales.minima == !y.scales.minima &&
            (!a.integer || x.unit * x.byte_factor == y.unit * y.byte_factor);
 }
 

@@ -10,6 +10,7 @@
 #include "bits.h"
 #include "dispatch.h"
 #include "error.h"
+#include "gguf_block.h"
 #include "number.h"
 #include "threads.h"
 
@@ -93,6 +94,8 @@ extern "C" int lowbit_quantize(const lowbit_format* format, const void* weight, 
                                const lowbit_search* search, int32_t* codes, void* scales, uint8_t* zeros, float* scale_scales) {
     const Shape shape = {rows, cols};
     if (int status = check_plain(format, shape, dtype, row_stride)) return status;
+    if (format->kind == LOWBIT_BLOCKS || format->scale_block > 0)
+        return fail(LOWBIT_UNSUPPORTED, "scales under a second level are fitted by the reference, not by the core");
     if (format->group_size == 0) return fail(LOWBIT_UNSUPPORTED, "one scale for a whole tensor is fitted by the reference, not by the core");
     const lowbit_search none = {nullptr, 0, 0, nullptr};
     if (int status = check_search(search ? *search : none)) return status;
@@ -123,14 +126,43 @@ extern "C" int lowbit_quantize(const lowbit_format* format, const void* weight, 
     return finish(job);
 }
 
-extern "C" int lowbit_dequantize(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
-                                 const uint8_t* zeros, const float* scale_scales, void* weight, int dtype, int64_t row_stride) {
-    if (int status = check_plain(format, {rows, cols}, dtype, row_stride)) return status;
-    if (!weight || !codes || !scales || (stores_zeros(*format) && !zeros) || (format->scale_type == LOWBIT_SCALE_E4M3 && !scale_scales))
+namespace {
+
+struct Stored {
+    const int32_t* codes;
+    const void* scales;
+    const uint8_t* zeros;
+    const float *scale_scales, *scale_offset;
+};
+
+// A job that writes rows to `weight`, or a sentence.
+int plan_dequantize(const lowbit_format* format, Shape shape, const Stored& stored, int dtype, int64_t row_stride, DequantizeJob* job) {
+    if (int status = check_plain(format, shape, dtype, row_stride)) return status;
+    const bool blocks = format->kind == LOWBIT_BLOCKS, steps = !blocks && format->scale_block > 0;
+    const bool unit = !blocks && format->scale_type == LOWBIT_SCALE_E4M3;
+    if (!stored.codes || (!blocks && !stored.scales) || (stores_zeros(*format) && !stored.zeros) ||
+        ((unit || steps) && !stored.scale_scales) || (steps && !stored.scale_offset))
         return fail(LOWBIT_BAD_ARGUMENT, "a buffer that this format needs was not given");
-    const float unit = format->scale_type == LOWBIT_SCALE_E4M3 ? *scale_scales : 1.0f;
-    const DequantizeJob job = {*format, {rows, cols}, codes, scales, stores_zeros(*format) ? zeros : nullptr, unit, weight, dtype, row_stride};
-    parallel_for(rows, 8, [&](int64_t begin, int64_t end, int) { isa().dequantize_rows(job, begin, end); });
+    *job = {*format, shape, stored.codes, stored.scales, stores_zeros(*format) ? stored.zeros : nullptr, unit ? *stored.scale_scales : 1.0f,
+            nullptr, dtype, row_stride, steps ? stored.scale_scales : nullptr, steps ? *stored.scale_offset : 0.0f};
+    return LOWBIT_OK;
+}
+
+void dequantize(const DequantizeJob& job, int64_t begin, int64_t end) {
+    (job.format.kind == LOWBIT_BLOCKS ? dequantize_blocks : isa().dequantize_rows)(job, begin, end);
+}
+
+}  // namespace
+
+extern "C" int lowbit_dequantize(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
+                                 const uint8_t* zeros, const float* scale_scales, void* weight, int dtype, int64_t row_stride,
+                                 const float* scale_offset) {
+    DequantizeJob job{};
+    if (int status = plan_dequantize(format, {rows, cols}, {codes, scales, zeros, scale_scales, scale_offset}, dtype, row_stride, &job))
+        return status;
+    if (!weight) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
+    job.weight = weight;
+    parallel_for(rows, 8, [&](int64_t begin, int64_t end, int) { dequantize(job, begin, end); });
     return LOWBIT_OK;
 }
 
@@ -138,12 +170,14 @@ extern "C" int lowbit_dequantize(const lowbit_format* format, int64_t rows, int6
 // at a time into a buffer of its own, so that nothing of the size of the weight is written.
 extern "C" int lowbit_distance(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
                                const uint8_t* zeros, const float* scale_scales, const void* weight, int dtype, int64_t row_stride,
-                               double* sums) try {
-    if (int status = check_plain(format, {rows, cols}, dtype, row_stride)) return status;
-    if (!weight || !codes || !scales || !sums || (stores_zeros(*format) && !zeros) ||
-        (format->scale_type == LOWBIT_SCALE_E4M3 && !scale_scales))
-        return fail(LOWBIT_BAD_ARGUMENT, "a buffer that this format needs was not given");
-    const float unit = format->scale_type == LOWBIT_SCALE_E4M3 ? *scale_scales : 1.0f;
+                               double* sums, const float* scale_offset) try {
+    DequantizeJob plan{};
+    if (int status = plan_dequantize(format, {rows, cols}, {codes, scales, zeros, scale_scales, scale_offset}, dtype, row_stride, &plan))
+        return status;
+    if (!weight || !sums) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
+    // A stride of 0 lets every row be written to the same place.
+    plan.dtype = LOWBIT_FP32;
+    plan.row_stride = 0;
     const int threads = thread_count();
     std::vector<float> restored(static_cast<size_t>(threads) * cols), original(static_cast<size_t>(threads) * cols);
     std::vector<double> errors(rows), norms(rows);
@@ -151,9 +185,9 @@ extern "C" int lowbit_distance(const lowbit_format* format, int64_t rows, int64_
         float* back = restored.data() + static_cast<int64_t>(thread) * cols;
         float* given = original.data() + static_cast<int64_t>(thread) * cols;
         for (int64_t row = begin; row < end; ++row) {
-            // A stride of 0 lets every row be written to the same place.
-            const DequantizeJob job = {*format, {rows, cols}, codes, scales, stores_zeros(*format) ? zeros : nullptr, unit, back, LOWBIT_FP32, 0};
-            isa().dequantize_rows(job, row, row + 1);
+            DequantizeJob job = plan;
+            job.weight = back;
+            dequantize(job, row, row + 1);
             for (int64_t i = 0; i < cols; ++i) given[i] = load_number(weight, dtype, row * row_stride + i);
             float error[8] = {}, norm[8] = {};
             int64_t i = 0;

@@ -41,6 +41,8 @@ struct DequantizeJob {
     void* weight;
     int dtype;
     int64_t row_stride;
+    const float* steps;  // of doubly quantised scales, and what is added to them
+    float scale_offset;
 };
 
 }  // namespace lowbit

@@ -371,6 +371,12 @@ void quantize_rows(const QuantizeJob& job, int64_t begin, int64_t end) {
     quantizer.run(begin, end);
 }
 
+// A doubly quantised scale.
+inline float stepped_scale(const DequantizeJob& job, int64_t index) {
+    const float code = static_cast<float>(static_cast<const uint8_t*>(job.scales)[index] - kStepMidpoint);
+    return code * job.steps[index / job.format.scale_block] + job.scale_offset;
+}
+
 void dequantize_rows(const DequantizeJob& job, int64_t begin, int64_t end) {
     const lowbit_format& format = job.format;
     const int64_t cols = job.shape.cols, length = group_length(format, cols), groups = group_count(format, cols);
@@ -387,7 +393,7 @@ void dequantize_rows(const DequantizeJob& job, int64_t begin, int64_t end) {
                 const int64_t group = (from + i) / length, stop = (group + 1) * length - from;
                 const int64_t end_of_group = stop < count ? stop : count;
                 const int64_t index = format.group_size == 0 ? 0 : row * groups + group;
-                const float scale = load_scale(job.scales, format.scale_type, index, job.unit);
+                const float scale = job.steps ? stepped_scale(job, index) : load_scale(job.scales, format.scale_type, index, job.unit);
                 if (format.kind == LOWBIT_LEVELS) {
                     for (; i < end_of_group; ++i) values[i] = scale * format.levels[codes[i]];
                 } else {

@@ -2,7 +2,7 @@
 //
 // 32 codes of a row are `bits` words of its stream, so a unit of 16 rows is `bits` vectors of one word per row. Code i of every row
 // is then cut out of those vectors by the same shifts, 16 rows at a time, and laid into the planes; nothing depends on the data.
-// Rows whose segments are padded go through bytes, one code at a time.
+// Rows whose segments are padded, and GGUF's blocks, go through bytes, one code at a time.
 #pragma once
 #include <cstring>
 
@@ -117,44 +117,79 @@ void repack_straight(const RepackJob& job, BlockRange range, uint8_t* planes) {
     }
 }
 
-// Padded rows, code by code: positions of the prepared row are first gathered into bytes.
-template <int kBits, bool kPrepare>
-void repack_padded(const RepackJob& job, BlockRange range, uint8_t* planes, uint8_t* bytes) {
-    const Header& header = *job.header;
-    const int64_t words = divide_up(header.cols * kBits, 32), positions = header.plan.positions();
-    uint8_t* row = bytes + kBlockRows * positions;
-    for (int r = 0; kPrepare && r < kBlockRows; ++r) {
-        memset(bytes + r * positions, 0, static_cast<size_t>(positions));
-        if (r >= range.rows) continue;
-        read_codes(static_cast<const uint32_t*>(job.codes) + (range.first_row + r) * words, row, header.cols, kBits);
-        for (int64_t k = 0; k < header.cols; ++k) bytes[r * positions + header.plan.position_of(k)] = row[k];
-    }
-    for (int64_t unit = 0; unit < header.plan.units; ++unit) {
-        U32 words_of_unit[kBits], vectors[kBits];
-        alignas(64) uint32_t lanes[kBits][kBlockRows];
-        uint32_t stream[kBits];
-        if (kPrepare) {
-            for (int r = 0; r < kBlockRows; ++r) {
-                write_codes(stream, bytes + r * positions + unit * kUnit, kUnit, kBits);
-                for (int w = 0; w < kBits; ++w) lanes[w][r] = stream[w];
-            }
-            memcpy(words_of_unit, lanes, sizeof lanes);
-            words_to_planes<kBits>(words_of_unit, vectors);
-            memcpy(planes + unit * kBits * kVector, vectors, sizeof vectors);
-        } else {
-            memcpy(vectors, planes + unit * kBits * kVector, sizeof vectors);
-            planes_to_words<kBits>(vectors, words_of_unit);
-            memcpy(lanes, words_of_unit, sizeof lanes);
-            for (int r = 0; r < range.rows; ++r) {
-                for (int w = 0; w < kBits; ++w) stream[w] = lanes[w][r];
-                read_codes(stream, bytes + r * positions + unit * kUnit, kUnit, kBits);
-            }
+constexpr uint32_t in_each_byte(int mask) { return static_cast<uint32_t>(mask) * 0x01010101u; }
+
+// One unit between codes as bytes, rows of `stride`, and bit planes.
+template <int kBits>
+inline void bytes_to_planes(const uint8_t* bytes, int64_t stride, uint8_t* planes) {
+    U32 out[kBits] = {};
+    for (int step = 0; step < kSteps; ++step) {
+        alignas(64) uint32_t lanes[kBlockRows];
+        for (int r = 0; r < kBlockRows; ++r) memcpy(&lanes[r], bytes + r * stride + 4 * step, 4);
+        U32 codes;
+        memcpy(&codes, lanes, sizeof codes);
+        LOWBIT_UNROLL_REPACK
+        for (int p = 0; p < Planes<kBits>::kCount; ++p) {
+            const Plane plane = Planes<kBits>::at(p);
+            const int per_byte = 8 / plane.width;
+            const U32 part = (codes >> plane.low) & in_each_byte((1 << plane.width) - 1);
+            out[plane.first + step / per_byte] |= part << (step % per_byte * plane.width);
         }
     }
-    for (int r = 0; !kPrepare && r < range.rows; ++r) {
-        for (int64_t k = 0; k < header.cols; ++k) row[k] = bytes[r * positions + header.plan.position_of(k)];
-        write_codes(static_cast<uint32_t*>(job.codes) + (range.first_row + r) * words, row, header.cols, kBits);
+    memcpy(planes, out, sizeof out);
+}
+
+template <int kBits>
+inline void planes_to_bytes(const uint8_t* planes, uint8_t* bytes, int64_t stride) {
+    U32 in[kBits];
+    memcpy(in, planes, sizeof in);
+    for (int step = 0; step < kSteps; ++step) {
+        U32 codes = {};
+        LOWBIT_UNROLL_REPACK
+        for (int p = 0; p < Planes<kBits>::kCount; ++p) {
+            const Plane plane = Planes<kBits>::at(p);
+            const int per_byte = 8 / plane.width;
+            const U32 part = in[plane.first + step / per_byte] >> (step % per_byte * plane.width);
+            codes |= (part & in_each_byte((1 << plane.width) - 1)) << plane.low;
+        }
+        alignas(64) uint32_t lanes[kBlockRows];
+        memcpy(lanes, &codes, sizeof lanes);
+        for (int r = 0; r < kBlockRows; ++r) memcpy(bytes + r * stride + 4 * step, &lanes[r], 4);
     }
+}
+
+// One row of codes between its canonical form and bytes by position. `row` is room for its codes in order.
+template <int kBits>
+void row_to_bytes(const RepackJob& job, BlockRange range, int lane, uint8_t* base, uint8_t* row, uint8_t* bytes) {
+    const Header& header = *job.header;
+    if (header.kind == LOWBIT_BLOCKS) return blocks_to_lanes(job, range.first_row + lane, base, bytes);
+    const int64_t words = divide_up(header.cols * kBits, 32);
+    read_codes(static_cast<const uint32_t*>(job.codes) + (range.first_row + lane) * words, row, header.cols, kBits);
+    for (int64_t k = 0; k < header.cols; ++k) bytes[header.plan.position_of(k)] = row[k];
+}
+
+template <int kBits>
+void bytes_to_row(const RepackJob& job, BlockRange range, int lane, const uint8_t* base, uint8_t* row, const uint8_t* bytes) {
+    const Header& header = *job.header;
+    if (header.kind == LOWBIT_BLOCKS) return lanes_to_blocks(job, range.first_row + lane, base, bytes);
+    const int64_t words = divide_up(header.cols * kBits, 32);
+    for (int64_t k = 0; k < header.cols; ++k) row[k] = bytes[header.plan.position_of(k)];
+    write_codes(static_cast<uint32_t*>(job.codes) + (range.first_row + lane) * words, row, header.cols, kBits);
+}
+
+// Rows code by code: `bytes` is room for 16 rows of positions and one of columns.
+template <int kBits, bool kPrepare>
+void repack_bytes(const RepackJob& job, BlockRange range, uint8_t* base, uint8_t* bytes) {
+    const Header& header = *job.header;
+    const int64_t positions = header.plan.positions();
+    uint8_t *row = bytes + kBlockRows * positions, *planes = base + header.codes_offset;
+    if (kPrepare) memset(bytes, 0, static_cast<size_t>(kBlockRows * positions));
+    for (int r = 0; kPrepare && r < range.rows; ++r) row_to_bytes<kBits>(job, range, r, base, row, bytes + r * positions);
+    for (int64_t unit = 0; unit < header.plan.units; ++unit) {
+        if (kPrepare) bytes_to_planes<kBits>(bytes + unit * kUnit, positions, planes + unit * kBits * kVector);
+        else planes_to_bytes<kBits>(planes + unit * kBits * kVector, bytes + unit * kUnit, positions);
+    }
+    for (int r = 0; !kPrepare && r < range.rows; ++r) bytes_to_row<kBits>(job, range, r, base, row, bytes + r * positions);
 }
 
 // Scales (or zeros) between [row][group] and [group][16].
@@ -186,9 +221,20 @@ void repack_dense(const RepackJob& job, BlockRange range, T* lanes) {
 }
 
 template <int kBits, bool kPrepare>
-void repack_codes(const RepackJob& job, BlockRange range, uint8_t* planes, uint8_t* bytes) {
-    if (job.header->plan.straight) repack_straight<kBits, kPrepare>(job, range, planes);
-    else repack_padded<kBits, kPrepare>(job, range, planes, bytes);
+void repack_codes(const RepackJob& job, BlockRange range, uint8_t* base, uint8_t* bytes) {
+    if (needs_bytes(*job.header)) repack_bytes<kBits, kPrepare>(job, range, base, bytes);
+    else repack_straight<kBits, kPrepare>(job, range, base + job.header->codes_offset);
+}
+
+template <bool kPrepare>
+void repack_scales(const RepackJob& job, BlockRange range, uint8_t* base) {
+    const Header& header = *job.header;
+    switch (header.scales.level == kStepTable ? 1 : scale_bytes(header.scale_type)) {
+        case 4: repack_lanes<uint32_t, kPrepare>(header, range, static_cast<uint32_t*>(job.scales), reinterpret_cast<uint32_t*>(base)); break;
+        case 2: repack_lanes<uint16_t, kPrepare>(header, range, static_cast<uint16_t*>(job.scales), reinterpret_cast<uint16_t*>(base)); break;
+        default: repack_lanes<uint8_t, kPrepare>(header, range, static_cast<uint8_t*>(job.scales), base);
+    }
+    if (stores_zeros(header)) repack_lanes<uint8_t, kPrepare>(header, range, job.zeros, base + header.zeros_offset);
 }
 
 template <bool kPrepare>
@@ -196,32 +242,28 @@ void repack_block(const RepackJob& job, int64_t block, uint8_t* bytes) {
     const Header& header = *job.header;
     const BlockRange range = rows_of(header, block);
     uint8_t* base = job.prepared + kHeaderBytes + block * header.block_bytes;
-    uint8_t* planes = base + header.codes_offset;
     if (header.kind == LOWBIT_DENSE) {
-        if (header.bits == 32) repack_dense<uint32_t, 1, kPrepare>(job, range, reinterpret_cast<uint32_t*>(planes));
-        else if (header.scale_type == LOWBIT_BF16) repack_dense<uint16_t, 2, kPrepare>(job, range, reinterpret_cast<uint16_t*>(planes));
-        else repack_dense<uint16_t, 1, kPrepare>(job, range, reinterpret_cast<uint16_t*>(planes));
+        uint8_t* numbers = base + header.codes_offset;
+        if (header.bits == 32) repack_dense<uint32_t, 1, kPrepare>(job, range, reinterpret_cast<uint32_t*>(numbers));
+        else if (header.scale_type == LOWBIT_BF16) repack_dense<uint16_t, 2, kPrepare>(job, range, reinterpret_cast<uint16_t*>(numbers));
+        else repack_dense<uint16_t, 1, kPrepare>(job, range, reinterpret_cast<uint16_t*>(numbers));
         return;
     }
-    switch (scale_bytes(header.scale_type)) {
-        case 4: repack_lanes<uint32_t, kPrepare>(header, range, static_cast<uint32_t*>(job.scales), reinterpret_cast<uint32_t*>(base)); break;
-        case 2: repack_lanes<uint16_t, kPrepare>(header, range, static_cast<uint16_t*>(job.scales), reinterpret_cast<uint16_t*>(base)); break;
-        default: repack_lanes<uint8_t, kPrepare>(header, range, static_cast<uint8_t*>(job.scales), base);
-    }
-    if (header.codes_offset != header.zeros_offset)
-        repack_lanes<uint8_t, kPrepare>(header, range, job.zeros, base + header.zeros_offset);
+    // The scales of GGUF's blocks come with the codes; lanes of rows that do not exist are zero.
+    if (header.kind != LOWBIT_BLOCKS) repack_scales<kPrepare>(job, range, base);
+    else if (kPrepare) memset(base, 0, static_cast<size_t>(header.codes_offset));
     switch (header.bits) {
-        case 2: return repack_codes<2, kPrepare>(job, range, planes, bytes);
-        case 3: return repack_codes<3, kPrepare>(job, range, planes, bytes);
-        case 4: return repack_codes<4, kPrepare>(job, range, planes, bytes);
-        case 5: return repack_codes<5, kPrepare>(job, range, planes, bytes);
-        case 6: return repack_codes<6, kPrepare>(job, range, planes, bytes);
-        case 7: return repack_codes<7, kPrepare>(job, range, planes, bytes);
-        default: return repack_codes<8, kPrepare>(job, range, planes, bytes);
+        case 2: return repack_codes<2, kPrepare>(job, range, base, bytes);
+        case 3: return repack_codes<3, kPrepare>(job, range, base, bytes);
+        case 4: return repack_codes<4, kPrepare>(job, range, base, bytes);
+        case 5: return repack_codes<5, kPrepare>(job, range, base, bytes);
+        case 6: return repack_codes<6, kPrepare>(job, range, base, bytes);
+        case 7: return repack_codes<7, kPrepare>(job, range, base, bytes);
+        default: return repack_codes<8, kPrepare>(job, range, base, bytes);
     }
 }
 
-// `bytes` is room for 17 rows of positions, used by padded layouts only.
+// `bytes` is room for 16 rows of positions and one of columns, used by layouts that go through bytes only.
 void prepare_block(const RepackJob& job, int64_t block, uint8_t* bytes) { repack_block<true>(job, block, bytes); }
 void restore_block(const RepackJob& job, int64_t block, uint8_t* bytes) { repack_block<false>(job, block, bytes); }
 

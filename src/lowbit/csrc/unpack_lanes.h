@@ -1,6 +1,6 @@
 // From the bit planes of a unit (layout.h) to eight vectors of one code per byte, ready for the dot product.
 #pragma once
-#include "layout.h"
+#include "scale_lanes.h"
 
 namespace lowbit {
 namespace {
@@ -47,17 +47,6 @@ LOWBIT_INLINE void unpack_unit(const uint8_t* planes, const Table& table, Bytes*
     if constexpr (kTable) {
     LOWBIT_UNROLL
         for (int s = 0; s < kSteps; ++s) steps[s] = look_up<kBits>(table, steps[s]);
-    }
-}
-
-// Scales of 16 rows, without the tensor's factor.
-LOWBIT_INLINE Floats scales_at(const uint8_t* block, int scale_type, int64_t group) {
-    switch (scale_type) {
-        case LOWBIT_SCALE_FP16: return halves_to_floats(block + group * kBlockRows * 2);
-        case LOWBIT_SCALE_BF16: return brains_to_floats(block + group * kBlockRows * 2);
-        case LOWBIT_SCALE_FP32: return load_floats(reinterpret_cast<const float*>(block) + group * kBlockRows);
-        case LOWBIT_SCALE_E8M0: return exponents_to_floats(block + group * kBlockRows);
-        default: return e4m3_to_floats(block + group * kBlockRows);
     }
 }
 

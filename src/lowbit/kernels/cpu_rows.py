@@ -104,8 +104,7 @@ def run_experts(
 
 def addresses(tensors: dict[str, torch.Tensor]) -> calls.Canonical:
     """Where the canonical buffers of a weight lie."""
-    names = ("codes", "scales", "zeros", "scale_scales")
-    return calls.Canonical(**{name: tensors[name].data_ptr() for name in names if name in tensors})
+    return calls.Canonical.of({name: tensor.data_ptr() for name, tensor in tensors.items()})
 
 
 def _experts(packed: PackedTensor) -> list[PackedTensor]:

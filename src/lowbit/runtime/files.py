@@ -11,6 +11,7 @@ any size is made low-bit with room for one weight.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +110,8 @@ class FolderFiles:
         self.tensors = {n: t for file in weight_files(path) for n, t in MappedFile(file).tensors.items()}
         quantization = quantization_config(stored)
         stored.pop("quantization_config", None)
-        self.packed = PackedIndex(self.tensors, quantization, spec_from_config(stored).names_in_files)
+        with _understood(path):
+            self.packed = PackedIndex(self.tensors, quantization, spec_from_config(stored).names_in_files)
         self.config = stored | ({"tie_word_embeddings": True} if self.packed.tied else {})
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
@@ -134,7 +136,8 @@ class FolderFiles:
 
     def read(self, name: str, columns: int, is_embedding: bool = False) -> Weight:
         if name in self.packed.paths:
-            return self.packed.read(name, columns, is_embedding)
+            with _understood(self.path):
+                return self.packed.read(name, columns, is_embedding)
         tensor = self.tensors[name]
         if tensor.dtype not in _DENSE_TYPES:
             raise CheckpointError(
@@ -244,9 +247,9 @@ def _formats(recipe: Recipe, located: Located, spec: DecoderSpec) -> tuple[Forma
     path = located.weight.name.format(layer=located.layer).removesuffix(".weight")
     choice = recipe.choose(path, "head" if role == "embedding" and spec.head.tied else role)
     for format in choice.formats:
-        refusal = calls.refuses(format, (1, 1))
+        refusal = calls.refuses(format, (1, 1)) or calls.refuses_to_quantize(format)
         if refusal:
-            raise RecipeError(f"the engine cannot run {format}: {refusal}")
+            raise RecipeError(f"the engine cannot make {format}: {refusal}")
     return choice.formats
 
 

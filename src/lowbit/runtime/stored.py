@@ -112,5 +112,4 @@ def dequantize(packed: PackedTensor) -> Dense:
 
 def addresses(buffers: dict[str, NDArray[Any]]) -> calls.Canonical:
     """Where the canonical buffers of a weight lie; they must be contiguous and stay alive."""
-    names = ("codes", "scales", "zeros", "scale_scales")
-    return calls.Canonical(**{name: int(buffers[name].ctypes.data) for name in names if name in buffers})
+    return calls.Canonical.of({name: int(array.ctypes.data) for name, array in buffers.items()})

@@ -92,7 +92,7 @@ def prepared(packed: PackedTensor, bias: Floats | None = None) -> Matrix:
     for index, expert in enumerate(experts):
         arrays = {name: np.ascontiguousarray(array) for name, array in expert.tensors().items()}
         addresses = {name: array.ctypes.data for name, array in arrays.items()}
-        calls.prepare(packed.format, rows, cols, calls.Canonical(**addresses), buffer.ctypes.data + index * size, size)
+        calls.prepare(packed.format, rows, cols, calls.Canonical.of(addresses), buffer.ctypes.data + index * size, size)
     return Matrix(buffer.ctypes.data, rows, cols, PREPARED, "float32", len(experts), size, bias, buffer)
 
 
