@@ -78,6 +78,8 @@ def quantize(
     weight: torch.Tensor, format: Format, search: Search = PLAIN, importance: torch.Tensor | None = None
 ) -> PackedTensor:
     """Round a weight [.., out, in] to a format of any kind; `importance` [in] weighs the squared error of each input."""
+    if importance is not None:
+        check_importance(importance, weight)
     if format.kind == "kquant":
         return quantize_kquant(weight, format, search.steps, importance)
     ratios = search.ratios() if search.steps else []
@@ -173,6 +175,15 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
         raise WeightError(
             f"{name} holds {len(bad)} values that are NaN or infinite (the first at {place}); "
             "repair the checkpoint or leave the layer out with modules_to_not_convert"
+        )
+
+
+def check_importance(importance: torch.Tensor, weight: torch.Tensor) -> None:
+    """Refuse an importance that is not one number for each input: the core reads it without looking at its length."""
+    if tuple(importance.shape) != (weight.shape[-1],):
+        raise WeightError(
+            f"an importance of shape {list(importance.shape)} does not fit a weight {list(weight.shape)}: "
+            f"it has one number for each of the {weight.shape[-1]} inputs"
         )
 
 
