@@ -52,6 +52,29 @@ class MissingPackageError(LowbitError, ImportError):
         self.package = package
 
 
+LONGEST_SENTENCE = 400
+
+
+def one_line(text: str) -> str:
+    """A paragraph as one line, cut at a word if it is very long."""
+    words = " ".join(text.split())
+    return words if len(words) <= LONGEST_SENTENCE else words[:LONGEST_SENTENCE].rpartition(" ")[0] + " ..."
+
+
+class BareErrors:
+    """Errors of the tokenizers library as one sentence: it raises nothing narrower than Exception, and only that is taken."""
+
+    def __init__(self, sentence: str) -> None:
+        self.sentence = sentence
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is Exception:
+            raise CheckpointError(f"{self.sentence}: {one_line(str(error))}") from error
+
+
 def nearest(name: str, known: Iterable[str], count: int = 4) -> str:
     """The tail of an error about an unknown name: the closest names that exist."""
     names = sorted(known)

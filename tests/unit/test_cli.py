@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from lowbit.cli import COMMANDS, FAILED, INTERRUPTED, OK, PIPE_CLOSED, USAGE, main
-from lowbit.cli.failures import LONGEST_SENTENCE, explain_failure, one_line
+from lowbit.cli.failures import explain_failure
 from lowbit.cli.options import COUNT, SHARE
 from lowbit.cli.output import Output, count_text, plain_table, seconds_text, size_text
-from lowbit.errors import CheckpointError
+from lowbit.errors import LONGEST_SENTENCE, CheckpointError, one_line
 
 HEAVY = ("torch", "rich", "transformers", "numpy")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 
-from lowbit.errors import LowbitError, MissingPackageError
+from lowbit.errors import LowbitError, MissingPackageError, one_line
 
 # What to say for an error of the operating system; {file} is the file it is about.
 _SYSTEM_ERRORS = {
@@ -33,7 +33,6 @@ _OPTIONAL = {
 }
 _NO_MEMORY = "not enough memory: close other programs, take a smaller model, or name a format with fewer bits"
 _SIGNS_OF_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-LONGEST_SENTENCE = 400
 
 
 def explain_failure(error: BaseException) -> str | None:
@@ -43,6 +42,8 @@ def explain_failure(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         return str(MissingPackageError(package, *_OPTIONAL[package])) if package in _OPTIONAL else None
+    if isinstance(error, ImportError) and error.name is None:  # transformers asking for a package
+        return one_line(str(error))
     if isinstance(error, OSError):
         return _explain_system_error(error)
     no_memory = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_NO_MEMORY)
@@ -53,9 +54,3 @@ def _explain_system_error(error: OSError) -> str:
     if error.errno in _SYSTEM_ERRORS:
         return _SYSTEM_ERRORS[error.errno].format(file=error.filename or "the file")
     return one_line(error.strerror or str(error) or type(error).__name__)
-
-
-def one_line(text: str) -> str:
-    """A paragraph as one line, cut at a word if it is very long."""
-    words = " ".join(text.split())
-    return words if len(words) <= LONGEST_SENTENCE else words[:LONGEST_SENTENCE].rpartition(" ")[0] + " ..."

@@ -123,10 +123,14 @@ def _read_model_folder(folder: Path) -> Checkpoint:
     quantization = _quantization_config(folder, config)
     facts = {
         "model_type": config.get("model_type"),
-        "architecture": next(iter(config.get("architectures") or ()), None),
+        "architecture": _first(config.get("architectures")),
         "quant_method": quantization.get("quant_method"),
     }
     return _checkpoint(folder, facts, tensors, _hints(folder, quantization))
+
+
+def _first(names: Any) -> str | None:
+    return str(names[0]) if isinstance(names, list) and names else None
 
 
 def _quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -14,28 +14,28 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from transformers.generation import BaseStreamer
 
 import lowbit
 from lowbit.bench import peak_memory
+from lowbit.checkpoint.verdict import one_sentence
 from lowbit.cli.answer import Answer, Emit, Message
-from lowbit.cli.failures import one_line
 from lowbit.cli.options import LoadOptions, Sampling
 from lowbit.cli.source import Source
 from lowbit.core.calls import set_threads
 from lowbit.core.library import library_path
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import BareErrors, CheckpointError, LowbitError, one_line
 from lowbit.interop.gguf import open_gguf
 from lowbit.runtime.text import TextPieces
+
+# Files that say a folder has a tokenizer, of whatever kind.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tokenization*.py")
 
 
 class _Stream(BaseStreamer):  # type: ignore[misc]
@@ -180,7 +180,7 @@ def load_model(source: Source, options: LoadOptions) -> Any:
         arguments["recipe"] = options.recipe
     # Asked for by name, since the bars of transformers are switched off.
     arguments["progress"] = sys.stderr.isatty()
-    with _foreign_errors(f"cannot load {source.name}"):
+    with one_sentence(source.name):
         return lowbit.AutoModelForCausalLM.from_pretrained(source.name, allow_pickle=options.allow_pickle, **arguments)
 
 
@@ -198,10 +198,17 @@ def load_tokenizer(source: Source, options: LoadOptions) -> Any | None:
     """The tokenizer of a model, or None if it has none."""
     if source.kind == "gguf":
         return _gguf_tokenizer(source)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source.name, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError):  # transformers has no error of its own for a missing tokenizer
+    is_folder = source.kind == "folder"
+    if is_folder and not any(file for pattern in _TOKENIZER_FILES for file in source.path.glob(pattern)):
         return None
+    damage = f"{source.name}: its tokenizer cannot be read, a file of it may be damaged"
+    try:
+        with BareErrors(damage), one_sentence(f"the tokenizer of {source.name}", is_folder):
+            return transformers.AutoTokenizer.from_pretrained(source.name, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError):  # transformers has no error of its own for a model of the hub without a tokenizer
+        if is_folder:
+            raise
+    return None
 
 
 def _gguf_tokenizer(source: Source) -> Any:
@@ -234,16 +241,3 @@ def _checked_device(name: str) -> str:
     if not available.get(device.type, True):
         raise LowbitError(f"torch sees no {device.type} device here: leave --device out, or see 'lowbit doctor'")
     return name
-
-
-@contextmanager
-def _foreign_errors(doing: str) -> Iterator[None]:
-    """Errors of transformers and safetensors about a checkpoint, as one sentence of ours."""
-    try:
-        yield
-    except LowbitError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise CheckpointError(f"{doing}: {one_line(str(error))}") from error

@@ -10,6 +10,7 @@ any size is made low-bit with room for one weight.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 
 from lowbit.contents import CONFIG, quantization_config, read_config, read_json, read_text, weight_files
 from lowbit.core import calls
-from lowbit.errors import CheckpointError, RecipeError
+from lowbit.errors import CheckpointError, LowbitError, RecipeError, one_line
 from lowbit.formats import Format, format_from_name
 from lowbit.interop.gguf import GgufTensor, open_gguf
 from lowbit.models.families import spec_from_config
@@ -34,6 +35,8 @@ from lowbit.runtime.packed_names import PackedIndex
 from lowbit.runtime.stored import Dense, Weight, dequantize, join_rows, quantize_dense, stack
 from lowbit.runtime.text import Tokenizer
 
+# The number of a layer in a name: model.layers.[5].mlp
+_LAYER = re.compile(r"(.*?\.)(\d+)\.")
 _DENSE_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Roles that a recipe packs, and what it calls them; routers, positions and vectors stay as they are.
 _RECIPE_ROLES = {
@@ -202,7 +205,19 @@ class GgufFiles:
 
 def read_spec(files: ModelFiles) -> DecoderSpec:
     """What the model is."""
-    return spec_from_config(files.config)
+    with _understood(files.path):
+        return spec_from_config(files.config)
+
+
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """A field may hold a value of a kind that nobody writes there; which one, only the code that met it knows."""
+    try:
+        yield
+    except LowbitError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its {CONFIG} cannot be understood ({one_line(str(error))})") from error
 
 
 def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = None) -> Iterator[Loaded]:
@@ -212,7 +227,9 @@ def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = N
         raise RecipeError(
             f"{files.path} is low-bit already: make it low-bit anew from the original model, or leave out the format"
         )
-    for (role, layer), located in spec.locate(files.names).items():
+    places = spec.locate(files.names)
+    _refuse_other_layers(files, spec, {name for place in places.values() for names in place.names for name in names})
+    for (role, layer), located in places.items():
         weight = _assemble(files, located)
         if recipe is not None and role in _RECIPE_ROLES:
             weight = _round(weight, _formats(recipe, located, spec))
@@ -223,6 +240,19 @@ def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = N
         yield Loaded(role, layer, weight, bias)
         for name in (name for names in located.names for name in names):
             files.release(name)
+
+
+def _refuse_other_layers(files: ModelFiles, spec: DecoderSpec, used: Collection[str]) -> None:
+    """A file with more layers than the config says is of another model; layers that guess further tokens may follow."""
+    count = len(spec.layers) + int(files.config.get("num_nextn_predict_layers") or 0)
+    stems = {found[1] for name in used if (found := _LAYER.match(name))}
+    numbered = ((found, name) for name in sorted(files.names) if (found := _LAYER.match(name)))
+    left = [name for found, name in numbered if found[1] in stems and int(found[2]) >= count]
+    if left:
+        raise CheckpointError(
+            f"{files.path} holds {len(left)} tensors of layers beyond the {len(spec.layers)} of its {CONFIG} "
+            f"({left[0]} ...): the weights and the configuration are not of the same model"
+        )
 
 
 def _assemble(files: ModelFiles, located: Located) -> Weight:

@@ -38,8 +38,9 @@ class PackedIndex:
         self.method = self.config.get("quant_method")
         if config and self.method not in (OWN_METHOD, COMPRESSED_METHOD):
             raise CheckpointError(
-                f"the folder is quantised with {self.method}, which the engine does not read: "
-                "load it through lowbit.AutoModelForCausalLM and save it with save_low_bit first"
+                f"the folder is quantised with {self.method}, which the engine does not read "
+                f"(it reads {OWN_METHOD} and {COMPRESSED_METHOD}): load it through "
+                "lowbit.AutoModelForCausalLM and save it with save_low_bit first"
             )
         layers = self.config.get("layers") or {}
         # The configuration has the model's names, the files may have older ones.

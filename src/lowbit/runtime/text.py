@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Cutter
 
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import BareErrors, LowbitError
 
 Message = Mapping[str, Any]
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -41,12 +41,9 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str, config: Mapping[str, Any], template: str | None = None) -> Tokenizer:
         """A tokenizer from the text of a tokenizer.json and the fields of a tokenizer_config.json."""
-        # The library raises nothing narrower than Exception, and parsing twice would take a tenth of a second.
-        if not (text.lstrip().startswith("{") and text.rstrip().endswith("}")):
-            raise CheckpointError(
-                "the tokenizer.json is damaged: it is no whole JSON object; copy it again from the original"
-            )
-        return cls(Cutter.from_str(text), config, template)
+        with BareErrors("the tokenizer.json is damaged, copy it again from the original"):
+            return cls(Cutter.from_str(text), config, template)
+        raise AssertionError("unreachable: the block above returns or raises")
 
     @property
     def size(self) -> int:
