@@ -193,21 +193,21 @@ void Step::finish_head(int64_t layer, int64_t head, const float* out, float most
     for (int i = 0; i < model_.head_dim; ++i) to[i] = out[i] * share;
 }
 
-void Step::merge_splits(int64_t layer, int64_t token, float* to) const {
+void Step::merge_splits(const Member& me, int64_t layer, int64_t token, float* to) const {
     const int64_t group = plans_.group, padded = engine_.cache.padded(), size = model_.head_dim;
-    std::vector<float> sum(static_cast<size_t>(padded));
+    float* sum = me.room.branch.get();
     for (int64_t h = 0; h < model_.heads; ++h) {
         const int64_t first = (token * model_.kv_heads + h / group) * splits_ * group + h % group;
         float most = work_.split_most[first], total = 0.0f;
         for (int64_t s = 1; s < splits_; ++s) most = std::max(most, work_.split_most[first + s * group]);
-        std::fill(sum.begin(), sum.end(), 0.0f);
+        std::fill(sum, sum + padded, 0.0f);
         for (int64_t s = 0; s < splits_; ++s) {
             const int64_t row = first + s * group;
             const float weight = std::exp(work_.split_most[row] - most);
             total += weight * work_.split_total[row];
-            engine_isa().add_scaled(sum.data(), work_.split_out.get() + row * padded, weight, size);
+            engine_isa().add_scaled(sum, work_.split_out.get() + row * padded, weight, size);
         }
-        finish_head(layer, h, sum.data(), most, total, to + h * size);
+        finish_head(layer, h, sum, most, total, to + h * size);
     }
 }
 

@@ -97,6 +97,7 @@ int step_checked(Engine& engine, const Request& request, float* logits) {
     if (!wanted.empty() && !logits) return fail(LOWBIT_BAD_ARGUMENT, "logits are wanted and there is no buffer for them");
     const int threads = thread_count();
     if (threads != engine.asked_threads) {
+        engine.asked_threads = 0;  // until the workspace is whole
         if (int status = make_workspace(engine.plans, engine.options, Team::measure(threads), &engine.work)) return status;
         engine.asked_threads = threads;
     }
@@ -134,8 +135,8 @@ extern "C" lowbit_engine* lowbit_engine_create(const lowbit_model* model, const 
     try {
         auto made = std::make_unique<lowbit_engine>();
         return make_engine(*model, *options, &made->engine) == LOWBIT_OK ? made.release() : nullptr;
-    } catch (const std::bad_alloc&) {
-        fail(LOWBIT_NO_MEMORY, "not enough memory for an engine");
+    } catch (...) {
+        caught();
         return nullptr;
     }
 }
@@ -143,7 +144,8 @@ extern "C" lowbit_engine* lowbit_engine_create(const lowbit_model* model, const 
 extern "C" void lowbit_engine_destroy(lowbit_engine* engine) { delete engine; }
 
 extern "C" int64_t lowbit_engine_bytes(const lowbit_model* model, const lowbit_engine_options* options) {
-    if (!model || !options || check_options(*options) != LOWBIT_OK) return -1;
+    if (!model || !options) return fail(LOWBIT_BAD_ARGUMENT, "no description of a model was given"), -1;
+    if (check_options(*options) != LOWBIT_OK || check_sizes(*model) != LOWBIT_OK) return -1;
     return cache_bytes(*model, *options);
 }
 
@@ -158,16 +160,18 @@ extern "C" int lowbit_engine_step(lowbit_engine* handle, const int32_t* tokens, 
     engine.cancelled.store(false);
     try {
         return step_checked(engine, {tokens, slots, wanted, count}, logits);
-    } catch (const std::bad_alloc&) {
-        return fail(LOWBIT_NO_MEMORY, "not enough memory for a step of %lld tokens", static_cast<long long>(count));
+    } catch (...) {
+        return caught();
     }
 }
 
 extern "C" int lowbit_engine_greedy(lowbit_engine* handle, int32_t slot, int32_t token, int64_t count, const int32_t* stops, int64_t stop_count,
                                     int32_t* made, int64_t* made_count) {
-    if (!handle || !made || !made_count || (stop_count > 0 && !stops)) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
+    if (!handle || !made || !made_count || stop_count < 0 || (stop_count > 0 && !stops)) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
     Engine& engine = handle->engine;
     *made_count = 0;
+    if (count < 0 || count > engine.options.context)
+        return fail(LOWBIT_BAD_ARGUMENT, "%lld tokens do not fit a context of %lld", static_cast<long long>(count), static_cast<long long>(engine.options.context));
     if (int status = check_slot(engine, slot)) return status;
     if (int status = check_end(engine, slot, engine.lengths[static_cast<size_t>(slot)] + count)) return status;
     const Busy busy(engine);

@@ -64,6 +64,7 @@ struct Engine {
 int run_step(Engine& engine, const int32_t* tokens, const std::vector<Sequence>& sequences, const std::vector<int64_t>& wanted,
              int64_t count, float* logits);
 
+int check_sizes(const lowbit_model& model);  // everything but the weights
 int make_plans(const lowbit_model& model, Plans* plans);
 int make_workspace(const Plans& plans, const lowbit_engine_options& options, int threads, Workspace* work);
 

@@ -20,6 +20,8 @@ int check_matrix(const Wanted& wanted, int64_t layer) {
                     at, static_cast<long long>(matrix.count), static_cast<long long>(matrix.rows), static_cast<long long>(matrix.cols),
                     static_cast<long long>(wanted.count), static_cast<long long>(wanted.rows), static_cast<long long>(wanted.cols));
     if (!matrix.data) return fail(LOWBIT_BAD_ARGUMENT, "the %s weight of layer %lld has no data", wanted.name, at);
+    if (matrix.bytes < 0 || matrix.bytes > kMostElements)
+        return fail(LOWBIT_BAD_ARGUMENT, "the %s weight of layer %lld has %lld bytes", wanted.name, at, static_cast<long long>(matrix.bytes));
     if (matrix.kind == LOWBIT_PLAIN) return check_dtype(matrix.dtype);
     if (matrix.kind != LOWBIT_PREPARED) return fail(LOWBIT_BAD_ARGUMENT, "a weight of kind %d is unknown", matrix.kind);
     for (int64_t i = 0; i < matrix.count; ++i) {
@@ -74,7 +76,37 @@ std::vector<Wanted> wanted_of_layer(const lowbit_model& model, const lowbit_laye
     return all;
 }
 
+// Numbers that stand for a choice, each with the last one that the engine knows.
+int check_choices(const lowbit_model& model) {
+    const struct {
+        const char* name;
+        int32_t value, last;
+    } choices[] = {{"norm", model.norm_kind, LOWBIT_LAYER_NORM},         {"placement of norms", model.placement, LOWBIT_AFTER_SUM},
+                   {"residual", model.residual, LOWBIT_PARALLEL_SHARED}, {"norm of queries and keys", model.qk_norm, LOWBIT_WIDTH_NORM},
+                   {"activation", model.mlp.activation, LOWBIT_RELU},    {"gate", model.mlp.gate, LOWBIT_INTERLEAVED},
+                   {"activation", model.expert.activation, LOWBIT_RELU}, {"gate", model.expert.gate, LOWBIT_INTERLEAVED},
+                   {"activation", model.shared.activation, LOWBIT_RELU}, {"gate", model.shared.gate, LOWBIT_INTERLEAVED}};
+    for (const auto& choice : choices)
+        if (choice.value < 0 || choice.value > choice.last)
+            return fail(LOWBIT_UNSUPPORTED, "%d is no kind of %s that the engine knows", choice.value, choice.name);
+    return LOWBIT_OK;
+}
+
+}  // namespace
+
 int check_sizes(const lowbit_model& model) {
+    // Far beyond any model, and small enough that no product of a few of them overflows.
+    constexpr int32_t kMostSize = 1 << 24, kMostLayers = 1 << 14, kMostHeads = 1 << 14;
+    if (model.struct_bytes != static_cast<int32_t>(sizeof(lowbit_model)))
+        return fail(LOWBIT_BAD_ARGUMENT, "the model's description has %d bytes, this library's has %zu; build both from one version", model.struct_bytes,
+                    sizeof(lowbit_model));
+    for (int32_t size : {model.hidden_size, model.vocab_size, model.embedding_width, model.mlp.size, model.expert.size, model.shared.size, model.position_rows})
+        if (size < 0 || size > kMostSize) return fail(LOWBIT_BAD_ARGUMENT, "a size of %d makes no sense for a model", size);
+    if (model.layer_count > kMostLayers || model.heads > kMostHeads || model.head_dim > kMostHeads || model.expert_count < 0 || model.expert_count > kMostLayers ||
+        model.rope_count < 0 || model.rope_count > kMostLayers || model.position_offset < -1 || model.position_offset > kMostSize)
+        return fail(LOWBIT_BAD_ARGUMENT, "a model of %d layers, %d heads of %d channels, %d experts and %d kinds of positions makes no sense", model.layer_count,
+                    model.heads, model.head_dim, model.expert_count, model.rope_count);
+    if (int status = check_choices(model)) return status;
     const bool positive = model.hidden_size > 0 && model.vocab_size > 0 && model.layer_count > 0 && model.heads > 0 && model.kv_heads > 0 &&
                           model.head_dim > 0 && model.embedding_width > 0;
     if (!positive || model.heads % model.kv_heads)
@@ -86,12 +118,14 @@ int check_sizes(const lowbit_model& model) {
         return fail(LOWBIT_BAD_ARGUMENT, "cannot choose %d of %d experts", model.top_k, model.expert_count);
     for (int32_t i = 0; i < model.rope_count; ++i) {
         const lowbit_rope& rope = model.ropes[i];
-        if (rope.rotary_dim <= 0 || rope.rotary_dim % 2 || rope.rotary_dim > model.head_dim || !rope.frequencies ||
+        if (rope.pairing < 0 || rope.pairing > LOWBIT_NEIGHBOURS || rope.change < 0 || rope.change > LOWBIT_ROPE_DYNAMIC || rope.rotary_dim <= 0 || rope.rotary_dim % 2 || rope.rotary_dim > model.head_dim || !rope.frequencies ||
             (rope.change == LOWBIT_ROPE_LONG && !rope.long_frequencies))
             return fail(LOWBIT_BAD_ARGUMENT, "rotary positions %d turn %d of %d channels", i, rope.rotary_dim, model.head_dim);
     }
     return LOWBIT_OK;
 }
+
+namespace {
 
 int check_outer(const lowbit_model& model) {
     const lowbit_matrix* m = model.matrices;
@@ -213,9 +247,10 @@ bool make_room(const Plans& plans, const lowbit_engine_options& options, int64_t
     const lowbit_model& model = plans.model;
     const int64_t padded = divide_up(model.head_dim, kBlockRows) * kBlockRows;
     const int64_t rows = std::max<int64_t>(64, model.heads);
-    return room->hidden.make(kAloneTokens * model.hidden_size) && room->x.make(kAloneTokens * widest) &&
+    if (plans.sparse()) room->expert_tasks.reserve(static_cast<size_t>(std::min<int64_t>(model.expert_count, int64_t{options.chunk} * model.top_k)));
+    return room->parted.make(plans.sparse() ? 2 * model.expert.size : 0) && room->hidden.make(kAloneTokens * model.hidden_size) && room->x.make(kAloneTokens * widest) &&
            room->packed.make(packed_bytes(plans, kAloneTokens, options.compute)) && room->row.make(plans.qkv_size) &&
-           room->branch.make(std::max<int64_t>(model.hidden_size, model.head_dim)) && room->queries.make(rows * model.head_dim) &&
+           room->branch.make(std::max<int64_t>(model.hidden_size, padded)) && room->queries.make(rows * model.head_dim) &&
            room->scores.make(rows * kKeyTile) && room->out.make(rows * padded) && room->most.make(rows) && room->total.make(rows) &&
            room->bytes.make(attend_room(rows, padded)) && room->positions.make(rows) && room->slopes.make(rows);
 }
@@ -226,6 +261,7 @@ bool make_expert_buffers(const Plans& plans, const lowbit_engine_options& option
     const int64_t chunk = options.chunk, assigned = chunk * model.top_k, inner = model.expert.size, shared = model.shared.size;
     const int64_t width = std::max<int64_t>(model.hidden_size, inner);
     work->expert_begin.resize(static_cast<size_t>(model.expert_count) + 1);
+    work->expert_next.resize(static_cast<size_t>(model.expert_count) + 1);
     return work->router.make(chunk * model.expert_count) && work->expert_x.make(chunk * model.hidden_size + assigned * width) &&
            work->expert_gate.make(assigned * 2 * inner) && work->expert_out.make(assigned * model.hidden_size) &&
            work->shared_gate.make(chunk * shared) && work->shared_up.make(chunk * shared) && work->shared_router.make(chunk) &&

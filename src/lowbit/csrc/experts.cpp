@@ -11,12 +11,6 @@
 namespace lowbit {
 namespace {
 
-// Work of the experts that got tokens: one product for each.
-struct ExpertTask {
-    Input input;
-    Task task;
-};
-
 float logistic(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 }  // namespace
@@ -90,7 +84,8 @@ void Step::route(int64_t) {
     for (int64_t token = 0; token < count_; ++token) choose_experts(token);
     for (int64_t i = 0; i < assigned; ++i) ++begin[static_cast<size_t>(work_.assigned_place[i]) + 1];
     for (int64_t e = 0; e < experts; ++e) begin[static_cast<size_t>(e) + 1] += begin[static_cast<size_t>(e)];
-    std::vector<int64_t> next(begin.begin(), begin.end());
+    std::vector<int64_t>& next = work_.expert_next;
+    std::copy(begin.begin(), begin.end(), next.begin());
     for (int64_t i = 0; i < assigned; ++i) {
         const int64_t place = next[static_cast<size_t>(work_.assigned_place[i])]++;
         work_.assigned_token[place] = static_cast<int32_t>(i / model_.top_k);
@@ -103,8 +98,7 @@ void Step::expert_products(Member& me, int64_t layer) {
     const int64_t size = model_.hidden_size, inner = model_.expert.size;
     const float* x = alone_ ? work_.expert_x.get() : work_.x.get();
     float* gathered = work_.expert_x.get() + engine_.options.chunk * size;  // behind the copy of the input
-    std::vector<ExpertTask> work;
-    work.reserve(static_cast<size_t>(std::min<int64_t>(model_.expert_count, count_ * model_.top_k)));
+    std::vector<ExpertTask>& work = me.room.expert_tasks;
     // One product per expert that got tokens, over its rows; every thread lists them alike.
     const auto list = [&](const lowbit_matrix& matrix, float* rows, int64_t width, float* y) {
         work.clear();
@@ -150,15 +144,15 @@ void Step::expert_products(Member& me, int64_t layer) {
     work_.team.share(static_cast<int64_t>(work.size()), 1, [&](int64_t index, int64_t) {
         const Input& input = work[static_cast<size_t>(index)].input;
         const int64_t first = (input.rows - mid) / inner;
-        std::vector<float> parted(static_cast<size_t>(2 * inner));
+        float* parted = me.room.parted.get();
         for (int64_t i = first; i < first + input.tokens; ++i) {
             const float* both = work_.expert_gate.get() + i * 2 * inner;
             if (model_.expert.gate == LOWBIT_INTERLEAVED) {
                 for (int64_t k = 0; k < inner; ++k) {
-                    parted[static_cast<size_t>(k)] = both[2 * k];
-                    parted[static_cast<size_t>(inner + k)] = both[2 * k + 1];
+                    parted[k] = both[2 * k];
+                    parted[inner + k] = both[2 * k + 1];
                 }
-                both = parted.data();
+                both = parted;
             }
             engine_isa().activate(model_.expert, both, both + inner, inner, mid + i * inner);
         }

@@ -81,6 +81,7 @@ inline LaneScale scale_of_codes(const ScaleCodes& codes, uint8_t scale, uint8_t 
 
 struct Header {
     char magic[8];
+    uint64_t seal;          // of everything else here, so that a header that was written over is not believed
     int32_t version;
     int32_t bits, kind, symmetric, group_size, scale_type, level_count;
     int32_t table;          // 1 when codes go through `bytes` before the integer product
@@ -107,6 +108,7 @@ void make_header(const lowbit_format& format, Shape shape, Header* header);
 // A header that belongs to this buffer, or nullptr with a sentence.
 const Header* check_prepared(const void* prepared, int64_t bytes);
 bool stores_zeros(const Header& header);
+uint64_t seal_of(const Header& header);
 // The scale and the minimum of one row's group; without the tensor's factor for the minimum, which has none.
 LaneScale lane_scale(const Header& header, int64_t row, int64_t group);
 // Where the step of a row's group lies in the table.

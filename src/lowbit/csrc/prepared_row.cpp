@@ -63,7 +63,7 @@ void read_row(const View& view, int64_t row, float* to) {
 
 }  // namespace lowbit
 
-extern "C" int lowbit_read_rows(const void* prepared, int64_t prepared_bytes, const int64_t* rows, int64_t count, float* to) {
+extern "C" int lowbit_read_rows(const void* prepared, int64_t prepared_bytes, const int64_t* rows, int64_t count, float* to) try {
     const lowbit::Header* header = lowbit::check_prepared(prepared, prepared_bytes);
     if (!header) return LOWBIT_BAD_ARGUMENT;
     if (count < 0 || (count > 0 && (!rows || !to))) return lowbit::fail(LOWBIT_BAD_ARGUMENT, "rows to read need numbers and room");
@@ -75,4 +75,6 @@ extern "C" int lowbit_read_rows(const void* prepared, int64_t prepared_bytes, co
         for (int64_t i = begin; i < end; ++i) lowbit::read_prepared(*header, rows[i], to + i * header->cols);
     });
     return LOWBIT_OK;
+} catch (...) {
+    return lowbit::caught();
 }

@@ -116,7 +116,7 @@ int check_call(const Header& header, const Call& call, int64_t tokens) {
     if (int status = check_dtype(call.x_dtype)) return status;
     if (int status = check_dtype(call.y_dtype)) return status;
     if (tokens < 0 || tokens > kMostElements / std::max(header.rows, header.cols) ||
-        (tokens > 1 && (call.x_stride < header.cols || call.y_stride < header.rows)))
+        (tokens > 1 && (call.x_stride < header.cols || call.y_stride < header.rows || std::max(call.x_stride, call.y_stride) > kMostElements / tokens)))
         return fail(LOWBIT_BAD_ARGUMENT, "%lld rows of x with stride %lld and of y with stride %lld do not fit a weight [%lld, %lld]",
                     static_cast<long long>(tokens), static_cast<long long>(call.x_stride), static_cast<long long>(call.y_stride),
                     static_cast<long long>(header.rows), static_cast<long long>(header.cols));
@@ -129,7 +129,7 @@ int check_call(const Header& header, const Call& call, int64_t tokens) {
 }  // namespace
 
 extern "C" int lowbit_run(const void* prepared, int64_t prepared_bytes, const void* x, int x_dtype, int64_t tokens, int64_t x_stride,
-                          const float* bias, void* y, int y_dtype, int64_t y_stride, int compute) {
+                          const float* bias, void* y, int y_dtype, int64_t y_stride, int compute) try {
     const Header* header = check_prepared(prepared, prepared_bytes);
     if (!header) return LOWBIT_BAD_ARGUMENT;
     const Call call = {static_cast<const char*>(x), x_dtype, x_stride, bias, static_cast<char*>(y), y_dtype, y_stride, compute};
@@ -142,10 +142,12 @@ extern "C" int lowbit_run(const void* prepared, int64_t prepared_bytes, const vo
         if (int status = multiply(call, &part, 1)) return status;
     }
     return LOWBIT_OK;
+} catch (...) {
+    return caught();
 }
 
 extern "C" int lowbit_run_experts(const void* prepared, int64_t expert_bytes, int64_t experts, const int64_t* begins, const void* x,
-                                  int x_dtype, int64_t rows, int64_t x_stride, void* y, int y_dtype, int64_t y_stride, int compute) {
+                                  int x_dtype, int64_t rows, int64_t x_stride, void* y, int y_dtype, int64_t y_stride, int compute) try {
     const Header* header = check_prepared(prepared, expert_bytes);
     if (!header) return LOWBIT_BAD_ARGUMENT;
     const Call call = {static_cast<const char*>(x), x_dtype, x_stride, nullptr, static_cast<char*>(y), y_dtype, y_stride, compute};
@@ -173,4 +175,6 @@ extern "C" int lowbit_run_experts(const void* prepared, int64_t expert_bytes, in
         if (int status = multiply(call, parts, count)) return status;
     }
     return LOWBIT_OK;
+} catch (...) {
+    return caught();
 }

@@ -78,7 +78,7 @@ int check_plain(const lowbit_format* format, Shape shape, int dtype, int64_t row
     if (int status = check_format(format, shape)) return status;
     if (int status = check_dtype(dtype)) return status;
     if (format->kind == LOWBIT_DENSE) return fail(LOWBIT_UNSUPPORTED, "a dense weight has no codes");
-    if (row_stride < shape.cols)
+    if (row_stride < shape.cols || row_stride > kMostElements / shape.rows)
         return fail(LOWBIT_BAD_ARGUMENT, "rows of %lld weights cannot lie %lld apart", static_cast<long long>(shape.cols), static_cast<long long>(row_stride));
     return LOWBIT_OK;
 }
@@ -91,7 +91,7 @@ bool stores_zeros(const lowbit_format& format) { return format.kind == LOWBIT_IN
 using namespace lowbit;
 
 extern "C" int lowbit_quantize(const lowbit_format* format, const void* weight, int dtype, int64_t rows, int64_t cols, int64_t row_stride,
-                               const lowbit_search* search, int32_t* codes, void* scales, uint8_t* zeros, float* scale_scales) {
+                               const lowbit_search* search, int32_t* codes, void* scales, uint8_t* zeros, float* scale_scales) try {
     const Shape shape = {rows, cols};
     if (int status = check_plain(format, shape, dtype, row_stride)) return status;
     if (format->kind == LOWBIT_BLOCKS || format->scale_block > 0)
@@ -124,6 +124,8 @@ extern "C" int lowbit_quantize(const lowbit_format* format, const void* weight, 
             isa().quantize_rows(job, row, std::min(end, row + rows_per_part(*format, shape)));
     });
     return finish(job);
+} catch (...) {
+    return caught();
 }
 
 namespace {
@@ -156,7 +158,7 @@ void dequantize(const DequantizeJob& job, int64_t begin, int64_t end) {
 
 extern "C" int lowbit_dequantize(const lowbit_format* format, int64_t rows, int64_t cols, const int32_t* codes, const void* scales,
                                  const uint8_t* zeros, const float* scale_scales, void* weight, int dtype, int64_t row_stride,
-                                 const float* scale_offset) {
+                                 const float* scale_offset) try {
     DequantizeJob job{};
     if (int status = plan_dequantize(format, {rows, cols}, {codes, scales, zeros, scale_scales, scale_offset}, dtype, row_stride, &job))
         return status;
@@ -164,6 +166,8 @@ extern "C" int lowbit_dequantize(const lowbit_format* format, int64_t rows, int6
     job.weight = weight;
     parallel_for(rows, 8, [&](int64_t begin, int64_t end, int) { dequantize(job, begin, end); });
     return LOWBIT_OK;
+} catch (...) {
+    return caught();
 }
 
 // How far a packed weight is from the weight it was made of: sums[0] = sum (w - w^)^2, sums[1] = sum w^2. Each thread unpacks a row
@@ -225,7 +229,7 @@ int check_stream(int bits, int64_t rows, int64_t cols, const void* from, const v
 }  // namespace
 }  // namespace lowbit
 
-extern "C" int lowbit_pack(int bits, int64_t rows, int64_t cols, const uint8_t* values, int32_t* codes) {
+extern "C" int lowbit_pack(int bits, int64_t rows, int64_t cols, const uint8_t* values, int32_t* codes) try {
     if (int status = check_stream(bits, rows, cols, values, codes)) return status;
     const int64_t words = divide_up(cols * bits, 32);
     parallel_for(rows, 16, [&](int64_t begin, int64_t end, int) {
@@ -233,9 +237,11 @@ extern "C" int lowbit_pack(int bits, int64_t rows, int64_t cols, const uint8_t* 
             write_codes(reinterpret_cast<uint32_t*>(codes) + row * words, values + row * cols, cols, bits);
     });
     return LOWBIT_OK;
+} catch (...) {
+    return caught();
 }
 
-extern "C" int lowbit_unpack(int bits, int64_t rows, int64_t cols, const int32_t* codes, uint8_t* values) {
+extern "C" int lowbit_unpack(int bits, int64_t rows, int64_t cols, const int32_t* codes, uint8_t* values) try {
     if (int status = check_stream(bits, rows, cols, codes, values)) return status;
     const int64_t words = divide_up(cols * bits, 32);
     parallel_for(rows, 16, [&](int64_t begin, int64_t end, int) {
@@ -243,4 +249,6 @@ extern "C" int lowbit_unpack(int bits, int64_t rows, int64_t cols, const int32_t
             read_codes(reinterpret_cast<const uint32_t*>(codes) + row * words, values + row * cols, cols, bits);
     });
     return LOWBIT_OK;
+} catch (...) {
+    return caught();
 }

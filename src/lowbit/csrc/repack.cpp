@@ -54,10 +54,11 @@ extern "C" int64_t lowbit_prepared_bytes(const lowbit_format* format, int64_t ro
 
 extern "C" int lowbit_prepare(const lowbit_format* format, int64_t rows, int64_t cols, const void* codes, const void* scales,
                               const uint8_t* zeros, const float* scale_scales, void* prepared, int64_t prepared_bytes,
-                              const float* scale_offset) {
+                              const float* scale_offset) try {
     if (int status = check_format(format, {rows, cols})) return status;
     Header header;
     make_header(*format, {rows, cols}, &header);
+    if (reinterpret_cast<uintptr_t>(prepared) % kVector) return fail(LOWBIT_BAD_ARGUMENT, "a prepared weight must lie on a 64-byte boundary");
     if (prepared_bytes != header.total_bytes || !prepared)
         return fail(LOWBIT_BAD_ARGUMENT, "the prepared form of a weight [%lld, %lld] takes %lld bytes, got %lld", static_cast<long long>(rows),
                     static_cast<long long>(cols), static_cast<long long>(header.total_bytes), static_cast<long long>(prepared_bytes));
@@ -67,14 +68,17 @@ extern "C" int lowbit_prepare(const lowbit_format* format, int64_t rows, int64_t
         header.scale_offset = *scale_offset;
         memcpy(static_cast<uint8_t*>(prepared) + header.steps_offset, scale_scales, static_cast<size_t>(header.step_count) * sizeof(float));
     }
+    header.seal = seal_of(header);
     memset(prepared, 0, kHeaderBytes);
     memcpy(prepared, &header, sizeof header);
     const RepackJob job = {&header, static_cast<uint8_t*>(prepared), const_cast<void*>(codes), const_cast<void*>(scales), const_cast<uint8_t*>(zeros)};
     return repack(job, isa().prepare_block);
+} catch (...) {
+    return caught();
 }
 
 extern "C" int lowbit_restore(const void* prepared, int64_t prepared_bytes, void* codes, void* scales, uint8_t* zeros, float* scale_scales,
-                              float* scale_offset) {
+                              float* scale_offset) try {
     const Header* header = check_prepared(prepared, prepared_bytes);
     if (!header) return LOWBIT_BAD_ARGUMENT;
     if (int status = check_buffers(*header, codes, scales, zeros, scale_scales, scale_offset)) return status;
@@ -85,4 +89,6 @@ extern "C" int lowbit_restore(const void* prepared, int64_t prepared_bytes, void
     }
     const RepackJob job = {header, static_cast<uint8_t*>(const_cast<void*>(prepared)), codes, scales, zeros};
     return repack(job, isa().restore_block);
+} catch (...) {
+    return caught();
 }

@@ -215,8 +215,8 @@ extern "C" int lowbit_select(const float* logits, int64_t vocab, const lowbit_se
     }
     if (log_probability) *log_probability = log_probability_of(logits, vocab, *token);
     return LOWBIT_OK;
-} catch (const std::bad_alloc&) {
-    return fail(LOWBIT_NO_MEMORY, "no memory to choose among %lld tokens", static_cast<long long>(vocab));
+} catch (...) {
+    return caught();
 }
 
 extern "C" int lowbit_probabilities(const float* logits, int64_t vocab, const lowbit_selection* selection, const int32_t* history,
@@ -233,6 +233,6 @@ extern "C" int lowbit_probabilities(const float* logits, int64_t vocab, const lo
     if (int status = distribute(scores, vocab, *selection, candidates)) return status;
     for (const Candidate& c : candidates) probabilities[c.token] = c.logit;
     return LOWBIT_OK;
-} catch (const std::bad_alloc&) {
-    return fail(LOWBIT_NO_MEMORY, "no memory to choose among %lld tokens", static_cast<long long>(vocab));
+} catch (...) {
+    return caught();
 }

@@ -247,7 +247,7 @@ void Step::attention(Member& me, int64_t layer) {
     Rows rows = {work_.attention.get(), plans_.q_size};
     if (split && alone_) rows.data = me.room.x.get();
     ready(me, rows, count_, {&plan.o}, [&](int64_t token, float* to) {
-        if (split) merge_splits(layer, token, to);
+        if (split) merge_splits(me, layer, token, to);
     });
     Task output = task_of(me, plan.o, work_.branches[0].get(), size);
     run_tasks(me, &output, 1);

@@ -62,7 +62,7 @@ private:
     void attend_one(Member& me, int64_t layer, int64_t item);
     void attend_tile(Member& me, int64_t layer, int64_t item);
     void finish_head(int64_t layer, int64_t head, const float* out, float most, float total, float* to) const;
-    void merge_splits(int64_t layer, int64_t token, float* to) const;
+    void merge_splits(const Member& me, int64_t layer, int64_t token, float* to) const;
     const float* source_of_heads(Member& me, int64_t layer, int64_t token, bool keys);
 
     // experts.cpp

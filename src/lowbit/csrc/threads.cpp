@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <cstdio>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "error.h"
@@ -47,6 +49,8 @@ public:
                 workers_.emplace_back([this, i] { work(i); });
             } catch (const std::system_error&) {
                 break;  // The machine gives no more threads; the ones that exist take all parts.
+            } catch (const std::bad_alloc&) {
+                break;
             }
         }
     }
@@ -79,6 +83,8 @@ public:
             relax();
             if (spins > kSpins) std::this_thread::yield();
         }
+        // What a part threw may not leave a thread, and not the caller's before the others are done with its stack.
+        if (thrown_) std::rethrow_exception(std::exchange(thrown_, nullptr));
     }
 
 private:
@@ -87,7 +93,12 @@ private:
         for (;;) {
             const int64_t begin = next_.fetch_add(job_.grain, std::memory_order_relaxed);
             if (begin >= job_.items) break;
-            job_.function(job_.context, begin, std::min(begin + job_.grain, job_.items), thread);
+            try {
+                job_.function(job_.context, begin, std::min(begin + job_.grain, job_.items), thread);
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(thrown_mutex_);
+                if (!thrown_) thrown_ = std::current_exception();
+            }
         }
         inside_job = false;
     }
@@ -117,7 +128,8 @@ private:
 
     const pid_t process_;
     std::vector<std::thread> workers_;
-    std::mutex run_mutex_, sleep_mutex_;
+    std::mutex run_mutex_, sleep_mutex_, thrown_mutex_;
+    std::exception_ptr thrown_;
     std::condition_variable wake_;
     Job job_;
     alignas(64) std::atomic<uint64_t> generation_{0};
@@ -196,10 +208,12 @@ void run_parallel(int64_t items, int64_t grain, RangeFunction function, void* co
 
 }  // namespace lowbit
 
-extern "C" int lowbit_set_threads(int threads) {
+extern "C" int lowbit_set_threads(int threads) try {
     if (threads < 0) return lowbit::fail(LOWBIT_BAD_ARGUMENT, "%d threads asked for; give 1 or more, or 0 for the default", threads);
     lowbit::set_thread_count(threads);
     return LOWBIT_OK;
+} catch (...) {
+    return lowbit::caught();
 }
 
 extern "C" int lowbit_threads(void) { return lowbit::thread_count(); }

@@ -28,7 +28,13 @@ private:
     std::unique_ptr<T, Free> data_;
 };
 
-// What a thread keeps for itself.
+// Work of an expert that got tokens: one product.
+struct ExpertTask {
+    Input input;
+    Task task;
+};
+
+// What a thread keeps for itself. A step allocates nothing: a thread that ran out of memory would leave the others at a barrier.
 struct Room {
     Buffer<float> hidden, x;       // [kAloneTokens][widest]
     Buffer<uint8_t> packed;        // forms of an input, kAloneTokens
@@ -38,6 +44,8 @@ struct Room {
     Buffer<uint8_t> bytes;
     Buffer<int64_t> positions;
     Buffer<float> slopes;
+    std::vector<ExpertTask> expert_tasks;
+    Buffer<float> parted;          // gate and up of one row where they come interleaved
 };
 
 struct Workspace {
@@ -58,7 +66,7 @@ struct Workspace {
     int64_t expert_packed_bytes = 0;
     Buffer<int32_t> assigned_token, assigned_place;  // [chunk * top_k]: of each assignment; of each (token, rank) its assignment
     Buffer<float> assigned_weight;                   // [chunk * top_k] by (token, rank)
-    std::vector<int64_t> expert_begin;               // [experts + 1]
+    std::vector<int64_t> expert_begin, expert_next;  // [experts + 1]
 };
 
 }  // namespace lowbit
