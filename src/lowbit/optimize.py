@@ -49,6 +49,8 @@ def optimize_model(
         model.to(cast or as_dtype(choices.torch_dtype))
     if (low_bit is None and choices.recipe is None) or cast is not None:
         attach_engine(model)
+        # It refuses with the reason: there is nothing low-bit to save.
+        model.save_low_bit = partial(save_low_bit, model)  # type: ignore[assignment]
         return model
     if held_weights(model):
         warnings.warn("the model is low-bit already and was left as it is", stacklevel=2)

@@ -7,6 +7,7 @@ go before the next is read: the room needed is that of one weight.
 from __future__ import annotations
 
 import time
+import warnings
 
 import torch
 from torch import nn
@@ -29,6 +30,12 @@ def quantize_(model: nn.Module, recipe: Recipe, show_progress: bool | None = Non
     start = time.perf_counter()
     report = Report(recipe=recipe.name or recipe.linear.name)
     targets = find_targets(model)
+    weightless = next((name for name, tensor in model.named_parameters() if tensor.device.type == "meta"), None)
+    if weightless is not None:
+        raise RecipeError(
+            f"{weightless} is on the meta device and has no numbers to pack: load the weights first, or fill the model "
+            "from a saved one with load_low_bit"
+        )
     if targets and targets[0].path == "":
         kind = type(model).__name__
         raise RecipeError(f"a lone {kind} has nothing to be replaced in: wrap it, for example in nn.Sequential(layer)")
@@ -44,6 +51,7 @@ def quantize_(model: nn.Module, recipe: Recipe, show_progress: bool | None = Non
             advance(target.path)
     if not report.layers:
         raise RecipeError(_nothing_to_do(report))
+    warn_about_idle_skips([target.path for target in targets], recipe)
     finish(model, report, prepare)
     report.seconds = time.perf_counter() - start
     return report
@@ -70,6 +78,15 @@ def finish(model: nn.Module, report: Report, prepare: bool = True) -> None:
     model.lowbit_report = report  # type: ignore[assignment]
 
 
+def warn_about_idle_skips(paths: list[str], recipe: Recipe) -> None:
+    """A name to be left out that no weight has is a slip of the pen."""
+    idle = [name for name in recipe.skip if not any(name in path for path in paths)]
+    if idle:
+        warnings.warn(
+            f"no weight of this model has {', '.join(map(repr, idle))} in its path, so nothing is left out for it"
+        )
+
+
 def _unknown_weights(model: nn.Module) -> list[Skipped]:
     """Matrices in modules that no low-bit module stands in for: fused attention, recurrent layers, a router's own weight."""
     found = []
@@ -93,6 +110,8 @@ def plan(target: Target, targets: list[Target], recipe: Recipe) -> Choice:
     """What a recipe does to a target. Tied weights are decided once: the head's format holds for both."""
     partners = [t for t in targets if t is not target and (t.tied_to or t.path) == (target.tied_to or target.path)]
     head = next((t for t in (target, *partners) if t.role == "head"), None)
+    if any(not weight.numel() for _, weight in dense_weights(target)):
+        return Choice(reason="it holds no numbers: one of its sides is zero wide")
     if target.role == "linear" and is_router(target.path, target.module):
         return Choice(reason="it routes tokens to experts")
     if head is not None and partners:

@@ -134,6 +134,8 @@ def recipe_named(name: str | Format | Recipe) -> Recipe:
         return name
     if isinstance(name, Format):
         return Recipe(name, head=name, name=name.name)
+    if not isinstance(name, str) or not name.strip():
+        raise FormatError(f"{name!r} names no format: give a name as text, such as 'int4', 'int3_g32' or 'nf4'")
     key = name.strip().lower()
     if key in RECIPES:
         return RECIPES[key]

@@ -117,3 +117,20 @@ def test_explain_names_kernels_and_refusals() -> None:
     for row in explanation.rows:
         assert all(reason for _, reason in row.refused)
     assert "no weight of this model is packed" in str(lowbit.explain(net()))
+
+
+def test_what_names_no_format_and_what_holds_no_numbers(tmp_path: Path) -> None:
+    for wrong in (3, "", " "):
+        with pytest.raises(lowbit.FormatError, match="names no format"):
+            lowbit.optimize_model(net(), wrong)
+    with pytest.raises(lowbit.RecipeError, match="by a part of their path"):
+        lowbit.optimize_model(net(), modules_to_not_convert=[3])
+    with pytest.warns(UserWarning, match="'atention' in its path"):
+        lowbit.optimize_model(net(), modules_to_not_convert=["atention"])
+    with pytest.raises(lowbit.RecipeError, match="meta device"):
+        lowbit.optimize_model(net().to("meta"))
+    narrow = lowbit.optimize_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 0)))
+    assert [row.path for row in narrow.lowbit_report.layers] == ["0"]
+    assert "zero wide" in narrow.lowbit_report.skipped[0].reason
+    with pytest.raises(lowbit.CheckpointError, match="not low-bit"):
+        lowbit.optimize_model(net(), "bf16").save_low_bit(tmp_path / "cast")

@@ -45,9 +45,10 @@ _WITHOUT_MEANING = {
     "speculative": "generation takes a draft model",
     "pipeline_parallel_stages": "use tensor parallel ranks",
     "lightweight_bmm": "attention is left to the model",
+    "disk_embedding": "weights stay mapped from their files until they are used",
 }
 # Old keywords that lowbit takes and that change nothing: kernels are chosen per layer in any case.
-_ACCEPTED = ("optimize_model", "disk_embedding")
+_ACCEPTED = ("optimize_model",)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ class _AutoBase:
                 f"{folder} is a model in full precision; load it with from_pretrained(..., load_in_4bit=True)"
             )
         for name in ("optimize_model", "cpu_embedding", "disk_embedding", "embedding_qtype", "modules_to_not_convert"):
-            kwargs.pop(name, None)
+            if kwargs.pop(name, None) and name != "optimize_model":
+                warnings.warn(f"{name!r} changes nothing: {folder} says itself how each weight is stored", stacklevel=2)
         return cls.from_pretrained(folder, *model_args, **kwargs)
 
     @classmethod

@@ -71,7 +71,7 @@ def build_recipe(
     low_bit: str | Format | None, modules_to_not_convert: list[str] | str | None, cpu_embedding: bool, choices: Choices
 ) -> Recipe:
     """The recipe that the keywords of optimize_model and from_pretrained add up to."""
-    recipe = recipe_named(choices.recipe if choices.recipe is not None else low_bit or "int4")
+    recipe = recipe_named(choices.recipe if choices.recipe is not None else "int4" if low_bit is None else low_bit)
     changes: dict[str, Any] = {}
     for role in ("head", "embedding", "conv"):
         wanted = getattr(choices, role)
@@ -83,5 +83,8 @@ def build_recipe(
         changes["embedding"] = None
     if modules_to_not_convert:
         names = [modules_to_not_convert] if isinstance(modules_to_not_convert, str) else list(modules_to_not_convert)
+        wrong = next((name for name in names if not isinstance(name, str) or not name), None)
+        if wrong is not None:
+            raise RecipeError(f"modules_to_not_convert holds {wrong!r}: name modules by a part of their path, as text")
         changes["skip"] = (*recipe.skip, *names)
     return recipe.replace(**changes) if changes else recipe

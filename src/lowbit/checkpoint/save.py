@@ -79,11 +79,11 @@ def save_low_bit(
     target = Path(folder)
     source = source_folder(model)
     refuse_to_replace_source(target, source)
-    form = saved_form(model, recipe_fields(model), compact)
     if not getattr(model, "lowbit_report", None):
         raise CheckpointError(
             "the model is not low-bit: pass it through optimize_model first, or save it with save_pretrained"
         )
+    form = saved_form(model, recipe_fields(model), compact)
     with replace_folder(target) as temporary:
         try:
             _write_weights(model, form, temporary, parse_size(max_shard_size))

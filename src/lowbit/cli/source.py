@@ -51,12 +51,14 @@ def _may_be_on_hub(text: str, path: Path) -> bool:
     if not _HUB_NAME.fullmatch(text) or path.suffix in (".gguf", ".safetensors"):
         return False
     owner_is_folder = "/" in text and path.parent.is_dir()
-    return not owner_is_folder and _similar_neighbour(path) is None
+    owner = Path(text.partition("/")[0])
+    return not owner_is_folder and _similar_neighbour(path) is None and _similar_neighbour(owner) is None
 
 
 def missing(path: Path) -> str:
     """The sentence for a path that does not exist."""
-    close = _similar_neighbour(path)
+    first_absent = next((p for p in (*reversed(path.parents), path) if not p.exists()), path)
+    close = _similar_neighbour(first_absent)
     if close is not None:
         return f"there is no file or folder {path}: did you mean {close}?"
     parent = next((p for p in path.parents if p.exists()), Path())
