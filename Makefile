@@ -15,7 +15,7 @@ help:
 	@echo "make demo    set everything up and quantise, save, load and run a small model"
 	@echo "make test    set everything up and pass every test"
 	@echo "make check   ruff, mypy, form tests, unit tests; under two minutes"
-	@echo "make bench   the benchmarks, written to benchmarks/results"
+	@echo "make bench   the benchmarks, written to benchmarks/results (small forms of long ones to build/benchmarks)"
 	@echo "make bench-peers   the programs to measure against, in PEERS (12 GB, half an hour); IK_SOURCE=DIR adds ik_llama.cpp"
 
 setup: $(READY)

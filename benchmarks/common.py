@@ -21,8 +21,12 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 # The flags of /proc/cpuinfo that decide which kernels run, the widest first.
 INSTRUCTION_SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "asimddp", "asimd")
+# What a figure can depend on: everything that is built, run or read.
+DECIDES = ("src", "assets", "benchmarks", "pyproject.toml", "requirements", ":(exclude)benchmarks/results")
+# Where a run goes that is too small to stand for the table that is kept.
+SCRATCH = HERE.parent / "build" / "benchmarks"
 # Options with a value that no other machine needs.
-LOCAL_OPTIONS = ("--results", "--reference", "--commit")
+LOCAL_OPTIONS = ("--results", "--reference", "--commit", "--remark")
 
 for folder in (HERE.parent / "assets", HERE.parent / "src"):
     if str(folder) not in sys.path:
@@ -92,18 +96,23 @@ def memory_gigabytes() -> float:
     return int(path.read_text().split()[1]) / 1e6
 
 
-def commit_of_tree() -> str:
-    """The commit, with a plus where the tracked tree differs from it."""
-    found = git("rev-parse", "--short=10", "HEAD")
+def commit_of_tree(root: Path = HERE.parent) -> str:
+    """The commit, and whether anything that a figure could depend on differs from it, files that git does not know included."""
+    found = git("rev-parse", "--short=10", "HEAD", root=root)
     if not found:
         return "unknown"
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "assets", "benchmarks/*.py")
-    return found + ("+" if changed else "")
+    changed = git("status", "--porcelain", "--untracked-files=all", "--", *DECIDES, root=root)
+    return found + (", with uncommitted changes" if changed else "")
 
 
-def git(*arguments: str) -> str:
+def changed_since(commit: str, paths: Sequence[str], root: Path = HERE.parent) -> list[str]:
+    """The files below some paths that differ from a commit; none where git does not know it."""
+    return git("diff", "--name-only", commit, "--", *paths, root=root).splitlines()
+
+
+def git(*arguments: str, root: Path = HERE) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
     return done.stdout.strip()

@@ -8,7 +8,7 @@ with another by its differences window by window: their standard error is a fift
 One model is one draw: rounding it differently moves the KL by as much as a small idea does. The recipes that matter are
 therefore measured on other drafts of the model too, moved off the grid by other seeds (`--seeds`).
 
-    python benchmarks/default_format.py                                the reference machine: 2 cores, some 30 minutes
+    python benchmarks/default_format.py                                2 cores, some 30 minutes: a look, written to build/
     python benchmarks/default_format.py --windows 48 --device cuda     what results/default_format.md was made with
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 import common
 import torch
 from safetensors.torch import load_file
+from selection import caveats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowbit.algorithms.rtn import round_weight
@@ -38,6 +39,7 @@ from lowbit_assets import chunks, move_scales, reference_model, text
 
 BUDGET = 4.6
 WINDOW = 512
+WINDOWS = 48
 TEXTS = ("sqlite_valid", "moby_dick")
 NUMBERS = "default_format.json"
 REFERENCE_SEED = 2026
@@ -275,6 +277,8 @@ def report(data: dict[str, Any]) -> str:
         "(groups that divide every row; zero points only where all layers have one format, as transformers reads them): "
         f"**{best.name}**, KL {best.kl:.4f} at {best.bits:.3f} bits.\n"
     )
+    may_be_default = {c.name for c in all_candidates().values() if offered(c)}
+    parts.append(caveats(data, against, rows, may_be_default.__contains__, BUDGET))
     if data["seeds"]:
         parts.append(f"## The same on other drafts of the model, KL over both texts\n\n{seeds_table(data['seeds'])}\n")
     return "\n".join(parts)
@@ -337,16 +341,23 @@ def measure_all(chosen: argparse.Namespace) -> Path:
 def main() -> None:
     options = common.parser(__doc__.splitlines()[0])
     options.add_argument("--device", default="cpu")
-    options.add_argument("--windows", type=int, default=6, help="windows of each text (48 at most)")
+    options.add_argument(
+        "--windows", type=int, default=6, help=f"windows of each text, {WINDOWS} for the table that is kept"
+    )
     options.add_argument(
         "--seeds", type=int, default=0, help="other drafts of the model to measure the best recipes on"
     )
     options.add_argument("--reference", type=Path, help="a folder with the plain reference model, if not in the cache")
     options.add_argument("--again", action="store_true", help="write the report again from the numbers of the last run")
+    options.add_argument("--remark", action="append", default=[], help="a remark on the run, kept with its numbers")
+    options.set_defaults(results=None)
     chosen = options.parse_args()
+    # A run of few windows is a look, not the table that the choice of the default rests on.
+    chosen.results = chosen.results or (common.RESULTS if chosen.again or chosen.windows >= WINDOWS else common.SCRATCH)
     chosen.results.mkdir(parents=True, exist_ok=True)
     numbers = chosen.results / NUMBERS if chosen.again else measure_all(chosen)
     data = json.loads(numbers.read_text())
+    data["remarks"] = [*data.get("remarks", ()), *chosen.remark]
     common.write_results(chosen.results, numbers.stem, report(data), data)
 
 
