@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import torch
@@ -39,7 +39,7 @@ from lowbit.runtime.text import TextPieces
 
 _HUB_SECONDS = 5
 # The errors of whichever HTTP library the hub's client stands on, and the system's.
-_HUB_ERRORS = HfHubHTTPError.__bases__
+_HUB_ERRORS = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, ValueError))
 # Files that say a folder has a tokenizer, of whatever kind.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tokenization*.py")
 
@@ -198,7 +198,7 @@ def _check_hub(name: str) -> None:
         return
     try:
         huggingface_hub.model_info(name, timeout=_HUB_SECONDS)
-    except (*_HUB_ERRORS, ValueError) as error:
+    except _HUB_ERRORS as error:
         raise CheckpointError(
             f"there is no file or folder {name} here, and the hub has no such model for you or does not answer: "
             f"{one_line(str(error))}"
