@@ -338,6 +338,11 @@ def measure_all(chosen: argparse.Namespace) -> Path:
     return numbers
 
 
+def home_of(windows: int, again: bool) -> Path:
+    """Where a run is written: one of few windows is a look, not the table that the choice of the default rests on."""
+    return common.RESULTS if again or windows >= WINDOWS else common.SCRATCH
+
+
 def main() -> None:
     options = common.parser(__doc__.splitlines()[0])
     options.add_argument("--device", default="cpu")
@@ -352,8 +357,7 @@ def main() -> None:
     options.add_argument("--remark", action="append", default=[], help="a remark on the run, kept with its numbers")
     options.set_defaults(results=None)
     chosen = options.parse_args()
-    # A run of few windows is a look, not the table that the choice of the default rests on.
-    chosen.results = chosen.results or (common.RESULTS if chosen.again or chosen.windows >= WINDOWS else common.SCRATCH)
+    chosen.results = chosen.results or home_of(chosen.windows, chosen.again)
     chosen.results.mkdir(parents=True, exist_ok=True)
     numbers = chosen.results / NUMBERS if chosen.again else measure_all(chosen)
     data = json.loads(numbers.read_text())

@@ -55,11 +55,16 @@ def test_a_tree_that_differs_from_its_commit_is_marked(tmp_path: Path, load: obj
 
 def test_a_small_run_leaves_the_kept_table_alone(load: object) -> None:
     common: ModuleType = load("common")  # type: ignore[operator]
-    assert common.RESULTS not in common.SCRATCH.parents and common.SCRATCH != common.RESULTS
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "default_format.py"), "--help"], capture_output=True, text=True, check=True
+    default_format: ModuleType = load("default_format")  # type: ignore[operator]
+    assert default_format.home_of(windows=6, again=False) == common.SCRATCH
+    assert (
+        default_format.home_of(windows=48, again=False)
+        == default_format.home_of(windows=6, again=True)
+        == common.RESULTS
     )
-    assert "48 for the table that is kept" in done.stdout
+    assert (
+        common.SCRATCH not in (common.RESULTS, *common.RESULTS.parents) and common.RESULTS not in common.SCRATCH.parents
+    )
 
 
 def test_the_page_of_the_default_says_how_far_it_carries(load: object) -> None:
