@@ -22,7 +22,8 @@ trainer = transformers.Trainer(
         output_dir="run",
         max_steps=6,
         per_device_train_batch_size=1,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
         gradient_checkpointing=True,
         logging_steps=1,
         save_strategy="no",
@@ -39,4 +40,6 @@ trainer.save_model("adapter")
 # The adapter is an ordinary peft folder: it goes onto the packed model again, or onto the model in full precision.
 again = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("nf4"), "adapter").eval()
 with torch.inference_mode():
-    assert torch.equal(again(ids[None]).logits, model.eval()(ids[None]).logits)
+    loss = again(input_ids=ids[None], labels=ids[None]).loss.item()
+print(f"loaded again: {loss:.2f}")
+assert loss < losses[0] / 2

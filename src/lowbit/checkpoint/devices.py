@@ -8,6 +8,7 @@ model is small: it fits where it runs, or it runs elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,5 +51,9 @@ def _kind(place: Any) -> str:
 
 def _is_there(kind: str) -> bool:
     """Whether torch sees a device of a kind; of kinds that it does not know, it shall speak itself."""
-    seen = {"cuda": torch.cuda.is_available, "xpu": torch.xpu.is_available, "mps": torch.backends.mps.is_available}
+    seen: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "xpu": torch.xpu.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
     return kind not in seen or seen[kind]()
