@@ -17,7 +17,15 @@ FASTEST = ("llama.cpp", "ik_llama.cpp", "OpenVINO")
 ROWS = (
     Row("prefill 512, 1.1 B, 4 bit", LARGE, 4, PROMPT, ratio=1.15, peak=0.60, amx_ratio=3.0),
     Row("prefill 512, SmolLM2, 4 bit", SMALL, 4, PROMPT, ratio=1.15, peak=0.60, amx_ratio=1.3),
-    Row("prefill 4096, 1.1 B, 4 bit", LARGE, 4, LONG_PROMPT, ratio=1.30, only=FASTEST),
+    Row(
+        "prefill 4096, 1.1 B, 4 bit",
+        LARGE,
+        4,
+        LONG_PROMPT,
+        ratio=1.30,
+        only=FASTEST,
+        files=("int4", "Q4_0", "int4 g128"),
+    ),
     Row("prefill 512, 1.1 B, 8 bit", LARGE, 8, PROMPT, ratio=1.10),
     Row("prefill 512, SmolLM2, 8 bit", SMALL, 8, PROMPT, only=FASTEST),
 )

@@ -24,6 +24,7 @@ def options(description: str) -> argparse.ArgumentParser:
     made.add_argument("--ik-bin", type=Path, help="the folder with ik_llama.cpp's programs")
     made.add_argument("--llama-bin", type=Path, help="the folder with llama.cpp's programs")
     made.add_argument("--without-amx", type=Path, help="a library to preload that keeps tiles from the peers")
+    made.add_argument("--isa", default="", help="the instruction set that ours uses, if not the machine's best")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--cores", default="", help="the cores to stay on, as taskset takes them")
     made.add_argument("--rounds", type=int, default=5)
@@ -45,7 +46,16 @@ def run(name: str, title: str, rows: Sequence[Row], chosen: argparse.Namespace) 
     if not chosen.report:
         data |= {"machine": common.machine(commit=chosen.commit), "threads": chosen.threads}
         data["without_amx"] = chosen.without_amx is not None
-        place = Place(chosen.peers, chosen.threads, chosen.ik_bin, chosen.llama_bin, chosen.without_amx, chosen.cores)
+        data["isa"] = chosen.isa
+        place = Place(
+            chosen.peers.absolute(),
+            chosen.threads,
+            chosen.ik_bin,
+            chosen.llama_bin,
+            chosen.without_amx,
+            chosen.cores,
+            chosen.isa,
+        )
         limits = Limits(chosen.threads, place.prefix)
 
         def keep() -> None:
@@ -77,6 +87,8 @@ def contenders(row: Row, place: Place, programs: Sequence[str]) -> list[Entry]:
         listed = [next(e for e in listed if e.file == "int4"), generate_entry(place, row.model)]
     if row.only:
         listed = [e for e in listed if e.ours or e.program in row.only]
+    if row.files:
+        listed = [e for e in listed if e.file in row.files]
     if programs:
         listed = [e for e in listed if e.ours or e.program in programs]
     for entry in listed:

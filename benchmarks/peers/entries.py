@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from peers.runners import Command, PeerError, Runner, Worker
-from peers.tasks import Task
+from peers.tasks import LONG_PROMPT, Task
 
 WORKERS = Path(__file__).parent / "workers"
 # Weights by part: linears, head, and whether the head is the embedding.
 SIZES = {"random-1.1b": (968_884_224, 100_663_296, False), "smollm2": (106_168_320, 28_311_552, True)}
 # The group of OpenVINO's and torchao's int4: 576, SmolLM2's width, is no multiple of 128.
 GROUPS = {"random-1.1b": 128, "smollm2": 64}
-DECODING = ("decode", "batch", "generate", "start", "memory")
 
 Variant = tuple[tuple[str, Any], ...]
 
@@ -38,6 +37,7 @@ class Place:
     llama_bin: Path | None = None
     without_amx: Path | None = None  # a library to preload that keeps AMX from the peers
     cores: str = ""  # the cores to stay on, as taskset takes them
+    isa: str = ""  # the instruction set that ours uses, if not the machine's best
 
     @property
     def models(self) -> Path:
@@ -78,8 +78,10 @@ class Entry:
         return f"{self.program} {self.file}"
 
     def to_try(self, task: Task) -> tuple[Variant, ...]:
-        kind = "prefill" if task.kind == "prefill" else "decode"
-        return self.variants.get(kind, ((),))
+        """Variants for a task. Memory is that of the flags that serve decoding as a rule: the first."""
+        kind = task.kind if task.kind in self.variants else "decode"
+        variants = self.variants.get(kind, ((),))
+        return variants[:1] if task.kind == "memory" else variants
 
     @property
     def there(self) -> bool:
@@ -134,7 +136,7 @@ def our_entries(place: Place, model: str, width: int) -> list[Entry]:
         path = our_folder(place.models, model, name)
         megabytes = (linears + head) * 2 / 1e6 if name == "bf16" else our_megabytes(path, model)
         make = partial(our_runner, place, path)
-        variants = {"decode": OUR_CACHES, "prefill": OUR_CACHES}
+        variants = {"decode": OUR_CACHES, "start": OUR_CACHES[:1]}
         stored_bits = megabytes * 8e6 / (linears + head)
         found.append(Entry("lowbit", name, path, stored_bits, megabytes, make, variants, f"lowbit {name}", ours=True))
     return found
@@ -142,7 +144,8 @@ def our_entries(place: Place, model: str, width: int) -> list[Entry]:
 
 def our_runner(place: Place, path: Path, chosen: Variant, task: Task) -> Runner:
     slots = {"slots": task.sequences} if task.sequences > 1 else {}
-    options = dict(chosen) | slots | {"context": task.context + task.new + SPARE}
+    isa = {"isa": place.isa} if place.isa else {}
+    options = dict(chosen) | slots | isa | {"context": task.context + task.new + SPARE}
     return Worker(Path(sys.executable), WORKERS / "run_ours.py", path, place.threads, options, place.prefix)
 
 
@@ -192,7 +195,7 @@ def llama_entries(place: Place, model: str, width: int) -> list[Entry]:
         bits = megabytes * 8e6 / (linears + head)
         for program, (programs_folder, decode, prefill) in programs.items():
             make = partial(llama_runner, place, program, programs_folder, path)
-            variants = {"decode": decode, "prefill": prefill}
+            variants = {"decode": decode, "prefill": prefill, "start": (decode[0], decode[-1])}  # repacked or not
             where = path if (programs_folder / "llama-bench").exists() else programs_folder / "llama-bench"
             found.append(Entry(program, kind, where, bits, megabytes, make, variants, gguf_quality(model, kind)))
     return found
@@ -237,7 +240,8 @@ def llama_command(
     if task.kind == "start":  # a process that reads a prompt and ends: no warm-up, nothing more than the first token
         return [*bench, "-p", str(task.context), "-n", "0", *(["-w", "0"] if ik else ["--no-warmup"])]
     if task.kind == "prefill":
-        return [*bench, "-p", str(task.context), "-n", "0"]
+        cold = (["-w", "0"] if ik else ["--no-warmup"]) if task.context > LONG_PROMPT else []
+        return [*bench, "-p", str(task.context), "-n", "0", *cold]
     if ik:
         return [*bench, "-p", "0", "-n", "0", "-gp", f"{task.context},{task.new}"]
     return [*bench, "-p", "0", "-n", str(task.new), "-d", str(task.context)]
@@ -273,7 +277,8 @@ def openvino_entries(place: Place, model: str, width: int) -> list[Entry]:
         decode.append(variant(INFERENCE_PRECISION_HINT="f32"))
     prefill = [*decode, variant(DYNAMIC_QUANTIZATION_GROUP_SIZE=GROUPS[model])]
     make = partial(python_runner, place, "openvino", "run_openvino.py", path)
-    variants: dict[str, tuple[Variant, ...]] = {"decode": tuple(decode), "prefill": tuple(prefill)}
+    start = ((), variant(CACHE_DIR=str(place.models / "openvino-cache")))
+    variants: dict[str, tuple[Variant, ...]] = {"decode": tuple(decode), "prefill": tuple(prefill), "start": start}
     file = f"int4 g{GROUPS[model]}" if width == 4 else "int8"
     return [Entry("OpenVINO", file, path, bits, megabytes, make, variants, f"OpenVINO int{width}")]
 

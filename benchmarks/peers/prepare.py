@@ -148,6 +148,9 @@ def main() -> None:
         "--only", nargs="+", default=["openvino", "ortgenai", "torch", "llama"], help="only these peers"
     )
     options.add_argument("--models", nargs="+", default=list(SIZES))
+    options.add_argument(
+        "--filled", action="store_true", help="the originals are there (shells.py): only ours are made of them"
+    )
     chosen = options.parse_args()
     peers: Path = chosen.peers.resolve()
     (peers / "models").mkdir(parents=True, exist_ok=True)
@@ -159,6 +162,9 @@ def main() -> None:
     if chosen.ik_source:
         build(chosen.ik_source, peers / "ik", chosen.jobs)
     for model in chosen.models:
+        if chosen.filled:
+            make_ours(peers, model, peers / "models" / f"hf-{model}")
+            continue
         original = benchmark_model() if model == "random-1.1b" else reference_model("off_grid")
         link = peers / "models" / f"hf-{model}"
         if not link.exists():

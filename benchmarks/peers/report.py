@@ -78,6 +78,8 @@ def goal_rows(
         if must is not None and met:
             reached = met.ratio <= must if row.task.less_is_better else met.ratio >= must
             verdicts.append(reached and met.ours is not None)
+        if row.times is not None and ours:
+            verdicts.append(multiple(ours, row, done) >= row.times[0])
         if row.most is not None and ours:
             verdicts.append(ours["median"] <= row.most)
         if row.bandwidth is not None and ours:
@@ -94,7 +96,7 @@ def goal_rows(
                 value_text(ours) if ours else "none",
                 f"{met.peer['name']}: {value_text(met.peer)}" if met else "no peer ran",
                 f"{met.ratio:.2f}x" if met and met.ours else "no recipe of that quality" if met else "",
-                share_text(ours, row, tiles) if ours else "",
+                limit_text(ours, row, tiles, done) if ours else "",
                 verdict,
             ]
         )
@@ -112,6 +114,8 @@ def goal_text(row: Row, must: float | None, tiles: bool) -> str:
         parts.append(f"{sign} {must:g}x {row.against or 'the best peer'}")
     if row.most is not None:
         parts.append(f"<= {row.most:g} {row.task.unit}")
+    if row.times is not None:
+        parts.append(f">= {row.times[0]:g}x {row.times[1]}")
     if row.bandwidth is not None:
         parts.append(f">= {row.bandwidth:.0%} of the bandwidth")
     if row.peak is not None and not tiles:
@@ -132,6 +136,18 @@ def share_text(line: Line, row: Row, tiles: bool) -> str:
         peak, name = (line["tile_peak"], "AMX") if tiles else (line["vector_peak"], "VNNI")
         return f"{operations(line, row) / peak:.0%} of {peak:.0f} GOP/s ({name})" if peak else ""
     return ""
+
+
+def limit_text(line: Line, row: Row, tiles: bool, done: Mapping[str, Any]) -> str:
+    """What a verdict rests on besides the ratio."""
+    return f"{multiple(line, row, done):.2f}x {row.times[1]}" if row.times else share_text(line, row, tiles)
+
+
+def multiple(line: Line, row: Row, done: Mapping[str, Any]) -> float:
+    """How many times the figure of the same recipe in another row."""
+    assert row.times is not None
+    other = [x for x in done.get(row.times[1], {"lines": []})["lines"] if x["name"] == line["name"]]
+    return float(line["median"] / other[0]["median"]) if other else 0.0
 
 
 def operations(line: Line, row: Row) -> float:

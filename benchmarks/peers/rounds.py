@@ -29,6 +29,7 @@ NOISE = 0.08
 FEWEST_QUIET = 3
 LOOKS = 2  # rounds in which variants are compared
 ALONE = ("start", "memory")  # tasks that are a process of their own each time
+FIRST_LOOK = 1000  # the seeds of looks are none of the rounds'
 LIMITS = Path(__file__).parents[1] / "limits.cpp"
 
 
@@ -47,6 +48,8 @@ class Row:
     only: tuple[str, ...] = ()  # programs that take part besides ours; empty: all
     most: float | None = None  # the value of ours, at most
     against: str = ""  # the program that the ratio is taken against; empty: the best
+    files: tuple[str, ...] = ()  # only files whose name begins so; empty: all
+    times: tuple[float, str] | None = None  # at least so many times our figure in another row
 
 
 class Limits:
@@ -95,10 +98,13 @@ class Contender:
 def run_row(row: Row, entries: Sequence[Entry], limits: Limits, rounds: int, looks: int = LOOKS) -> dict[str, Any]:
     """Measure one row; gives what the report needs, as plain values."""
     contenders, failed = [], {}
+    known: dict[str, Variant] = {}  # by program: another file of the same program is run as its first
     for entry in entries:
-        contender = Contender(entry)
+        contender = Contender(entry, known.get(entry.program, ()))
         try:
-            choose_variant(contender, row.task, looks)
+            if entry.program not in known:
+                choose_variant(contender, row.task, looks)
+                known[entry.program] = contender.chosen
             contender.warm(row.task)
         except (PeerError, OSError) as error:
             failed[entry.name] = str(error)
@@ -131,7 +137,7 @@ def choose_variant(contender: Contender, task: Task, looks: int) -> None:
     try:
         for number in range(looks):
             for one, runner in runners.items():
-                found[one].append(runner.read(task.shorter(2), 1000 + number).value)
+                found[one].append(runner.read(task.shorter(2), FIRST_LOOK + number).value)
     finally:
         for runner in runners.values():
             runner.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LONG_PROMPT = 2048
+
 
 @dataclass(frozen=True)
 class Task:
@@ -35,5 +37,6 @@ class Task:
         return asdict(self)
 
     def shorter(self, share: int) -> Task:
-        """The same task for a first look: fewer new tokens, the same context."""
-        return Task(self.kind, self.context, max(8, self.new // share) if self.new else 0, self.sequences)
+        """The same task for a first look: fewer new tokens, the same context, at most half of a very long prompt."""
+        context = min(self.context, LONG_PROMPT) if self.kind == "prefill" else self.context
+        return Task(self.kind, context, max(8, self.new // share) if self.new else 0, self.sequences)

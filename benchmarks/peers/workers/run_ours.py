@@ -1,4 +1,4 @@
-"""lowbit's engine, without torch. Options: `format` (made low-bit on the way), `cache`, `context`, `slots`."""
+"""lowbit's engine, without torch. Options: `cache`, `context`, `slots`, `isa` (an instruction set)."""
 
 import time
 
@@ -6,11 +6,13 @@ import serve
 
 
 def load(given):
-    from lowbit.core.calls import set_threads
+    from lowbit.core.calls import set_instruction_set, set_threads
     from lowbit.runtime import load as load_model
 
     set_threads(given.threads)
     options = {"context": 2048, "slots": 1} | given.options
+    if "isa" in options:
+        set_instruction_set(options.pop("isa"))
     model = load_model(given.model, **options)
     engine = model.engine
 
