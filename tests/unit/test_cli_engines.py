@@ -93,8 +93,15 @@ def test_commands_take_the_engine(small: Path, plain: Path, tmp_path: Path, caps
     )
     theirs = json.loads(capsys.readouterr().out)
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=0.02)
-    assert main(["bench", str(small), "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["new_tokens"] == 4
+    words = ["bench", str(small), "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1", "--json", "--profile"]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    timed = json.loads(printed.out)
+    assert timed["new_tokens"] == 4
+    assert timed["profile"]["later"]["steps"] == 3 and timed["profile"]["prompt"]["mlp"] > 0
+    assert "waiting for other threads" in printed.err
+    assert main([*words, "--engine", "transformers"]) == 1
+    assert "leave out --profile" in capsys.readouterr().err
 
 
 def test_commands_run_without_torch(small: Path, plain: Path) -> None:

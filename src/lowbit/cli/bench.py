@@ -17,6 +17,7 @@ from lowbit.cli.options import (
 )
 from lowbit.cli.output import Output, seconds_text, size_text
 from lowbit.cli.source import find_source
+from lowbit.errors import LowbitError
 from lowbit.progress import progress
 
 DESCRIPTION = """\
@@ -28,8 +29,21 @@ EXAMPLES = """\
   lowbit bench ./small
   lowbit bench ./small --prompt-tokens 1024 --new-tokens 128 --threads 4
   lowbit bench ./SmolLM2-135M --format int4 --rounds 5
+  lowbit bench ./small --prompt-tokens 512 --profile
   lowbit bench ./small --json | jq .tokens_per_second"""
 _PROMPT = "The quick brown fox jumps over the lazy dog while seven wise owls count the stars above a quiet harbour. "
+# The parts of a step as the engine names them, in the order in which they run.
+_PARTS = {
+    "embed": "embedding",
+    "norm": "norms, rounding of activations",
+    "qkv": "queries, keys, values",
+    "rope": "rotation, storing in the cache",
+    "attention": "attention",
+    "output": "attention's output",
+    "mlp": "MLP",
+    "head": "head",
+    "barriers": "waiting for other threads",
+}
 _AT_LEAST_TWO = number(int, 2, 1 << 31, "a number from 2 up (the first token is timed apart from the later ones)")
 
 
@@ -42,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--new-tokens", type=_AT_LEAST_TWO, default=64, metavar="N", help="length of the answer (default: 64)"
     )
     parser.add_argument("--rounds", type=COUNT, default=3, metavar="N", help="rounds that count (default: 3)")
+    parser.add_argument(
+        "--profile", action="store_true", help="also show where the time goes, part by part (lowbit's own engine only)"
+    )
     add_format_on_the_fly(parser)
     add_loading(parser)
     add_engine(parser)
@@ -51,9 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     output = Output(options.json)
     source, load = find_source(options.model), loading_from(options)
+    from lowbit.cli.engine_session import EngineSession
     from lowbit.cli.engines import open_session
 
     session = open_session(source, load, options.threads)
+    if options.profile and not isinstance(session, EngineSession):
+        raise LowbitError("only lowbit's own engine counts its parts: leave out --profile, or add --engine lowbit")
     prompt = prompt_of(session.encode(_PROMPT, raw=True), options.prompt_tokens)
 
     def generate(new_tokens: int) -> tuple[float, ...]:
@@ -64,6 +84,10 @@ def run(options: argparse.Namespace) -> int:
         timings = measure(generate, len(prompt), options.new_tokens, options.rounds, advance)
     facts = timings.to_dict() | {"load_seconds": session.load_seconds, "peak_bytes": session.peak_memory()}
     print_timings(output, timings, session.load_seconds, session.peak_memory())
+    if isinstance(session, EngineSession) and options.profile:
+        reading, later = session.profile(prompt, options.new_tokens)
+        print_profile(output, reading, later)
+        facts |= {"profile": {"prompt": reading, "later": later}}
     output.result({"model": options.model} | facts)
     return 0
 
@@ -88,3 +112,24 @@ def print_timings(output: Output, timings: Timings, load_seconds: float, peak_by
             ("measured", f"{timings.rounds} rounds of {timings.new_tokens} tokens after one to warm up"),
         ]
     )
+
+
+def print_profile(output: Output, reading: dict[str, int], later: dict[str, int]) -> None:
+    """Where one thread's time goes, while the prompt is read and by later token."""
+    whole = [sum(counted[part] for part in _PARTS) or 1 for counted in (reading, later)]
+    tokens = max(later["steps"], 1)
+    headers = ("one thread's time", "prompt ms", "prompt %", "later us a token", "later %")
+    rows = [
+        (
+            name,
+            f"{reading[part] / 1e6:.2f}",
+            f"{100 * reading[part] / whole[0]:.1f}",
+            f"{later[part] / tokens / 1e3:.1f}",
+            f"{100 * later[part] / whole[1]:.1f}",
+        )
+        for part, name in _PARTS.items()
+    ]
+    rows.append(("together", f"{whole[0] / 1e6:.2f}", "100.0", f"{whole[1] / tokens / 1e3:.1f}", "100.0"))
+    output.say()
+    output.table(headers, rows, right=headers[1:])
+    output.say(f"{later['barrier_count'] / tokens:.0f} times a token the threads wait for one another")

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from lowbit.bench import peak_memory
-from lowbit.cli.answer import Answer, Emit, Message
+from lowbit.cli.answer import ONE_TEXT, Answer, Emit, Message
 from lowbit.cli.options import LoadOptions, Sampling
 from lowbit.core.calls import set_threads
 from lowbit.runtime import Model, Tokenizer
@@ -80,6 +80,19 @@ class EngineSession:
         """Keep nothing of earlier prompts, so that the next one is read whole (timings)."""
         self.model.forget()
 
+    def profile(self, prompt: list[int], new_tokens: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Nanoseconds of one thread by part of a step, while a prompt is read and while the later tokens are made."""
+        engine = self.model.engine
+        self.forget()
+        engine.reset()
+        engine.profile(True)
+        token = int(engine.prefill(prompt).argmax())
+        reading = engine.profile(True)
+        engine.continue_greedy(token, new_tokens - 1)
+        later = engine.profile(False)
+        engine.reset()
+        return reading, later
+
     def chat(self, messages: list[Message], sampling: Sampling, emit: Emit | None = None) -> Answer:
         """Answer the last message of a conversation."""
         return self.generate(self.encode_chat(messages), sampling, emit)
@@ -88,4 +101,5 @@ class EngineSession:
 def _settings(sampling: Sampling) -> dict[str, Any]:
     """What a user asked for, under the engine's names; what was left open stays the model's own."""
     given = {name: getattr(sampling, name) for name in _SAMPLING}
-    return {name: value for name, value in given.items() if value is not None} | {"ignore_end": sampling.ignore_end}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return {**ONE_TEXT, **chosen, "ignore_end": sampling.ignore_end}
