@@ -39,7 +39,12 @@ struct ByteProduct {
     int64_t left_stride, plane_stride;
     const uint8_t* right;
     int64_t right_stride, step, fours;
+    const uint8_t* ahead;  // what is read next, fetched at the pace at which `right` is read; NULL when rows are many enough to hide it
 };
+
+// With so few rows the memory is slower than the products: cold keys and values came at 14 GB/s to one core, fetched
+// ahead at 20.
+inline bool few_rows(const AttendJob& job) { return job.rows <= 16; }
 
 template <bool kKeys, int kPlanes, int kBits, int kRows, int kVectors, class Start, class Finish>
 inline void dot_tile(const ByteProduct& job, int64_t row, const Start& start, const Finish& finish) {
@@ -60,6 +65,9 @@ inline void dot_tile(const ByteProduct& job, int64_t row, const Start& start, co
             Quads right[kVectors];
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) right[v] = load_quads(job.right + i * job.right_stride + v * job.step);
+            if (plane == 0 && row == 0 && job.ahead)
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) __builtin_prefetch(job.ahead + (i * kVectors + v) * 4 * kLane);
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
                 const Quads left = splat_quad(rows + r * job.left_stride + plane * job.plane_stride + 4 * i);
@@ -121,13 +129,16 @@ inline void round_query(const AttendJob& job, const ByteRoom& room, int64_t r) {
 inline void score_bytes(const AttendJob& job, const ByteRoom& room, int64_t first, int64_t blocks) {
     const int64_t block = static_cast<int64_t>(job.padded) * kKeyBlock;
     ByteProduct product{room.queries, kQueryPlanes * job.padded, job.padded, static_cast<const uint8_t*>(job.keys) + first * job.padded,
-                        4 * kKeyBlock, block, (job.head_dim + 3) / 4};
+                        4 * kKeyBlock, block, (job.head_dim + 3) / 4, nullptr};
+    if (few_rows(job)) product.ahead = static_cast<const uint8_t*>(job.values) + first * job.padded;
     float* scores = job.scores;
     const auto start = [&](int64_t r) { return static_cast<float>(room.starts[r]); };
     const auto finish = [&](int64_t r, int v, F32 total, float begin) { store(scores + r * kKeyTile + v * kLane, total + splat(begin)); };
     int64_t b = 0;
-    for (; b + kVectorTile <= blocks; b += kVectorTile, product.right += kVectorTile * block, scores += kVectorTile * kKeyBlock)
+    for (; b + kVectorTile <= blocks; b += kVectorTile, product.right += kVectorTile * block, scores += kVectorTile * kKeyBlock) {
         dot_rows<true, kQueryPlanes, kQueryBits, kVectorTile>(product, job.rows, start, finish);
+        if (product.ahead) product.ahead += kVectorTile * block;
+    }
     for (; b < blocks; ++b, product.right += block, scores += kKeyBlock)
         dot_rows<true, kQueryPlanes, kQueryBits, 1>(product, job.rows, start, finish);
 }
@@ -171,7 +182,8 @@ inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, int
 
 inline void add_bytes(const AttendJob& job, const ByteRoom& room, int64_t first, int64_t count) {
     ByteProduct product{room.shares, 2 * kKeyTile, kKeyTile, static_cast<const uint8_t*>(job.values) + first * job.padded, 4 * job.padded,
-                        4 * kLane, (count + 3) / 4};
+                        4 * kLane, (count + 3) / 4, nullptr};
+    if (few_rows(job)) product.ahead = static_cast<const uint8_t*>(job.keys) + (first + kKeyTile) * job.padded;
     float* out = job.out;
     const auto start = [&](int64_t r) { return room.weights[r]; };
     const auto finish = [&](int64_t r, int v, F32 total, float weight) {
@@ -179,8 +191,10 @@ inline void add_bytes(const AttendJob& job, const ByteRoom& room, int64_t first,
         store(to, multiply_add(total, splat(weight), load(to)));
     };
     int v = 0;
-    for (; v + kVectorTile * kLane <= job.padded; v += kVectorTile * kLane, product.right += 4 * kVectorTile * kLane, out += kVectorTile * kLane)
+    for (; v + kVectorTile * kLane <= job.padded; v += kVectorTile * kLane, product.right += 4 * kVectorTile * kLane, out += kVectorTile * kLane) {
         dot_rows<false, 2, kShareBits, kVectorTile>(product, job.rows, start, finish);
+        if (product.ahead) product.ahead += product.fours * kVectorTile * 4 * kLane;
+    }
     for (; v < job.padded; v += kLane, product.right += 4 * kLane, out += kLane) dot_rows<false, 2, kShareBits, 1>(product, job.rows, start, finish);
 }
 
