@@ -272,6 +272,16 @@ def test_nan_inputs_stay_visible_and_only_in_their_row() -> None:
     assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("name", ["int4", "int3_asym_g32_fp32", "int8"])
+def test_a_token_is_rounded_alike_in_a_whole_tile_and_in_a_part_of_one(name: str) -> None:
+    packed, _ = quantized(name, 37, 203)
+    x = np.random.default_rng(0).standard_normal((24, 203)).astype(np.float32)
+    x[18], x[19, 70], x[20, 202] = 0, np.nan, np.inf
+    whole, part = (multiply(prepared(packed), x[:count], 37, "int8") for count in (24, 23))
+    assert np.array_equal(whole[:23], part, equal_nan=True)
+    assert np.isnan(whole[[19, 20]]).all() and np.isfinite(np.delete(whole, [19, 20], axis=0)).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_named(bad: float) -> None:
     weight = np.ones((40, 203), np.float32)

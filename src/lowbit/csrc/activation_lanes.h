@@ -1,6 +1,9 @@
 // Activations made ready for a product: int8 with one scale per segment, or fp32, in tiles of tokens (product.h draws the tile).
 #pragma once
 #include "product.h"
+#if defined(__AVX512F__)
+#include "round_tile_avx512.h"
+#endif
 
 namespace lowbit {
 namespace {
@@ -66,22 +69,50 @@ inline TileView view_tile(const Activations& job, int64_t tile) {
             job.header->scales.minima ? reinterpret_cast<float*>(scaled_sums) : nullptr};
 }
 
+// Segments that round_tile_avx512.h can make of this tile: whole ones, of whole tiles of 8.
+inline int64_t count_together(const Activations& job, int64_t tile) {
+#if defined(__AVX512F__)
+    const Plan& plan = job.header->plan;
+    const bool fits = job.tile == kTogether && job.dtype == LOWBIT_FP32 && (tile + 1) * kTogether <= job.tokens && plan.segment % (2 * kBlockRows) == 0;
+    int64_t count = fits ? plan.segments : 0;
+    while (count > 0 && plan.width_of(count - 1, job.header->cols) < plan.segment) --count;
+    return count;
+#else
+    (void)job;
+    (void)tile;
+    return 0;
+#endif
+}
+
 void quantize_tile(const Activations& job, int64_t tile) {
     const Header& header = *job.header;
     const Plan& plan = header.plan;
     const TileView view = view_tile(job, tile);
     const float factor = header.unit * header.byte_factor;
+    const auto put = [&](int64_t s, int t, Quantized quantized) {
+        view.scales[s * job.tile + t] = quantized.scale * factor;
+        view.sums[s * job.tile + t] = -job.zero_constant * quantized.sum;
+        if (view.scaled_sums) view.scaled_sums[s * job.tile + t] = quantized.scale * static_cast<float>(quantized.sum);
+    };
+    const int64_t together = count_together(job, tile);
+#if defined(__AVX512F__)
+    for (int64_t s = 0; s < together; ++s) {
+        const float* from = static_cast<const float*>(job.x) + tile * kTogether * job.stride + plan.column_of(s);
+        float scales[kTogether];
+        int32_t sums[kTogether];
+        round_together(from, job.stride, plan.segment, view.bytes + s * plan.segment / 4 * kTogether, scales, sums);
+        for (int t = 0; t < kTogether; ++t) put(s, t, {scales[t], sums[t]});
+    }
+#endif
     alignas(64) int8_t bytes[kLongestSegment];
     for (int t = 0; t < job.tile; ++t) {
         const int64_t token = tile * job.tile + t;
         const bool exists = token < job.tokens;
-        for (int64_t s = 0; s < plan.segments; ++s) {
+        for (int64_t s = together; s < plan.segments; ++s) {
             Quantized quantized = {0.0f, 0};
             if (exists) quantized = quantize_segment(job, token * job.stride + plan.column_of(s), plan.width_of(s, header.cols), bytes);
             else memset(bytes, 0, sizeof bytes);
-            view.scales[s * job.tile + t] = quantized.scale * factor;
-            view.sums[s * job.tile + t] = -job.zero_constant * quantized.sum;
-            if (view.scaled_sums) view.scaled_sums[s * job.tile + t] = quantized.scale * static_cast<float>(quantized.sum);
+            put(s, t, quantized);
             int32_t* to = view.bytes + s * plan.segment / 4 * job.tile + t;
             for (int64_t i = 0; i < plan.segment; i += 4, to += job.tile) memcpy(to, bytes + i, 4);
         }
