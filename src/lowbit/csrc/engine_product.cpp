@@ -9,7 +9,7 @@ namespace lowbit {
 namespace {
 
 // Weights that a thread takes at a time when decoding: small enough that the last part keeps nobody waiting for long.
-constexpr int64_t kLeastPart = 12 << 10, kMostPart = 96 << 10;
+constexpr int64_t kLeastPart = 8 << 10, kMostPart = 96 << 10;
 constexpr int64_t kPartsPerThread = 6;
 constexpr int64_t kPlainRows = 4;
 
@@ -87,26 +87,32 @@ bool Task::pairs_with(const View& other, const Form* other_form) const {
            (!view.header || view.header->block_bytes == other.header->block_bytes);
 }
 
+// Large parts first; the last of them, one for each thread, are cut into the smallest, so that threads end together.
+void Task::cut(int64_t count, int64_t unit_bytes, int team) {
+    units = count;
+    large = std::max<int64_t>(std::clamp(count * unit_bytes / (team * kPartsPerThread), kLeastPart, kMostPart) / unit_bytes, 1);
+    small = std::max<int64_t>(std::min(kLeastPart / unit_bytes, large), 1);
+    large_items = std::max<int64_t>(count / large - team, 0);
+    items = large_items + divide_up(count - large_items * large, small);
+}
+
+Task::Span Task::span(int64_t item) const {
+    const int64_t begin = item < large_items ? item * large : large_items * large + (item - large_items) * small;
+    return {begin, std::min(begin + (item < large_items ? large : small), units)};
+}
+
 void Task::plan(int team) {
     const int64_t matrices = second ? 2 : 1;
-    const int64_t part = std::clamp(view.bytes() * matrices / (team * kPartsPerThread), kLeastPart, kMostPart);
-    if (!view.header) {
-        const int64_t row = view.cols * dtype_bytes(view.dtype) * matrices;
-        grain = std::max<int64_t>(part / row / kPlainRows, 1) * kPlainRows;
-        items = divide_up(view.rows, grain);
-    } else if (form->few) {
-        grain = std::max<int64_t>(part / (view.header->block_bytes * matrices), 1);
-        items = divide_up(view.header->blocks, grain);
-    } else {
-        grain = 1;
-        items = form->items(*view.header);
-    }
+    if (!view.header) cut(divide_up(view.rows, kPlainRows), kPlainRows * view.cols * dtype_bytes(view.dtype) * matrices, team);
+    else if (form->few) cut(view.header->blocks, view.header->block_bytes * matrices, team);
+    else items = form->items(*view.header);
 }
 
 namespace {
 
 Piece run_plain(const Task& task, const View& view, float* y, int64_t item) {
-    const int64_t begin = item * task.grain, end = std::min(begin + task.grain, view.rows);
+    const Task::Span units = task.span(item);
+    const int64_t begin = units.begin * kPlainRows, end = std::min(units.end * kPlainRows, view.rows);
     engine_isa().dense({task.input->rows, task.input->stride, task.input->tokens, view.data, view.dtype, view.cols, begin, end, view.bias, y,
                         task.y_stride});
     return {0, task.input->tokens, begin, end};
@@ -116,9 +122,9 @@ Piece run_prepared(const Task& task, const View& view, const Form& form, float* 
     const ProductJob job = job_of(view, form, y, task.y_stride);
     const int64_t blocks = view.header->blocks, tokens = form.activations.tokens;
     if (form.few) {
-        const int64_t begin = item * task.grain, end = std::min(begin + task.grain, blocks);
-        form.run(job, begin, end);
-        return {0, tokens, begin * kBlockRows, std::min(end * kBlockRows, view.rows)};
+        const Task::Span span = task.span(item);
+        form.run(job, span.begin, span.end);
+        return {0, tokens, span.begin * kBlockRows, std::min(span.end * kBlockRows, view.rows)};
     }
     form.run(job, item, item + 1);
     const int64_t panels = divide_up(blocks, isa().panel_blocks);

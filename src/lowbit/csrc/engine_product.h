@@ -53,10 +53,17 @@ struct Task {
     float *y = nullptr, *z = nullptr;
     int64_t y_stride = 0;
     const lowbit_mlp* mlp = nullptr;
-    int64_t items = 0, grain = 1;
+    int64_t items = 0;
+    // Decoding: blocks (of plain matrices groups of rows) of large items, which come first, and of small ones.
+    int64_t units = 0, large = 1, small = 1, large_items = 0;
 
+    struct Span {
+        int64_t begin, end;
+    };
     // Cut into items for a team of this size.
     void plan(int team);
+    void cut(int64_t count, int64_t unit_bytes, int team);
+    Span span(int64_t item) const;
     Piece run(int64_t item) const;
     bool pairs_with(const View& other, const Form* other_form) const;
 };
