@@ -9,7 +9,9 @@ from lowbit.bench import peak_memory
 from lowbit.cli.answer import ONE_TEXT, Answer, Emit, Message
 from lowbit.cli.options import LoadOptions, Sampling
 from lowbit.core.calls import set_threads
+from lowbit.errors import LowbitError
 from lowbit.runtime import Model, Tokenizer
+from lowbit.runtime.engine import Engine
 from lowbit.runtime.files import ModelFiles
 from lowbit.runtime.loading import load_files
 
@@ -83,6 +85,8 @@ class EngineSession:
     def profile(self, prompt: list[int], new_tokens: int) -> tuple[dict[str, int], dict[str, int]]:
         """Nanoseconds of one thread by part of a step, while a prompt is read and while the later tokens are made."""
         engine = self.model.engine
+        if not isinstance(engine, Engine):
+            raise LowbitError("this model's engine does not count its parts")
         self.forget()
         engine.reset()
         engine.profile(True)
