@@ -19,9 +19,9 @@ from lowbit.errors import LowbitError
 
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
-_QWEN = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
-_MOST_DIGITS = {_LLAMA3: 3, _QWEN: 1}
+LLAMA3 = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+QWEN = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+_MOST_DIGITS = {LLAMA3: 3, QWEN: 1}
 _PLAIN_FLAGS = ("single_word", "lstrip", "rstrip")
 _LAST_ASSIGNED = 0x3FFFF  # no letter or number lies beyond the third plane
 

@@ -190,7 +190,7 @@ Weight quantized(const lowbit_format& format, int64_t rows, int64_t cols, uint64
 
 std::unique_ptr<Aligned> prepared(const Weight& weight) {
     auto buffer = std::make_unique<Aligned>(lowbit_prepared_bytes(&weight.format, weight.rows, weight.cols));
-    EXPECT(call(lowbit_prepare, &weight.format, weight.rows, weight.cols, weight.codes.data(), weight.scales.data(), weight.zeros_or_null(), &weight.unit,
+    EXPECT(lowbit_prepare(&weight.format, weight.rows, weight.cols, weight.codes.data(), weight.scales.data(), weight.zeros_or_null(), &weight.unit,
                 buffer->data(), buffer->size()) == LOWBIT_OK);
     return buffer;
 }

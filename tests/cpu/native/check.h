@@ -9,8 +9,6 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
 #include "engine_api.h"
@@ -26,17 +24,6 @@ void expect(bool holds, const char* what, const char* file, int line);
 void expect_refused(int status, int code, const char* what, const char* file, int line);
 #define EXPECT(condition) check::expect((condition), #condition, __FILE__, __LINE__)
 #define EXPECT_REFUSED(call, code) check::expect_refused((call), (code), #call, __FILE__, __LINE__)
-
-// Calls a function of the core with zeros for the arguments that are left out: those of formats that are not checked here.
-template <class Result, class... Wanted, class... Given, size_t... kLeft>
-Result call_filled(Result (*function)(Wanted...), std::index_sequence<kLeft...>, Given... given) {
-    const std::tuple<Wanted...> zeros{};
-    return function(given..., std::get<sizeof...(Given) + kLeft>(zeros)...);
-}
-template <class Result, class... Wanted, class... Given>
-Result call(Result (*function)(Wanted...), Given... given) {
-    return call_filled(function, std::make_index_sequence<sizeof...(Wanted) - sizeof...(Given)>(), given...);
-}
 
 // splitmix64; `uniform` is in [-1, 1), the sum of four of them is near enough to a bell for weights.
 class Random {

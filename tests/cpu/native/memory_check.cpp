@@ -47,7 +47,7 @@ void starve_all() {
         });
         double sums[2];
         starve("distance", [&] {
-            return call(lowbit_distance, &weight.format, 40, 203, weight.codes.data(), weight.scales.data(), weight.zeros_or_null(), &weight.unit, x.data(), 0,
+            return lowbit_distance(&weight.format, 40, 203, weight.codes.data(), weight.scales.data(), weight.zeros_or_null(), &weight.unit, x.data(), 0,
                                    203, sums);
         });
         const auto buffer = prepared(weight);

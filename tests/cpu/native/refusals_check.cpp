@@ -40,10 +40,10 @@ void refuse_weights() {
     EXPECT_REFUSED(lowbit_unpack(4, 1, 1, nullptr, zeros.data()), kBad);
     float dense[64];
     double sums[2];
-    EXPECT_REFUSED(call(lowbit_dequantize, &good, 1, 64, nullptr, scales.data(), zeros.data(), nullptr, dense, 0, 64), kBad);
-    EXPECT_REFUSED(call(lowbit_dequantize, &good, 1, 64, codes.data(), scales.data(), zeros.data(), nullptr, dense, 0, 1), kBad);
-    EXPECT_REFUSED(call(lowbit_distance, &good, 1, 64, codes.data(), scales.data(), zeros.data(), nullptr, nullptr, 0, 64, sums), kBad);
-    EXPECT_REFUSED(call(lowbit_distance, &good, 1, 64, codes.data(), scales.data(), zeros.data(), nullptr, dense, 0, 64, nullptr), kBad);
+    EXPECT_REFUSED(lowbit_dequantize(&good, 1, 64, nullptr, scales.data(), zeros.data(), nullptr, dense, 0, 64), kBad);
+    EXPECT_REFUSED(lowbit_dequantize(&good, 1, 64, codes.data(), scales.data(), zeros.data(), nullptr, dense, 0, 1), kBad);
+    EXPECT_REFUSED(lowbit_distance(&good, 1, 64, codes.data(), scales.data(), zeros.data(), nullptr, nullptr, 0, 64, sums), kBad);
+    EXPECT_REFUSED(lowbit_distance(&good, 1, 64, codes.data(), scales.data(), zeros.data(), nullptr, dense, 0, 64, nullptr), kBad);
     EXPECT_REFUSED(lowbit_set_threads(-1), kBad);
     EXPECT_REFUSED(lowbit_set_isa("abacus"), kUnknown);
 }
@@ -69,10 +69,10 @@ void refuse_products() {
     EXPECT_REFUSED(lowbit_run(nullptr, size, x.data(), 0, 2, 203, nullptr, y.data(), 0, 37, 0), kBad);
     for (int64_t bad : {int64_t{-1}, int64_t{37}, INT64_MAX}) EXPECT_REFUSED(lowbit_read_rows(buffer->data(), size, &bad, 1, row.data()), kBad);
     EXPECT_REFUSED(lowbit_read_rows(buffer->data(), size, nullptr, 1, row.data()), kBad);
-    EXPECT_REFUSED(call(lowbit_restore, buffer->data(), size, nullptr, nullptr, nullptr, nullptr), kBad);
-    EXPECT_REFUSED(call(lowbit_prepare, &weight.format, 37, 203, weight.codes.data(), weight.scales.data(), nullptr, nullptr, buffer->data(), size - 1), kBad);
-    EXPECT_REFUSED(call(lowbit_prepare, &weight.format, 37, 203, weight.codes.data(), weight.scales.data(), nullptr, nullptr, nullptr, size), kBad);
-    EXPECT_REFUSED(call(lowbit_prepare, &weight.format, 37, 203, weight.codes.data(), weight.scales.data(), nullptr, nullptr, buffer->data() + 1, size), kBad);
+    EXPECT_REFUSED(lowbit_restore(buffer->data(), size, nullptr, nullptr, nullptr, nullptr), kBad);
+    EXPECT_REFUSED(lowbit_prepare(&weight.format, 37, 203, weight.codes.data(), weight.scales.data(), nullptr, nullptr, buffer->data(), size - 1), kBad);
+    EXPECT_REFUSED(lowbit_prepare(&weight.format, 37, 203, weight.codes.data(), weight.scales.data(), nullptr, nullptr, nullptr, size), kBad);
+    EXPECT_REFUSED(lowbit_prepare(&weight.format, 37, 203, weight.codes.data(), weight.scales.data(), nullptr, nullptr, buffer->data() + 1, size), kBad);
 }
 
 // A header in which anything was changed is refused, or is a header that the buffer really has room for.
@@ -109,8 +109,8 @@ void fuzz_formats() {
         EXPECT(bytes == -1 || bytes > 0);
         if (bytes < 0) EXPECT(strlen(lowbit_last_error()) > 10);
         EXPECT(lowbit_quantize(&format, nullptr, 0, rows, cols, cols, nullptr, nullptr, nullptr, nullptr, nullptr) != LOWBIT_OK);
-        EXPECT(call(lowbit_dequantize, &format, rows, cols, nullptr, nullptr, nullptr, nullptr, nullptr, 0, cols) != LOWBIT_OK);
-        EXPECT(call(lowbit_prepare, &format, rows, cols, nullptr, nullptr, nullptr, nullptr, nullptr, bytes) != LOWBIT_OK);
+        EXPECT(lowbit_dequantize(&format, rows, cols, nullptr, nullptr, nullptr, nullptr, nullptr, 0, cols) != LOWBIT_OK);
+        EXPECT(lowbit_prepare(&format, rows, cols, nullptr, nullptr, nullptr, nullptr, nullptr, bytes) != LOWBIT_OK);
     }
 }
 

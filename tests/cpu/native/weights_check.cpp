@@ -33,20 +33,20 @@ void check_streams() {
 void check_dequantize(const Weight& weight, const std::vector<double>& values) {
     const int64_t stride = weight.cols + 3;
     std::vector<float> wide(static_cast<size_t>((weight.rows - 1) * stride + weight.cols), 9.0f), dense;
-    EXPECT(call(lowbit_dequantize, &weight.format, weight.rows, weight.cols, weight.codes.data(), weight.scales.data(), weight.zeros_or_null(), &weight.unit,
+    EXPECT(lowbit_dequantize(&weight.format, weight.rows, weight.cols, weight.codes.data(), weight.scales.data(), weight.zeros_or_null(), &weight.unit,
                              wide.data(), LOWBIT_FP32, stride) == LOWBIT_OK);
     for (int64_t row = 0; row < weight.rows; ++row)
         for (int64_t col = 0; col < weight.cols; ++col) dense.push_back(wide[static_cast<size_t>(row * stride + col)]);
     EXPECT(distance(dense.data(), values) < 2e-7);
     double sums[2] = {};
-    EXPECT(call(lowbit_distance, &weight.format, weight.rows, weight.cols, weight.codes.data(), weight.scales.data(), weight.zeros_or_null(), &weight.unit,
+    EXPECT(lowbit_distance(&weight.format, weight.rows, weight.cols, weight.codes.data(), weight.scales.data(), weight.zeros_or_null(), &weight.unit,
                            dense.data(), LOWBIT_FP32, weight.cols, sums) == LOWBIT_OK);
     EXPECT(sums[0] == 0.0 && sums[1] > 0.0);
 }
 
 void check_restore(const Weight& weight, const Aligned& buffer) {
     Weight back(weight.format, weight.rows, weight.cols);
-    EXPECT(call(lowbit_restore, buffer.data(), buffer.size(), back.codes.data(), back.scales.data(), back.has_zeros() ? back.zeros.data() : nullptr,
+    EXPECT(lowbit_restore(buffer.data(), buffer.size(), back.codes.data(), back.scales.data(), back.has_zeros() ? back.zeros.data() : nullptr,
                           &back.unit) == LOWBIT_OK);
     EXPECT(back.codes == weight.codes && back.scales == weight.scales && back.zeros == weight.zeros && back.unit == weight.unit);
 }
@@ -106,9 +106,9 @@ void check_dense(Shape shape, int dtype) {
     }
     const void* given = dtype == LOWBIT_BF16 ? static_cast<const void*>(halves.data()) : numbers.data();
     Aligned buffer(lowbit_prepared_bytes(&format, shape.rows, shape.cols));
-    EXPECT(call(lowbit_prepare, &format, shape.rows, shape.cols, given, nullptr, nullptr, nullptr, buffer.data(), buffer.size()) == LOWBIT_OK);
+    EXPECT(lowbit_prepare(&format, shape.rows, shape.cols, given, nullptr, nullptr, nullptr, buffer.data(), buffer.size()) == LOWBIT_OK);
     std::vector<uint8_t> back(numbers.size() * (dtype == LOWBIT_BF16 ? 2 : 4));
-    EXPECT(call(lowbit_restore, buffer.data(), buffer.size(), back.data(), nullptr, nullptr, nullptr) == LOWBIT_OK);
+    EXPECT(lowbit_restore(buffer.data(), buffer.size(), back.data(), nullptr, nullptr, nullptr) == LOWBIT_OK);
     EXPECT(!memcmp(back.data(), given, back.size()));
     check_runs(buffer, std::vector<double>(numbers.begin(), numbers.end()), shape, true);
 }

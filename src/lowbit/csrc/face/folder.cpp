@@ -236,8 +236,9 @@ extern "C" int64_t lowbit_folder_decode(const lowbit_folder* folder, const int32
 
 extern "C" int64_t lowbit_folder_conversation(const lowbit_folder* folder, const lowbit_message* messages, int64_t count, int32_t* tokens, int64_t room) try {
     check_buffers(folder, messages, count, tokens, room);
-    const bool around = folder->text().size() > 0 && folder->saved.description().at("text").at("chat").at("around").truth();
-    const std::vector<int32_t> all = folder->text().encode(folder->render(messages, count), around);
+    const Tokenizer& tokenizer = folder->text();
+    const std::string text = folder->render(messages, count);
+    const std::vector<int32_t> all = tokenizer.encode(text, folder->saved.description().at("text").at("chat").at("around").truth());
     return hand_over(all.data(), all.size(), tokens, room);
 } catch (...) {
     caught();

@@ -50,14 +50,14 @@ private:
     // The canonical buffers of one matrix, put together from its pieces.
     struct Canonical {
         std::vector<uint8_t> codes, scales, zeros;
-        float unit = 1.0f;
-        bool has_unit = false;
+        std::vector<float> factors, offset;  // of the scales
     };
     // Which of the experts that lie in one tensor is meant.
     struct Span {
         int64_t index, count, cols;
     };
     bool append_piece(const Json& piece, const lowbit_format& format, const Span& span, Canonical* whole) const;
+    bool append_factors(const Json& piece, const lowbit_format& format, const Span& span, Canonical* whole) const;
     lowbit_matrix load_matrix(const Json& weight);
     lowbit_matrix load_packed(const Json& weight, const lowbit_format& format, lowbit_matrix matrix);
     lowbit_matrix load_plain(const Json& weight, lowbit_matrix matrix);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../format.h"
+#include "../gguf_block.h"
 #include "../number.h"
 #include "refusal.h"
 #include "saved.h"
@@ -32,6 +33,11 @@ Sizes sizes_of(const Json& weight) {
 
 void check(int status) {
     if (status != LOWBIT_OK) throw Refusal(status, lowbit_last_error());
+}
+
+int64_t row_bytes(const lowbit_format& format, int64_t cols) {
+    if (const BlockLayout* blocks = blocks_of(format)) return divide_up(cols, blocks->weights) * blocks->bytes;
+    return code_words(format, cols) * 4;
 }
 
 void append(const Tensor& tensor, int64_t begin, int64_t bytes, std::vector<uint8_t>* to) { to->insert(to->end(), tensor.data + begin, tensor.data + begin + bytes); }
@@ -66,14 +72,14 @@ lowbit_format SavedModel::format_of(const Json& packed) {
     format.group_size = static_cast<int32_t>(from.at("group_size").integer());
     format.scale_type = static_cast<int32_t>(from.at("scale_type").integer());
     format.level_count = static_cast<int32_t>(from.at("level_count").integer());
+    format.scale_block = static_cast<int32_t>(from.at("scale_block").integer());
+    format.block_type = static_cast<int32_t>(from.at("block_type").integer());
     if (format.kind == LOWBIT_LEVELS) {
         const std::vector<Json>& levels = from.at("levels").list();
         if (static_cast<int64_t>(levels.size()) != format.level_count) throw Refusal(LOWBIT_BAD_ARGUMENT, "a table of levels is not whole; write lowbit_engine.json anew");
         float* to = keep(static_cast<int64_t>(levels.size()) * 4).as<float>();
         for (size_t i = 0; i < levels.size(); ++i) to[i] = levels[i].is_null() ? __builtin_nanf("") : static_cast<float>(levels[i].number());
         format.levels = to;
-    } else if (format.kind != LOWBIT_INT || (!from.find("scale_block").is_null() && from.at("scale_block").integer() != 0)) {
-        throw Refusal(LOWBIT_UNSUPPORTED, "the C++ face reads weights of integers and of tables of levels, with one level of scales, and this folder has others");
     }
     return format;
 }
@@ -90,40 +96,44 @@ lowbit_matrix SavedModel::load_matrix(const Json& weight) {
     return first.find("codes").is_null() ? load_plain(weight, matrix) : load_packed(weight, format_of(first), matrix);
 }
 
-namespace {
-
-// Arguments that weights of one level of scales do not need are zero.
-template <class... More>
-int prepare(int (*with)(const lowbit_format*, int64_t, int64_t, const void*, const void*, const uint8_t*, const float*, void*, int64_t, More...),
-            const lowbit_format& format, const lowbit_matrix& matrix, const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros, const float* unit, uint8_t* to) {
-    return with(&format, matrix.rows, matrix.cols, codes, scales, zeros, unit, to, matrix.bytes, More{}...);
-}
-
-}  // namespace
-
 // Add one piece of a matrix: expert `index` of the `count` that lie in each tensor. False when sizes disagree.
 bool SavedModel::append_piece(const Json& piece, const lowbit_format& format, const Span& span, Canonical* whole) const {
-    const Tensor &codes = tensor(piece.at("codes")), &scales = tensor(piece.at("scales"));
-    const int64_t groups = group_count(format, span.cols), row_codes = code_words(format, span.cols) * 4, row_scales = groups * scale_bytes(format.scale_type);
-    const int64_t rows = codes.bytes / row_codes / span.count, skip = span.index * rows;
-    if (codes.bytes != span.count * rows * row_codes || scales.bytes != span.count * rows * row_scales) return false;
-    append(codes, skip * row_codes, rows * row_codes, &whole->codes);
-    append(scales, skip * row_scales, rows * row_scales, &whole->scales);
+    const Tensor& codes = tensor(piece.at("codes"));
+    const int64_t groups = group_count(format, span.cols), row_codes = row_bytes(format, span.cols);
+    const int64_t rows = codes.bytes / row_codes / span.count;
+    if (codes.bytes != span.count * rows * row_codes) return false;
+    append(codes, span.index * rows * row_codes, rows * row_codes, &whole->codes);
+    if (span.index + 1 == span.count) codes.release();
+    if (format.kind == LOWBIT_BLOCKS) return true;
+    const Tensor& scales = tensor(piece.at("scales"));
+    // One scale for a whole tensor stands in one line.
+    const int64_t row_scales = groups * (format.scale_block > 0 ? 1 : scale_bytes(format.scale_type)), lines = format.group_size == 0 ? 1 : rows;
+    if (scales.bytes != span.count * lines * row_scales || (lines != rows && !whole->scales.empty())) return false;
+    append(scales, span.index * lines * row_scales, lines * row_scales, &whole->scales);
     if (format.kind == LOWBIT_INT && !format.symmetric) {
         const Tensor& zeros = tensor(piece.at("zeros"));
         const bool packed = piece.at("zeros_packed").truth();
-        if (packed ? span.count != 1 || zeros.bytes != divide_up(rows * format.bits, 32) * groups * 4 : zeros.bytes != span.count * rows * groups) return false;
+        if (packed ? span.count != 1 || zeros.bytes != divide_up(rows * format.bits, 32) * groups * 4 : zeros.bytes != span.count * lines * groups) return false;
         if (packed) append_packed_zeros(zeros, format.bits, rows, groups, &whole->zeros);
-        else append(zeros, skip * groups, rows * groups, &whole->zeros);
+        else append(zeros, span.index * lines * groups, lines * groups, &whole->zeros);
     }
-    const Json& unit = piece.find("unit");
-    if (!unit.is_null()) {
-        const Tensor& factor = tensor(unit);
-        if (factor.bytes != span.count * 4 || whole->has_unit) return false;
-        memcpy(&whole->unit, factor.data + span.index * 4, sizeof whole->unit);
-        whole->has_unit = true;
-    }
-    if (span.index + 1 == span.count) codes.release();
+    return append_factors(piece, format, span, whole);
+}
+
+// What scales are multiplied with: one factor for each matrix, or one for so many scales of the whole tensor and an offset.
+bool SavedModel::append_factors(const Json& piece, const lowbit_format& format, const Span& span, Canonical* whole) const {
+    const Json &unit = piece.find("unit"), &offset = piece.find("offset");
+    const bool stepped = format.scale_block > 0, wanted = stepped || format.scale_type == LOWBIT_SCALE_E4M3;
+    if (!wanted) return true;
+    if (unit.is_null() || !whole->factors.empty() || (stepped && (offset.is_null() || span.count > 1))) return false;
+    const Tensor& factors = tensor(unit);
+    const int64_t count = stepped ? divide_up(static_cast<int64_t>(whole->scales.size()), format.scale_block) : 1;
+    if (factors.bytes != span.count * count * 4) return false;
+    whole->factors.resize(static_cast<size_t>(count));
+    memcpy(whole->factors.data(), factors.data + span.index * 4, static_cast<size_t>(count) * 4);
+    whole->offset.resize(1);
+    if (stepped && tensor(offset).bytes != 4) return false;
+    if (stepped) memcpy(whole->offset.data(), tensor(offset).data, 4);
     return true;
 }
 
@@ -142,9 +152,9 @@ lowbit_matrix SavedModel::load_packed(const Json& weight, const lowbit_format& f
             const Span span = {apart ? 0 : e, apart ? 1 : matrix.count, matrix.cols};
             if (!append_piece(piece, format, span, &whole)) refuse_sizes(weight);
         }
-        if (static_cast<int64_t>(whole.codes.size()) != matrix.rows * code_words(format, matrix.cols) * 4) refuse_sizes(weight);
-        check(prepare(lowbit_prepare, format, matrix, whole.codes.data(), whole.scales.data(), whole.zeros.empty() ? nullptr : whole.zeros.data(),
-                      whole.has_unit ? &whole.unit : nullptr, room.data() + e * matrix.bytes));
+        if (static_cast<int64_t>(whole.codes.size()) != matrix.rows * row_bytes(format, matrix.cols)) refuse_sizes(weight);
+        check(lowbit_prepare(&format, matrix.rows, matrix.cols, whole.codes.data(), whole.scales.data(), whole.zeros.data(), whole.factors.data(),
+                             room.data() + e * matrix.bytes, matrix.bytes, whole.offset.data()));
     }
     return matrix;
 }
