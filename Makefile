@@ -9,12 +9,13 @@ PINS := -c requirements/constraints.txt
 OTHER_TRANSFORMERS := 5.12.1
 OVERLAY := $(VENV)/transformers-$(OTHER_TRANSFORMERS)
 
-.PHONY: help demo test check bench bench-peers form clean setup
+.PHONY: help demo test check check-sanitize bench bench-peers form clean setup
 
 help:
 	@echo "make demo    set everything up and quantise, save, load and run a small model"
 	@echo "make test    set everything up and pass every test"
 	@echo "make check   ruff, mypy, form tests, unit tests; under two minutes"
+	@echo "make check-sanitize  the core's native checks under ASan, UBSan and TSan"
 	@echo "make bench   the benchmarks, written to benchmarks/results (small forms of long ones to build/benchmarks)"
 	@echo "make bench-peers   the programs to measure against, in PEERS (12 GB, half an hour); IK_SOURCE=DIR adds ik_llama.cpp"
 
@@ -38,6 +39,16 @@ check: $(READY)
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/pytest tests/form tests/unit tests/cpu tests/interop -m "not slow"
+
+# A deadlock ends as a failure too. The arithmetic runs under ASan and UBSan, whatever meets in the pool under TSan.
+NATIVE := $(RUN)/cmake -S tests/cpu/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(RUN)/ninja
+check-sanitize: $(READY)
+	$(NATIVE) -B build/asan -DLOWBIT_SANITIZE=address,undefined
+	$(RUN)/cmake --build build/asan
+	timeout 900 build/asan/core_check
+	$(NATIVE) -B build/tsan -DLOWBIT_SANITIZE=thread
+	$(RUN)/cmake --build build/tsan
+	timeout 900 build/tsan/core_check products engine threads
 
 test: $(READY) $(OVERLAY)
 	$(RUN)/pytest tests

@@ -1,6 +1,7 @@
 """Every code block of the README and the docs runs, and every example too.
 
-The blocks of one page run in order in one empty folder: python blocks in a process each, shell blocks line by line.
+The blocks of one page run in order in one empty folder: python blocks in a process each, shell blocks line by line, C++ blocks
+compiled and linked with the core.
 Lines that set the project up (`make`, `pip`, `git`, `cd`) are what brought this test here and are checked for existing
 targets only.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from lowbit.core.library import library_path
 from lowbit.formats import ALIASES, FORMATS, format_from_name
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +52,15 @@ def run_shell(block: str, folder: Path) -> None:
             run(["bash", "-c", command], folder)
 
 
+def run_cpp(block: str, folder: Path) -> None:
+    (folder / "main.cpp").write_text(block)
+    core = library_path()
+    assert core is not None
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'src/lowbit/csrc'}"]
+    run(["g++", *flags, "main.cpp", str(core), f"-Wl,-rpath,{core.parent}", "-o", "main"], folder)
+    run(["./main"], folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
@@ -58,6 +69,8 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
             run([sys.executable, "-c", block], tmp_path)
         elif language in ("sh", "shell", "bash", "console"):
             run_shell(block, tmp_path)
+        elif language == "cpp":
+            run_cpp(block, tmp_path)
 
 
 @pytest.mark.slow
