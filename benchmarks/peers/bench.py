@@ -69,7 +69,7 @@ def run(name: str, title: str, rows: Sequence[Row], chosen: argparse.Namespace) 
 def measure(row: Row, place: Place, limits: Limits, chosen: argparse.Namespace) -> dict[str, Any]:
     row = shortened(row) if chosen.short else row
     found = run_row(row, contenders(row, place, chosen.programs), limits, chosen.rounds, chosen.looks)
-    if chosen.profile:
+    if chosen.profile and row.task.kind in ("decode", "prefill"):
         found["profile"] = profile(row, place)
     return found
 

@@ -198,7 +198,17 @@ def detail(row: Row, found: Mapping[str, Any], quality: Mapping[str, float], til
     if tried:
         said = "; ".join(f"{n} [{t['flags']}] {max(t['values']):.4g}" for n, t in tried)
         text.append(f"\nFlags tried, the best of {len(tried[0][1]['values'])} short looks: {said}.")
+    if found.get("profile"):
+        text.append(f"\nOur engine's first thread: {profile_text(found['profile'])}.")
     return "\n".join(text) + "\n"
+
+
+def profile_text(counted: Mapping[str, int]) -> str:
+    """Shares of the time by part; barriers are waiting, and counted beside the parts that they end."""
+    parts = {name: value for name, value in counted.items() if name not in ("steps", "barrier_count")}
+    total = sum(parts.values()) or 1
+    shares = ", ".join(f"{name} {value / total:.0%}" for name, value in sorted(parts.items(), key=lambda p: -p[1]))
+    return f"{shares}; {total / 1e6 / max(counted['steps'], 1):.2f} ms a step"
 
 
 def page(title: str, rows: Sequence[Row], data: Mapping[str, Any], quality: Mapping[str, float]) -> str:
