@@ -28,6 +28,7 @@ _HOMES = {
         "RecipeError",
         "WeightError",
     ),
+    "core.threads": ("set_threads",),
     "formats": ("FORMATS", "Format", "format_from_name"),
     "recipe": ("RECIPES", "Recipe"),
     "report": ("Report",),

@@ -39,9 +39,14 @@ class Machine:
         return max(1, min(self.usable_cores, round(self.quota) if self.quota else self.usable_cores))
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on, by affinity."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def this_machine() -> Machine:
     cores = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    usable = usable_cores()
     total, available = _memory()
     return Machine(
         f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -14,8 +14,12 @@ checks what it can.
 from __future__ import annotations
 
 import ctypes
+import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
 
 from lowbit.core.library import DTYPES, c_dense, c_format, c_search, check, last_error, library
 from lowbit.errors import KernelError
@@ -64,8 +68,13 @@ class Experts:
 
 
 def set_threads(threads: int) -> None:
-    """Threads of the core's pool; 0 takes as many as affinity and the container's quota allow."""
+    """Threads of the core's pool; 0 takes OMP_NUM_THREADS, or as many as affinity and the container's quota allow."""
     check(library().lowbit_set_threads(threads))
+
+
+def quota(cpu_max: Path) -> int:
+    """Cores that a cgroup's cpu.max file pays for, rounded up; 0 where it sets no limit."""
+    return int(library().lowbit_quota(bytes(cpu_max)))
 
 
 def threads() -> int:
@@ -75,6 +84,17 @@ def threads() -> int:
 def instruction_set() -> str:
     """The instruction set in use: portable, avx2 or avx512."""
     return bytes(library().lowbit_isa()).decode()
+
+
+@lru_cache(maxsize=1)
+def say_if_slow() -> None:
+    """Tell the user once where the processor has none of the instruction sets that the core is fast with."""
+    if instruction_set() == "portable" and platform.machine() in ("x86_64", "AMD64"):
+        warnings.warn(
+            "this processor has no AVX2, so lowbit runs its portable code: the results are the same, several times slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def set_instruction_set(name: str | None) -> None:

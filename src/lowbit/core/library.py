@@ -62,6 +62,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "lowbit_last_error": (ctypes.c_char_p, []),
     "lowbit_isa": (ctypes.c_char_p, []),
     "lowbit_set_isa": (_I, [ctypes.c_char_p]),
+    "lowbit_quota": (_I, [ctypes.c_char_p]),
     "lowbit_set_threads": (_I, [_I]),
     "lowbit_threads": (_I, []),
     "lowbit_quantize": (_I, [_F, _P, _I, _L, _L, _L, _S, _P, _P, _P, _P]),

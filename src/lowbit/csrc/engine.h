@@ -46,6 +46,13 @@ struct Sequence {
     int64_t first, count, start;  // start: the position of its first token
 };
 
+// The first number that is none: NaN or infinite.
+struct Fault {
+    bool found = false;
+    const char* stage = nullptr;
+    int64_t layer = -1, token = 0;
+};
+
 struct Engine {
     Plans plans;
     lowbit_engine_options options;
@@ -56,6 +63,8 @@ struct Engine {
     std::atomic<bool> cancelled{false};
     std::atomic<bool> busy{false};
     bool profiling = false;
+    bool checking = false;
+    Fault fault;  // of the step under way, where `checking`
     int asked_threads = 0;  // what the pool was asked for when the workspace was made; it may give fewer
     int64_t profile[LOWBIT_PROFILE_PARTS] = {};
 };
@@ -65,6 +74,12 @@ int run_step(Engine& engine, const int32_t* tokens, const std::vector<Sequence>&
              int64_t count, float* logits);
 
 int check_sizes(const lowbit_model& model);  // everything but the weights
+
+// Whether all of these are numbers.
+bool all_finite(const float* x, int64_t count);
+// What to say of a step whose logits are not all numbers.
+int refuse_logits(const Engine& engine);
+
 int make_plans(const lowbit_model& model, Plans* plans);
 int make_workspace(const Plans& plans, const lowbit_engine_options& options, int threads, Workspace* work);
 

@@ -16,7 +16,10 @@ extern "C" {
 #endif
 
 /* Besides the codes of lowbit_status. */
-enum lowbit_engine_status { LOWBIT_CANCELLED = 5 };
+enum lowbit_engine_status {
+    LOWBIT_CANCELLED = 5,
+    LOWBIT_NOT_FINITE = 6          /* NaN or infinite logits; lowbit_engine_set_check says which layer made them */
+};
 
 enum lowbit_matrix_kind { LOWBIT_ABSENT = 0, LOWBIT_PREPARED = 1, LOWBIT_PLAIN = 2 };
 
@@ -130,10 +133,20 @@ LOWBIT_API int lowbit_engine_greedy(lowbit_engine* engine, int32_t slot, int32_t
                                     int64_t stop_count, int32_t* made, int64_t* made_count);
 /* Tokens in a slot, or -1. */
 LOWBIT_API int64_t lowbit_engine_length(const lowbit_engine* engine, int32_t slot);
-/* Forget what follows the first `length` tokens of a slot. */
+/* Forget what follows the first `length` tokens of a slot. A model with sliding windows keeps only the windows: such a slot can be
+ * emptied, or cut to lowbit_engine_shortest() tokens or more. */
 LOWBIT_API int lowbit_engine_truncate(lowbit_engine* engine, int32_t slot, int64_t length);
+LOWBIT_API int64_t lowbit_engine_shortest(const lowbit_engine* engine, int32_t slot);
+/* Make slot `to` hold the first `length` tokens of slot `from`, of which it holds the first `common` already (0: nothing). */
+LOWBIT_API int lowbit_engine_copy(lowbit_engine* engine, int32_t from, int32_t to, int64_t common, int64_t length);
+/* The first `length` tokens of a slot as bytes, to be taken up again by an engine of the same model, cache type and instruction set or
+ * any other: a first call with `bytes` NULL says how many bytes there are in *size. */
+LOWBIT_API int lowbit_engine_save(lowbit_engine* engine, int32_t slot, int64_t length, void* bytes, int64_t* size);
+LOWBIT_API int lowbit_engine_restore(lowbit_engine* engine, int32_t slot, int64_t length, const void* bytes, int64_t size);
 /* May be called from any thread or signal handler; the step under way ends within one layer. */
 LOWBIT_API void lowbit_engine_cancel(lowbit_engine* engine);
+/* Look at every stage of a step for NaN and infinity: slower, and a step that meets one says in which layer. */
+LOWBIT_API void lowbit_engine_set_check(lowbit_engine* engine, int on);
 LOWBIT_API void lowbit_engine_set_profile(lowbit_engine* engine, int on);
 LOWBIT_API void lowbit_engine_profile(lowbit_engine* engine, int64_t* nanoseconds);
 

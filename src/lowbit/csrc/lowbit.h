@@ -63,6 +63,8 @@ typedef struct lowbit_search {
 } lowbit_search;
 
 LOWBIT_API const char* lowbit_version(void);
+/* Cores that a cgroup's cpu.max file pays for, rounded up; 0 where it sets no limit. */
+LOWBIT_API int lowbit_quota(const char* cpu_max);
 LOWBIT_API const char* lowbit_last_error(void);
 /* The instruction set in use: "portable", "avx2" or "avx512". */
 LOWBIT_API const char* lowbit_isa(void);

@@ -209,7 +209,7 @@ extern "C" int lowbit_distance(const lowbit_format* format, int64_t rows, int64_
             errors[row] = error[0];
             norms[row] = norm[0];
         }
-    });
+    }, threads);
     sums[0] = sums[1] = 0.0;
     for (int64_t row = 0; row < rows; ++row) sums[0] += errors[row], sums[1] += norms[row];
     return LOWBIT_OK;

@@ -54,11 +54,14 @@ void Step::work(int index) {
     Member me{index, room, alone_ ? room.hidden.get() : work_.hidden.get(), {}, {}, std::chrono::steady_clock::now()};
     embed(me);
     for (int64_t layer = 0; layer < model_.layer_count; ++layer) {
+        me.layer = layer;
         attention(me, layer);
+        if (stopped_) return;
         if (plans_.layers[static_cast<size_t>(layer)].sparse) sparse_mlp(me, layer);
         else dense_mlp(me, layer);
         if (stopped_) return;
     }
+    me.layer = -1;
     head(me);
 }
 
@@ -75,6 +78,7 @@ void Step::meet(Member& me, lowbit_profile_part part, bool may_stop) {
     mark(me, part);
     if (engine_.profiling && me.index == 0) ++engine_.profile[LOWBIT_PART_BARRIERS];
     work_.team.meet([&] {
+        if (engine_.checking) inspect(me, part, may_stop);
         if (may_stop && engine_.cancelled.load(std::memory_order_relaxed)) stopped_ = true;
     });
     mark(me, LOWBIT_PART_BARRIER);
@@ -251,7 +255,7 @@ void Step::attention(Member& me, int64_t layer) {
     });
     Task output = task_of(me, plan.o, work_.branches[0].get(), size);
     run_tasks(me, &output, 1);
-    meet(me, LOWBIT_PART_OUTPUT);
+    meet(me, LOWBIT_PART_OUTPUT, true);
     me.pending = {layer, -1};
 }
 

@@ -34,6 +34,7 @@ private:
         Pending pending;
         Input input;
         std::chrono::steady_clock::time_point last;
+        int64_t layer = -1;  // -1: outside the layers
     };
     struct Rows {
         float* data;
@@ -84,6 +85,11 @@ private:
     Rows own_rows(Member& me) const;
     void meet(Member& me, lowbit_profile_part part, bool may_stop = false);
     void mark(Member& me, lowbit_profile_part part);
+
+    // engine_check.cpp: remember where the first number that is none appeared, once everybody has finished a stage.
+    void inspect(const Member& me, lowbit_profile_part part, bool end_of_layer);
+    void inspect_layer(const Member& me, lowbit_profile_part part, bool end_of_layer);
+    void expect_numbers(const Member& me, const char* stage, const float* data, int64_t rows, int64_t width);
 
     Engine& engine_;
     const Plans& plans_;

@@ -31,7 +31,7 @@ public:
         parallel_for(size, 1, [&](int64_t begin, int64_t end, int) {
             if (end - begin > 1) team.size_ = 1;  // the pool runs everything on one thread
             body(static_cast<int>(begin));
-        });
+        }, size);
     }
 
     // How many threads really meet inside a job of the pool: fewer than asked for where the system gave no more, or inside another job.
@@ -43,7 +43,7 @@ public:
             const auto start = std::chrono::steady_clock::now();
             while (met.load() < wanted && !done.load() && std::chrono::steady_clock::now() - start < std::chrono::seconds(1)) sched_yield();
             if (met.load() < wanted) done.store(1);
-        });
+        }, wanted);
         return met.load() == wanted ? wanted : 1;
     }
 

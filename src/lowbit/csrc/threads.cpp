@@ -1,13 +1,11 @@
 #include "threads.h"
 
-#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <exception>
-#include <cstdio>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -15,13 +13,13 @@
 #include <vector>
 
 #include "error.h"
+#include "machine_limits.h"
 
 namespace lowbit {
 namespace {
 
 // About 60 microseconds: longer than the gaps between the products of one token, shorter than anybody would notice in `top`.
 constexpr int kSpins = 2000;
-constexpr int kMostThreads = 512;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -139,33 +137,6 @@ private:
     alignas(64) std::atomic<int> running_{0};
 };
 
-bool read_numbers(const char* path, const char* pattern, long* first, long* second) {
-    FILE* file = fopen(path, "r");
-    if (!file) return false;
-    const int found = fscanf(file, pattern, first, second);
-    fclose(file);
-    return found >= 1;
-}
-
-// Cores that the container's quota pays for, or kMostThreads when there is none (cgroup v2, then v1).
-int quota_cores() {
-    long quota = 0, period = 100000;
-    if (!read_numbers("/sys/fs/cgroup/cpu.max", "%ld %ld", &quota, &period)) {
-        long ignored = 0;
-        read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%ld", &quota, &ignored);
-        read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%ld", &period, &ignored);
-    }
-    if (quota <= 0 || period <= 0) return kMostThreads;
-    return std::max<int>(1, static_cast<int>((quota + period - 1) / period));
-}
-
-int default_threads() {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    int cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : static_cast<int>(std::thread::hardware_concurrency());
-    return std::clamp(std::min(cores, quota_cores()), 1, kMostThreads);
-}
-
 std::atomic<int> wanted_threads{0};
 // One pool per thread count, made when first used, because another Python thread may still be inside the previous one.
 std::atomic<Pool*> pools[kMostThreads + 1];
@@ -195,10 +166,9 @@ int thread_count() {
 
 void set_thread_count(int threads) { wanted_threads.store(threads > 0 ? std::min(threads, kMostThreads) : default_threads()); }
 
-void run_parallel(int64_t items, int64_t grain, RangeFunction function, void* context) {
+void run_parallel(int64_t items, int64_t grain, RangeFunction function, void* context, int threads) {
     if (items <= 0) return;
     grain = std::max<int64_t>(grain, 1);
-    const int threads = thread_count();
     if (inside_job || items <= grain || threads == 1) {
         function(context, 0, items, 0);
         return;

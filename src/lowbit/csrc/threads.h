@@ -8,22 +8,25 @@
 
 namespace lowbit {
 
-// Work on items [begin, end); `thread` is in [0, thread_count()).
-using RangeFunction = void (*)(void* context, int64_t begin, int64_t end, int thread);
-
-// Run `function` over [0, items) in parts of at most `grain` items. Returns when all are done.
-void run_parallel(int64_t items, int64_t grain, RangeFunction function, void* context);
+constexpr int kMostThreads = 512;
 
 int thread_count();
-void set_thread_count(int threads);  // 0: as many as affinity and the cgroup quota allow
+void set_thread_count(int threads);  // 0: as many as machine_limits.h says
+
+// Work on items [begin, end); `thread` is in [0, threads).
+using RangeFunction = void (*)(void* context, int64_t begin, int64_t end, int thread);
+
+// Run `function` over [0, items) in parts of at most `grain` items. Returns when all are done. Who has counted on a number of threads
+// names it here: another Python thread may change thread_count() at any moment.
+void run_parallel(int64_t items, int64_t grain, RangeFunction function, void* context, int threads);
 
 // The same for any callable (begin, end, thread); it lives on the caller's stack.
 template <class Body>
-void parallel_for(int64_t items, int64_t grain, const Body& body) {
+void parallel_for(int64_t items, int64_t grain, const Body& body, int threads = thread_count()) {
     run_parallel(
         items, grain,
         [](void* context, int64_t begin, int64_t end, int thread) { (*static_cast<const Body*>(context))(begin, end, thread); },
-        const_cast<Body*>(&body));
+        const_cast<Body*>(&body), threads);
 }
 
 }  // namespace lowbit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.core import calls
+from lowbit.core import calls, threads
 from lowbit.core.library import library_path
 from lowbit.formats import Format
 from lowbit.packing import PackedTensor, empty_buffers
@@ -25,6 +25,7 @@ def refuses(format: Format, shape: tuple[int, ...], compute: str) -> str | None:
 
 
 def prepare(packed: PackedTensor) -> dict[str, torch.Tensor]:
+    calls.say_if_slow()
     rows, cols = packed.shape[-2:]
     size = calls.prepared_bytes(packed.format, rows, cols)
     experts = _experts(packed)
@@ -74,6 +75,7 @@ def run(
         flat = flat.contiguous()
     y = torch.empty(flat.shape[0], shape[0], dtype=flat.dtype)
     if flat.shape[0]:
+        threads.follow(torch.get_num_threads())
         name = DTYPE_NAMES[flat.dtype]
         given = calls.Rows(flat.data_ptr(), name, flat.shape[0], shape[1], flat.stride(0))
         calls.run(
@@ -93,6 +95,7 @@ def run_experts(
     """Rows sorted by expert times the expert of each, as in the reference: one call for all of them."""
     known = (x if x.dtype in DTYPE_NAMES else x.float()).detach().contiguous()
     y = torch.zeros(len(x), shape[-2], dtype=known.dtype)
+    threads.follow(torch.get_num_threads())
     edges = begins.to("cpu", torch.int64).contiguous()
     name, prepared = DTYPE_NAMES[known.dtype], buffers[PREPARED]
     stack = calls.Experts(prepared.data_ptr(), prepared.numel() // shape[0], shape[0], edges.data_ptr())

@@ -54,7 +54,7 @@ PROFILE_PARTS = [
 ]
 ABSENT, PREPARED, PLAIN = 0, 1, 2
 ROPE_FIXED, ROPE_LONG, ROPE_DYNAMIC = 0, 1, 2
-CANCELLED = 5
+CANCELLED, NOT_FINITE = 5, 6
 
 _I, _L, _F, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -157,6 +157,11 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "lowbit_engine_greedy": (ctypes.c_int, [_P, _I, _I, _L, _P, _L, _P, ctypes.POINTER(_L)]),
     "lowbit_engine_length": (_L, [_P, _I]),
     "lowbit_engine_truncate": (ctypes.c_int, [_P, _I, _L]),
+    "lowbit_engine_shortest": (_L, [_P, _I]),
+    "lowbit_engine_copy": (ctypes.c_int, [_P, _I, _I, _L, _L]),
+    "lowbit_engine_save": (ctypes.c_int, [_P, _I, _L, _P, ctypes.POINTER(_L)]),
+    "lowbit_engine_restore": (ctypes.c_int, [_P, _I, _L, _P, _L]),
+    "lowbit_engine_set_check": (None, [_P, ctypes.c_int]),
     "lowbit_engine_cancel": (None, [_P]),
     "lowbit_engine_set_profile": (None, [_P, ctypes.c_int]),
     "lowbit_engine_profile": (None, [_P, _P]),

@@ -13,22 +13,28 @@ were before it.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit.core import calls
 from lowbit.core.library import last_error
-from lowbit.errors import KernelError, RecipeError, nearest
+from lowbit.errors import KernelError, LowbitError, RecipeError, nearest
 from lowbit.models.spec import DecoderSpec
 from lowbit.runtime import abi
 from lowbit.runtime.describe import Description
-from lowbit.runtime.weights import EngineWeights, Floats
+from lowbit.runtime.weights import EngineWeights, Floats, fingerprint
 
 COMPUTES = {"auto": 0, "int8": 0, "fp32": 1}
 LONGEST_CHUNK = 512  # tokens of one step: as many as keep the activations of a layer in the caches
+# A step that takes longer than this runs beside the main thread, so that Ctrl-C ends it; the detour costs 0.05 ms.
+NOTICED_SECONDS = 0.05
+LONGEST_SLEEP = 0.1
 LOWBIT_OK = 0
 
 Tokens = Sequence[int] | NDArray[np.integer]
@@ -51,20 +57,24 @@ class Engine:
         if compute not in COMPUTES:
             raise RecipeError(f"the engine cannot compute in {compute!r}: {nearest(compute, COMPUTES)}")
         self.spec, self.context, self.slots, self.vocab_size = spec, context, slots, spec.vocab_size
+        self.cache = cache
+        self._fingerprint: str | None = None
         self.chunk = max(1, min(LONGEST_CHUNK, context)) if slots == 1 else max(LONGEST_CHUNK, slots)
         self._core = abi.engine_library()
+        calls.say_if_slow()
         self._description = Description(spec, weights)  # keeps the weights alive
         options = abi.COptions(context, slots, abi.CACHE_TYPES.index(cache), COMPUTES[compute], self.chunk)
         self._handle: int | None = self._core.lowbit_engine_create(self._description.model, options)
         if not self._handle:
             raise RecipeError(last_error())
-        # Python runs signal handlers only between bytecodes of the main thread, so a long call runs beside it.
-        self._beside = ThreadPoolExecutor(1, "lowbit-engine")
+        self._beside: tuple[int, ThreadPoolExecutor] | None = None
+        self._step_seconds = 0.0
 
     def close(self) -> None:
         """Free the cache and the buffers. The weights are the caller's."""
         if self._handle:
-            self._beside.shutdown()
+            if self._beside is not None and self._beside[0] == os.getpid():
+                self._beside[1].shutdown()
             self._core.lowbit_engine_destroy(self._handle)
             self._handle = None
 
@@ -128,7 +138,7 @@ class Engine:
         try:
             self._run(call)
         except KeyboardInterrupt:
-            self.truncate(slot, before)
+            self._return_to(slot, before)
             raise
         return [int(t) for t in made[: found.value]]
 
@@ -143,8 +153,41 @@ class Engine:
         """Forget what follows the first `length` tokens of a slot."""
         self._check(self._core.lowbit_engine_truncate(self._open(), slot, length))
 
+    def shortest(self, slot: int = 0) -> int:
+        """The fewest tokens above none that a slot can be cut to: sliding windows keep only what comes after."""
+        return int(self._core.lowbit_engine_shortest(self._open(), slot))
+
     def reset(self, slot: int = 0) -> None:
         self.truncate(slot, 0)
+
+    def copy(self, source: int, target: int, length: int, common: int = 0) -> None:
+        """Make a slot hold the first `length` tokens of another one, the first `common` of which it holds already."""
+        self._check(self._core.lowbit_engine_copy(self._open(), source, target, common, length))
+
+    def save(self, slot: int = 0, length: int | None = None) -> NDArray[np.uint8]:
+        """What a slot holds of its first tokens, as bytes that `restore` takes."""
+        count = self.length(slot) if length is None else length
+        size = ctypes.c_int64()
+        self._check(self._core.lowbit_engine_save(self._open(), slot, count, None, size))
+        saved = np.empty(size.value, np.uint8)
+        self._check(self._core.lowbit_engine_save(self._open(), slot, count, saved.ctypes.data, size))
+        return saved
+
+    def restore(self, saved: NDArray[np.uint8], length: int, slot: int = 0) -> None:
+        """Make a slot hold the `length` tokens that were saved."""
+        flat = np.ascontiguousarray(saved)
+        self._check(self._core.lowbit_engine_restore(self._open(), slot, length, flat.ctypes.data, flat.size))
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must be equal for an engine to take up what another one saved."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.spec, self._description.weights)
+        return {"model": self._fingerprint, "cache_type": self.cache}
+
+    def check(self, on: bool) -> None:
+        """Look for NaN and infinity after every stage from now on, so that the error names the layer."""
+        self._core.lowbit_engine_set_check(self._open(), int(on))
 
     def cancel(self) -> None:
         """End the call that another thread is in; it raises KeyboardInterrupt there."""
@@ -173,10 +216,14 @@ class Engine:
                 wanted = np.full(part.size, every, np.uint8)
                 wanted[-1] = every or start + part.size == tokens.size
                 out.append(self._step(part, np.full(part.size, slot, np.int32), wanted))
-        except (KeyboardInterrupt, RecipeError):
-            self.truncate(slot, before)
+        except (KeyboardInterrupt, LowbitError):
+            self._return_to(slot, before)
             raise
         return np.concatenate(out)
+
+    def _return_to(self, slot: int, length: int) -> None:
+        """Forget what an interrupted call has read; where windows have moved on meanwhile, everything."""
+        self.truncate(slot, length if length >= self.shortest(slot) else 0)
 
     def _step(self, tokens: NDArray[np.int32], slots: NDArray[np.int32], wanted: NDArray[np.uint8]) -> Floats:
         logits = np.empty((int(wanted.sum()), self.vocab_size), np.float32)
@@ -193,29 +240,36 @@ class Engine:
                 )
             )
 
-        if tokens.size > self.slots:
+        if tokens.size > self.slots or self._step_seconds > NOTICED_SECONDS:
             self._run(call)
-        else:  # one token takes less time than anybody notices
+        else:
+            begin = time.perf_counter()
             self._check(call())
+            self._step_seconds = time.perf_counter() - begin
         return logits
 
     def _run(self, call: Callable[[], int]) -> None:
+        """Make a long call. Python runs signal handlers only between bytecodes of the main thread, so it runs beside that."""
         if threading.current_thread() is not threading.main_thread():
             return self._check(call())
-        work = self._beside.submit(lambda: self._check(call()))
+        if self._beside is None or self._beside[0] != os.getpid():  # a fork leaves the helper behind
+            self._beside = (os.getpid(), ThreadPoolExecutor(1, "lowbit-engine"))
+        work = self._beside[1].submit(lambda: self._check(call()))
         try:
-            work.result()
+            while not work.done():  # in short sleeps: a signal that another thread receives does not wake this one
+                wait([work], LONGEST_SLEEP)
         except KeyboardInterrupt:
             self.cancel()
             work.exception()
             raise
+        work.result()
 
     def _check(self, status: int) -> None:
         if status == LOWBIT_OK:
             return
         if status == abi.CANCELLED:
             raise KeyboardInterrupt
-        raise RecipeError(last_error())
+        raise (KernelError if status == abi.NOT_FINITE else RecipeError)(last_error())
 
     def _open(self) -> int:
         if not self._handle:

@@ -7,6 +7,8 @@ Matrix for every linear role of a spec and two fp32 arrays (weight, bias) for ev
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,7 @@ Floats = NDArray[np.float32]
 Key = tuple[str, int | None]
 MATRIX_ROLES = frozenset((*LAYER_MATRICES, *OUTER_MATRICES))
 ALIGNMENT = 64  # bytes; what the wide loads of the products ask for
+_SAMPLE = 256  # bytes of a weight at each of three places: another model differs in some of them
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -58,7 +61,7 @@ class EngineWeights:
     def nbytes(self) -> int:
         """Bytes of the linear weights, each counted once."""
         seen = {m.address: m for m in self.matrices.values()}
-        return sum(m.count * (m.bytes or m.rows * m.cols * _DTYPES[m.dtype]) for m in seen.values())
+        return sum(bytes_at(matrix).size for matrix in seen.values())
 
 
 def aligned(size: int) -> NDArray[np.uint8]:
@@ -94,6 +97,28 @@ def prepared(packed: PackedTensor, bias: Floats | None = None) -> Matrix:
         addresses = {name: array.ctypes.data for name, array in arrays.items()}
         calls.prepare(packed.format, rows, cols, calls.Canonical.of(addresses), buffer.ctypes.data + index * size, size)
     return Matrix(buffer.ctypes.data, rows, cols, PREPARED, "float32", len(experts), size, bias, buffer)
+
+
+def bytes_at(matrix: Matrix) -> NDArray[np.uint8]:
+    """A weight's memory as it lies there."""
+    size = matrix.count * (matrix.bytes or matrix.rows * matrix.cols * _DTYPES[matrix.dtype])
+    view: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(matrix.address))
+    return view
+
+
+def fingerprint(spec: DecoderSpec, weights: EngineWeights) -> str:
+    """A hash of what a model is: its spec, its vectors, and a sample of every matrix."""
+    digest = hashlib.sha256(repr(spec).encode())
+    for key, matrix in sorted(weights.matrices.items(), key=lambda item: str(item[0])):
+        data = bytes_at(matrix)
+        digest.update(f"{key} {matrix.rows} {matrix.cols} {matrix.kind} {matrix.dtype} {data.size}".encode())
+        for start in (0, data.size // 2, max(data.size - _SAMPLE, 0)):
+            digest.update(data[start : start + _SAMPLE].tobytes())
+    for key, pair in sorted(weights.vectors.items(), key=lambda item: str(item[0])):
+        digest.update(str(key).encode())
+        for vector in pair:
+            digest.update(b"" if vector is None else vector.tobytes())
+    return digest.hexdigest()
 
 
 def engine_weights(spec: DecoderSpec, tensors: Mapping[str, NDArray[Any] | PackedTensor]) -> EngineWeights:

@@ -1,0 +1,227 @@
+"""Threads: who decides their number, and what may happen to them while an engine works: changes, forks, company, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lowbit
+from lowbit.core import calls, threads
+from lowbit.errors import KernelError, RecipeError
+from lowbit.models.families import spec_from_config
+from lowbit.runtime.engine import LONGEST_CHUNK, Engine
+from lowbit.runtime.weights import engine_weights
+from lowbit_assets import tiny_model as tiny_model_folder
+from unit.family_cases import CASES, arrays, tiny_model
+
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def engine_of(context: int = 256) -> Engine:
+    model_type, fields = CASES["llama"]
+    model = tiny_model(model_type, fields)
+    spec = spec_from_config(model.config.to_dict())
+    return Engine(spec, engine_weights(spec, arrays(model)), context, cache="fp32", compute="fp32")
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    yield
+    threads.set_threads(0)
+
+
+def in_a_child(code: str, **environment: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+ONE_CORE = f"import os; os.sched_setaffinity(0, {{{CORES[0]}}})\n"
+SHOW = "from lowbit.core import calls, threads\nimport lowbit\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "expected"),
+    [
+        (SHOW + "print(calls.threads())", {"OMP_NUM_THREADS": "3"}, "3"),
+        (SHOW + "print(calls.threads())", {"OMP_NUM_THREADS": "5,2"}, "5"),
+        (ONE_CORE + SHOW + "print(calls.threads())", {}, "1"),
+        (ONE_CORE + SHOW + "print(calls.threads())", {"OMP_NUM_THREADS": "none"}, "1"),
+        (ONE_CORE + SHOW + "print(calls.threads())", {"OMP_NUM_THREADS": "2"}, "2"),
+        (SHOW + "threads.follow(4); print(calls.threads())", {"OMP_NUM_THREADS": "3"}, "4"),
+        (ONE_CORE + SHOW + "threads.follow(1); print(calls.threads())", {}, "1"),
+        (SHOW + "lowbit.set_threads(6); threads.follow(4); print(calls.threads())", {"OMP_NUM_THREADS": "3"}, "6"),
+        (SHOW + "threads.follow(4); lowbit.set_threads(6); print(calls.threads())", {"OMP_NUM_THREADS": "3"}, "6"),
+        (SHOW + "lowbit.set_threads(6); lowbit.set_threads(0); print(calls.threads())", {"OMP_NUM_THREADS": "3"}, "3"),
+    ],
+)
+def test_who_decides(code: str, environment: dict[str, str], expected: str) -> None:
+    assert in_a_child(code, **environment) == expected
+
+
+def test_layers_follow_torch() -> None:
+    layer = lowbit.optimize_model(torch.nn.Sequential(torch.nn.Linear(64, 64)), low_bit="int4")
+    before, found = torch.get_num_threads(), []
+    try:
+        for number in (3, 1, 5):
+            torch.set_num_threads(number)
+            layer(torch.ones(1, 64))
+            found.append(calls.threads())
+        lowbit.set_threads(2)
+        layer(torch.ones(1, 64))
+        assert [*found, calls.threads()] == [3, 1, 5, 2]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("max 100000", 0), ("150000 100000", 2), ("50000 100000", 1), ("400000 100000", 4), ("", 0), ("x", 0)],
+)
+def test_quotas_of_a_container(text: str, cores: int, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    assert calls.quota(tmp_path / "cpu.max") == cores
+    assert calls.quota(tmp_path / "absent") == 0
+
+
+def test_numbers_that_make_no_sense() -> None:
+    with pytest.raises(RecipeError, match="-1 threads asked for"):
+        threads.set_threads(-1)
+
+
+def test_the_number_may_change_while_another_thread_works() -> None:
+    prompt = list(range(5, 45))
+    with engine_of() as engine:
+        expected = engine.prefill(prompt)
+        rounds, wrong = 60, []
+
+        def work() -> None:
+            for _ in range(rounds):
+                engine.reset()
+                if np.abs(engine.prefill(prompt) - expected).max() > 1e-4:
+                    wrong.append(1)
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        number = 0
+        while worker.is_alive():
+            number += 1
+            calls.set_threads(1 + number % 4)
+            worker.join(0.0005)
+        assert not wrong and number > 1
+
+
+def test_two_threads_with_an_engine_each() -> None:
+    prompts = [list(range(5, 30)), list(range(60, 90))]
+    with engine_of() as first, engine_of() as second:
+        engines = [first, second]
+        expected = [engine.generate(prompt, 40) for engine, prompt in zip(engines, prompts, strict=True)]
+        found: dict[int, list[int]] = {}
+
+        def work(index: int) -> None:
+            engines[index].reset()
+            found[index] = engines[index].generate(prompts[index], 40)
+
+        workers = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert [found[0], found[1]] == expected
+
+
+def test_a_fork_goes_on_with_threads_of_its_own(tmp_path: Path) -> None:
+    """In a process of its own, because this one has threads of torch."""
+    code = (
+        "import os\n"
+        "from lowbit.core import calls\n"
+        "from lowbit.runtime import load\n"
+        "calls.set_threads(3)\n"
+        f"engine = load({str(tiny_model_folder('llama', tmp_path))!r}).engine\n"
+        "prompt = list(range(5, 45))\n"
+        "expected = engine.generate(prompt, 20)\n"
+        "child = os.fork()\n"
+        "engine.reset()\n"
+        "same = engine.generate(prompt, 20) == expected\n"
+        "if child == 0: os._exit(0 if same else 1)\n"
+        "print(same, os.waitpid(child, 0)[1])"
+    )
+    assert in_a_child(code) == "True 0"
+
+
+def test_control_c_in_a_long_prompt_leaves_chunks_unread() -> None:
+    chunks = 24
+    with engine_of(context=chunks * LONGEST_CHUNK) as engine:
+        engine.profile(True)
+        main = threading.main_thread().ident
+        assert main is not None
+
+        def interrupt() -> None:
+            while engine.length() < LONGEST_CHUNK:
+                pass
+            signal.pthread_kill(main, signal.SIGINT)
+
+        watcher = threading.Thread(target=interrupt)
+        watcher.start()
+        with pytest.raises(KeyboardInterrupt):
+            engine.prefill([7] * (chunks * LONGEST_CHUNK))
+        watcher.join()
+        counted = engine.profile(False)
+        assert 1 <= counted["steps"] < chunks
+        assert engine.length() == 0
+        assert np.isfinite(engine.prefill([7, 8, 9])).all()
+
+
+def test_control_c_within_a_step_ends_it_between_layers() -> None:
+    with engine_of(context=4096) as engine:
+        engine.prefill([7] * 3000)
+        seen: list[BaseException] = []
+        started = threading.Event()
+
+        def work() -> None:
+            started.set()
+            try:
+                engine.continue_greedy(1, 1000)
+            except KeyboardInterrupt as interrupt:
+                seen.append(interrupt)
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        started.wait()
+        while worker.is_alive():
+            engine.cancel()
+            worker.join(0.001)
+        assert len(seen) == 1 and engine.length() == 3000
+
+
+def test_a_processor_without_avx2_says_so_once() -> None:
+    calls.say_if_slow.cache_clear()
+    try:
+        calls.set_instruction_set("portable")
+        with pytest.warns(RuntimeWarning, match="this processor has no AVX2"):
+            first = engine_of()
+        expected = first.prefill([5, 6, 7])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            engine_of().close()
+        first.close()
+    finally:
+        calls.set_instruction_set(None)
+        calls.say_if_slow.cache_clear()
+    with engine_of() as engine:
+        assert np.abs(engine.prefill([5, 6, 7]) - expected).max() < 1e-4
+    with pytest.raises(KernelError, match="has no instruction set 'avx9000'"):
+        calls.set_instruction_set("avx9000")
