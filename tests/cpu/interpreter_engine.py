@@ -60,6 +60,16 @@ class InterpreterEngine:
         assert length <= len(self.held[slot])
         del self.held[slot][length:]
 
+    def shortest(self, slot: int = 0) -> int:
+        return 0
+
+    def copy(self, source: int, target: int, length: int, common: int = 0) -> None:
+        assert self.held[target][:common] == self.held[source][:common] and length <= len(self.held[source])
+        self.held[target] = self.held[source][:length]
+
+    def check(self, on: bool) -> None:
+        assert not on
+
 
 def dense_weights(files: ModelFiles, spec: DecoderSpec) -> dict:
     """Every weight as the interpreter takes it: float64, with its bias."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -214,6 +215,16 @@ def test_damage_is_said(damage: Callable[[Path], object], message: str, folder: 
     damage(tmp_path / "copy")
     with pytest.raises(LowbitError, match=message):
         load(tmp_path / "copy")
+
+
+def test_a_file_cut_off_under_the_map_is_said(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    model = load(tmp_path / "copy")
+    assert len(model.generate(IDS, max_new_tokens=2, ignore_end=True).tokens) == 2
+    os.truncate(tmp_path / "copy" / "model.safetensors", 8192)
+    for use in (model.generate, model.logits, model.embed):
+        with pytest.raises(CheckpointError, match="was truncated to 8192 bytes while it was in use"):
+            use(IDS)
 
 
 def test_paths_that_are_no_model_are_said(tmp_path: Path) -> None:

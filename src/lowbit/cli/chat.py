@@ -19,6 +19,7 @@ from lowbit.cli.options import (
     add_engine,
     add_format_on_the_fly,
     add_loading,
+    add_prompt_cache,
     add_sampling,
     loading_from,
     sampling_from,
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser, DEFAULT_NEW_TOKENS)
     add_loading(parser)
     add_engine(parser)
+    add_prompt_cache(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,14 +8,14 @@ from typing import Any
 from lowbit.bench import peak_memory
 from lowbit.cli.answer import ONE_TEXT, Answer, Emit, Message
 from lowbit.cli.options import LoadOptions, Sampling
-from lowbit.core.calls import set_threads
+from lowbit.core.threads import set_threads
 from lowbit.errors import LowbitError
 from lowbit.runtime import Model, Tokenizer
 from lowbit.runtime.engine import Engine
 from lowbit.runtime.files import ModelFiles
 from lowbit.runtime.loading import load_files
 
-_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "prompt_cache")
 
 
 class EngineSession:
@@ -30,6 +30,7 @@ class EngineSession:
         if threads is not None:
             set_threads(threads)
         model = load_files(files, options.recipe)
+        model.settings = model.settings.change(check=options.check)
         return cls(model, time.perf_counter() - start)
 
     @property

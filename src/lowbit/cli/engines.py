@@ -92,6 +92,10 @@ def is_installed(name: str) -> bool:
 def _through_transformers(source: Source, options: LoadOptions, threads: int | None) -> Session:
     if _missing():
         raise MissingPackageError(_missing()[0], "running a model through transformers", "torch")
+    if options.check:
+        raise LowbitError(
+            "--check looks into lowbit's own engine, and this model runs through transformers: add --engine lowbit"
+        )
     from lowbit.cli.session import Session, prepare_torch
 
     prepare_torch(threads)

@@ -12,6 +12,7 @@ from lowbit.cli.options import (
     add_format_on_the_fly,
     add_json,
     add_loading,
+    add_prompt_cache,
     add_sampling,
     loading_from,
     sampling_from,
@@ -33,6 +34,7 @@ EXAMPLES = """\
   lowbit generate ./small --prompt "Once upon a time" --raw --temperature 0.8 --seed 1
   lowbit generate ./SmolLM2-135M --format int4 --prompt "Name three colours."
   cat letter.txt | lowbit generate ./small --prompt - --max-new-tokens 64
+  lowbit generate ./small --prompt-file book.txt --prompt-cache book.cache
   lowbit generate ./small --prompt "2 + 2 =" --json"""
 DEFAULT_NEW_TOKENS = 256
 
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser, DEFAULT_NEW_TOKENS)
     add_loading(parser)
     add_engine(parser)
+    add_prompt_cache(parser)
     add_json(parser)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class LoadOptions:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     engine: str = "auto"
+    check: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Sampling:
     repetition_penalty: float | None = None
     seed: int | None = None
     ignore_end: bool = False
+    prompt_cache: Path | None = None
 
 
 def number(kind: Callable[[str], Any], low: float, high: float, what: str) -> Callable[[str], Any]:
@@ -88,6 +91,19 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="who runs it: lowbit's own engine (CPU, without torch) or transformers (default: the engine for low-bit models)",
     )
+    parser.add_argument(
+        "--check", action="store_true", help="if a number overflows, say in which layer of the engine (slower)"
+    )
+
+
+def add_prompt_cache(parser: argparse.ArgumentParser) -> None:
+    """Where the state after a prompt is kept between runs."""
+    parser.add_argument(
+        "--prompt-cache",
+        type=Path,
+        metavar="FILE",
+        help="keep what was read of the prompt in FILE, and do not read it again (lowbit's own engine)",
+    )
 
 
 def add_format_on_the_fly(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +141,7 @@ def sampling_from(options: argparse.Namespace) -> Sampling:
         options.top_p,
         options.repetition_penalty,
         options.seed,
+        prompt_cache=getattr(options, "prompt_cache", None),
     )
 
 
@@ -140,4 +157,5 @@ def loading_from(options: argparse.Namespace) -> LoadOptions:
         options.allow_pickle,
         options.trust_remote_code,
         getattr(options, "engine", "auto"),
+        getattr(options, "check", False),
     )

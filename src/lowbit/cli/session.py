@@ -31,8 +31,8 @@ from lowbit.cli.answer import Answer, Emit, Message
 from lowbit.cli.options import LoadOptions, Sampling
 from lowbit.cli.source import Source
 from lowbit.contents import CONFIG
-from lowbit.core.calls import set_threads
 from lowbit.core.library import library_path
+from lowbit.core.threads import set_threads
 from lowbit.errors import BareErrors, CheckpointError, LowbitError, one_line
 from lowbit.interop.gguf import open_gguf
 from lowbit.runtime.text import TextPieces
@@ -130,6 +130,10 @@ class Session:
     def generate(self, prompt: list[int], sampling: Sampling, emit: Emit | None = None) -> Answer:
         """Answer a prompt; each piece of text goes to `emit` as it comes."""
         self._check_room(len(prompt))
+        if sampling.prompt_cache is not None:
+            raise LowbitError(
+                "--prompt-cache belongs to lowbit's own engine, and this model runs through transformers: add --engine lowbit"
+            )
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         pieces = TextPieces(lambda tokens: str(self.tokenizer.decode(tokens, skip_special_tokens=True)))

@@ -54,7 +54,11 @@ extern "C" int lowbit_engine_copy(lowbit_engine* handle, int32_t from, int32_t t
                     static_cast<long long>(common), static_cast<long long>(length));
     if (from == to) return present = length, LOWBIT_OK;
     if (common == 0) engine.cache.clear(to);
-    engine.cache.copy(from, to, common, length);
+    try {
+        engine.cache.copy(from, to, common, length);
+    } catch (...) {
+        return caught();
+    }
     present = length;
     return LOWBIT_OK;
 }

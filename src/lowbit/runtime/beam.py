@@ -8,10 +8,10 @@ finished if they stand among the best `beams`, the others go on. These are the r
 results.
 
 The beams share their prompt and mostly their later tokens too, and each has a slot of the engine. A beam that goes on
-keeps the slot of the beam it came from; where one splits in two, the second takes over a slot that is free and reads
-what is missing there, if the engine cannot copy slots. Several groups search one after another at each step, and a
-token costs `diversity_penalty` for each time an earlier group has just chosen it (Vijayakumar et al., arXiv
-1610.02424).
+keeps the slot of the beam it came from; where one splits in two, the second takes a slot that is free, and what that
+lacks is copied from the first one's: the prompt is read once, and later only tokens that differ move. Several groups
+search one after another at each step, and a token costs `diversity_penalty` for each time an earlier group has just
+chosen it (Vijayakumar et al., arXiv 1610.02424).
 """
 
 from __future__ import annotations
@@ -47,8 +47,12 @@ class Group:
     done: bool = False
 
 
-def search(slots: Sequence[Slot], prompt: Tokens, settings: Settings) -> list[Beam]:
-    """The best finished texts, best first; `score` is the penalised one. Needs a slot for each beam."""
+def search(slots: Sequence[Slot], prompt: Tokens, settings: Settings, seen: Tokens | None = None) -> list[Beam]:
+    """The best finished texts, best first; `score` is the penalised one. Needs a slot for each beam.
+
+    `seen` stands for the prompt where penalties count tokens: a padded prompt counts its padding in transformers.
+    """
+    seen = prompt if seen is None else seen
     beams = settings.beams
     _refuse(slots, settings)
     size = beams.num_beams // beams.num_beam_groups
@@ -66,7 +70,7 @@ def search(slots: Sequence[Slot], prompt: Tokens, settings: Settings) -> list[Be
             at += len(group.running)
             _step(
                 group,
-                _scores(rows, group.running, prompt, settings) - beams.diversity_penalty * chosen,
+                _scores(rows, group.running, seen, settings) - beams.diversity_penalty * chosen,
                 settings,
                 made == room,
             )
@@ -170,11 +174,17 @@ def _assign_slots(groups: Sequence[Group], slots: Sequence[Slot], prompt: Tokens
 
 
 def _read(slots: Sequence[Slot], prompt: Tokens, beams: Sequence[Beam]) -> Floats:
-    """The logits after each beam, [beams, vocabulary]: what slots lack is read first, then one token of each in one
-    step."""
+    """The logits after each beam, [beams, vocabulary]: what slots lack is copied or read first, then one token of each
+    in one step."""
     wholes = [np.concatenate([prompt, np.asarray(beam.tokens, np.int32)]) for beam in beams]
-    if len(beams) == 1:
-        return slots[beams[0].slot].advance(wholes[0])[None]
-    lasts = [slots[beam.slot].hold_all_but_last(whole) for beam, whole in zip(beams, wholes, strict=True)]
+    lasts = []
+    for beam, whole in zip(beams, wholes, strict=True):
+        own = slots[beam.slot]
+        fullest = max(slots, key=lambda slot: slot.common(whole))
+        if fullest.common(whole) > own.common(whole):
+            own.copy(fullest, whole)
+        if len(beams) == 1:
+            return own.advance(whole)[None]
+        lasts.append(own.hold_all_but_last(whole))
     numbers = [slots[beam.slot].number for beam in beams]
     return slots[0].engine.step(np.asarray(lasts, np.int32), np.asarray(numbers, np.int32))

@@ -68,6 +68,10 @@ class ModelFiles(Protocol):
         ...
 
     def tokenizer(self) -> Tokenizer | None: ...
+    def check(self) -> None:
+        """Raise if a file was cut off since it was opened."""
+        ...
+
     def read(self, name: str, columns: int, is_embedding: bool = False) -> Weight:
         """One weight, [out, columns] or a vector; where it is packed `columns` says how many inputs it has."""
         ...
@@ -128,6 +132,10 @@ class FolderFiles:
     def formats(self) -> set[Format]:
         return {format_from_name(name) for name in self.packed.format_of.values()}
 
+    def check(self) -> None:
+        for file in {tensor.file for tensor in self.tensors.values()}:
+            file.check()
+
     def tokenizer(self) -> Tokenizer | None:
         file = self.path / "tokenizer.json"
         if not file.exists():
@@ -165,6 +173,7 @@ class GgufFiles:
         self.path = path
         self.notes: list[str] = []
         self.model = open_gguf(path)
+        self._size = path.stat().st_size
 
     @property
     def names(self) -> Collection[str]:
@@ -177,6 +186,13 @@ class GgufFiles:
     @property
     def generation_config(self) -> dict[str, Any]:
         return self.model.generation_config
+
+    def check(self) -> None:
+        size = self.path.stat().st_size if self.path.exists() else self._size  # a removed file stays whole in its map
+        if size < self._size:
+            raise CheckpointError(
+                f"{self.path} was truncated to {size} bytes while it was in use: get it again, and load the model anew"
+            )
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_json(self.model.tokenizer_json(), self.model.tokenizer_config)

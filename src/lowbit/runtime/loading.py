@@ -63,6 +63,7 @@ def load_files(
     engine = Engine(spec, weights, _context(spec, context), cache, slots, compute)
     model = Model(engine, files.tokenizer(), settings_from(files.generation_config, spec.tokens.eos))
     model.notes = files.notes
+    model.check_files = files.check
     model.make_embedder = lambda: Embedder(spec, weights, engine.context, cache, compute)
     return model
 

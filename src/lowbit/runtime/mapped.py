@@ -63,6 +63,15 @@ class MappedFile:
         }
         with path.open("rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._whole = max((t.begin + t.view().nbytes for t in self.tensors.values() if t.dtype in DTYPES), default=0)
+        self.check()
+
+    def check(self) -> None:
+        """Raise if somebody has cut the file off since: touching a page beyond its end would kill the process."""
+        if (size := self.map.size()) < self._whole:
+            raise CheckpointError(
+                f"{self.path} was truncated to {size} bytes while it was in use: get it again, and load the model anew"
+            )
 
 
 def release_pages(array: NDArray[Any]) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lowbit.errors import LowbitError
 from lowbit.models.spec import DecoderSpec
@@ -24,6 +25,9 @@ from lowbit.runtime.settings import Settings
 from lowbit.runtime.slots import Engine, Floats, Slot, Tokens, check_prompt
 from lowbit.runtime.speculate import DraftModel, PromptLookup
 from lowbit.runtime.text import Message, Tokenizer
+
+if TYPE_CHECKING:
+    from lowbit.runtime.prompt_cache import PromptCache
 
 Prompt = str | Sequence[int] | Tokens
 
@@ -40,6 +44,7 @@ class Model:
         self.settings = settings if settings is not None else Settings(stop_tokens=engine.spec.tokens.eos)
         self.slots = [Slot(engine, number) for number in range(engine.slots)]
         self.notes: list[str] = []
+        self.check_files: Callable[[], None] = lambda: None
         self.make_embedder: Callable[[], Embedder] | None = None
         self._embedder: Embedder | None = None
         self._lock = threading.Lock()
@@ -63,31 +68,47 @@ class Model:
 
     def encode(self, prompt: Prompt) -> Tokens:
         """A prompt as tokens that the engine takes."""
+        self.check_files()
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return check_prompt(tokens, self.spec.vocab_size, self.context)
 
-    def stream(self, prompt: Prompt, *, draft: Model | None = None, **settings: Any) -> Iterator[Piece]:
-        """An answer, piece by piece as it is made. Closing the iterator stops the work."""
+    def stream(
+        self, prompt: Prompt, *, draft: Model | None = None, prompt_cache: str | Path | None = None, **settings: Any
+    ) -> Iterator[Piece]:
+        """An answer, piece by piece as it is made. Closing the iterator stops the work.
+
+        With a `prompt_cache` file, what it holds of the prompt is not read again, and what was read of it is written there.
+        """
         chosen = self.settings.change(**settings)
         if chosen.beams.num_beams > 1:
             raise LowbitError("beam search has no text before its end: use generate, or num_beams=1 to stream")
         tokens = self.encode(prompt)
-        return self._pieces(tokens, chosen, draft)
+        return self._pieces(tokens, chosen, draft, self._cache_file(prompt_cache))
 
-    def generate(self, prompt: Prompt, *, draft: Model | None = None, **settings: Any) -> Answer:
-        """A whole answer. With `num_beams` the likeliest that beam search finds; with a `draft` model, the same answer sooner."""
+    def generate(
+        self, prompt: Prompt, *, draft: Model | None = None, prompt_cache: str | Path | None = None, **settings: Any
+    ) -> Answer:
+        """A whole answer. With `num_beams` the likeliest that beam search finds; with a `draft` model, or a `prompt_cache`
+        file that holds the start of the prompt, the same answer sooner."""
         chosen = self.settings.change(**settings)
-        if chosen.beams.num_beams > 1:
-            return self.beams(prompt, **settings)[0]
         tokens = self.encode(prompt)
-        return join(self._pieces(tokens, chosen, draft), len(tokens))
+        if chosen.beams.num_beams > 1:
+            return self._beams(tokens, chosen, self._cache_file(prompt_cache))[0]
+        return join(self._pieces(tokens, chosen, draft, self._cache_file(prompt_cache)), len(tokens))
 
     def beams(self, prompt: Prompt, **settings: Any) -> list[Answer]:
         """The `num_return_sequences` best answers of a beam search, best first, each with its score."""
-        chosen = self.settings.change(**settings)
-        tokens = self.encode(prompt)
+        return self._beams(self.encode(prompt), self.settings.change(**settings), None)
+
+    def _beams(self, tokens: Tokens, chosen: Settings, cache_file: PromptCache | None) -> list[Answer]:
         with self._lock:
+            self.engine.check(chosen.check)
+            if cache_file is not None:
+                cache_file.read(self.slots[0], tokens)
             found = beam.search(self.slots, tokens, chosen)
+            if cache_file is not None:
+                self.slots[0].advance(tokens)
+                cache_file.write(self.slots[0], tokens)
         return [self._beam_answer(each, tokens, chosen) for each in found[: chosen.beams.num_return_sequences]]
 
     def chat(self, messages: Sequence[Message] | str, **settings: Any) -> Answer:
@@ -105,11 +126,13 @@ class Model:
 
     def logits(self, prompt: Prompt) -> Floats:
         """The logits after every token of a text, [tokens, vocabulary]."""
+        self.check_files()
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         tokens = check_prompt(tokens, self.spec.vocab_size, self.context + 1)  # no answer follows
         slot = self.slots[0]
         with self._lock:
             slot.clear()
+            self.engine.check(self.settings.check)
             return self.engine.logits(tokens)
 
     def forget(self) -> None:
@@ -120,6 +143,7 @@ class Model:
 
     def embed(self, prompt: Prompt, pooling: Pooling = "mean", normalize: bool = True) -> Floats:
         """A text as one vector [hidden size]: the mean of the last layer's states, or the last one; of length 1 if normalised."""
+        self.check_files()
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt)
         tokens = check_prompt(prompt, self.spec.vocab_size, self.context + 1)
@@ -132,26 +156,44 @@ class Model:
                 self._embedder = self.make_embedder()
             return self._embedder.embed(tokens, pooling, normalize)
 
-    def _pieces(self, tokens: Tokens, settings: Settings, draft: Model | None) -> Iterator[Piece]:
+    def _cache_file(self, path: str | Path | None) -> PromptCache | None:
+        if path is None:
+            return None
+        from lowbit.runtime.prompt_cache import PromptCache  # safetensors' writer, which few answers need
+
+        return PromptCache(Path(path))
+
+    def _pieces(
+        self, tokens: Tokens, settings: Settings, draft: Model | None, cache_file: PromptCache | None
+    ) -> Iterator[Piece]:
         guess: Guess | None = None
         if draft is not None:
             guess = DraftModel(draft.slots[0], settings.num_assistant_tokens, self.spec.vocab_size)
         elif settings.prompt_lookup_num_tokens:
             guess = PromptLookup(settings.prompt_lookup_num_tokens)
-        chosen = self._one_at_a_time(tokens, settings, guess)
+        chosen = self._one_at_a_time(tokens, settings, guess, cache_file)
         room = min(settings.max_new_tokens, self.context - len(tokens))
         if self._tokenizer is None:
             return _without_text(chosen, settings, room)
         return answer_pieces(chosen, self._tokenizer, settings, room)
 
-    def _one_at_a_time(self, tokens: Tokens, settings: Settings, guess: Guess | None) -> Iterator[Chosen]:
+    def _one_at_a_time(
+        self, tokens: Tokens, settings: Settings, guess: Guess | None, cache_file: PromptCache | None
+    ) -> Iterator[Chosen]:
         """Tokens, each made with the engine for itself: between two tokens another thread may have its turn."""
         slot = self._take_slot(tokens)
         try:
+            if cache_file is not None:
+                with self._lock:
+                    cache_file.read(slot, tokens)
             chosen = choose_tokens(slot, tokens, settings, guess)
             while True:
                 with self._lock:
+                    self.engine.check(settings.check)
                     token = next(chosen, None)
+                    if cache_file is not None:
+                        cache_file.write(slot, tokens)
+                        cache_file = None
                 if token is None:
                     return
                 yield token

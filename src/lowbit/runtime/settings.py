@@ -51,7 +51,7 @@ class BeamSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything about an answer but its prompt."""
+    """Everything about an answer but its prompt. `check` looks for NaN after every stage, to name the layer that makes it."""
 
     max_new_tokens: int = _DEFAULT_NEW_TOKENS
     stop: tuple[str, ...] = ()
@@ -60,6 +60,7 @@ class Settings:
     log_probabilities: int | None = None
     prompt_lookup_num_tokens: int = 0
     num_assistant_tokens: int = 5
+    check: bool = False
     selection: Selection = field(default_factory=Selection)
     beams: BeamSettings = field(default_factory=BeamSettings)
 

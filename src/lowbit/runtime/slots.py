@@ -50,6 +50,17 @@ class Engine(Protocol):
 
     def length(self, slot: int = 0) -> int: ...
     def truncate(self, slot: int, length: int) -> None: ...
+    def shortest(self, slot: int = 0) -> int:
+        """The fewest tokens above none that a slot can be cut to."""
+        ...
+
+    def copy(self, source: int, target: int, length: int, common: int = 0) -> None:
+        """The first tokens of one slot into another, which holds some of them already."""
+        ...
+
+    def check(self, on: bool) -> None:
+        """Say which layer makes the first NaN."""
+        ...
 
 
 class Slot:
@@ -71,8 +82,18 @@ class Slot:
         length = min(held, len(tokens) - 1)
         different = np.flatnonzero(self.tokens[:length] != tokens[:length])
         same = int(different[0]) if len(different) else length
-        goes_on = same == held == len(tokens) - 1
-        return same if goes_on or max(held, len(tokens)) <= self.fixed_until else 0
+        if same == held == len(tokens) - 1:  # goes on where the slot stands
+            return same
+        cut_short = max(held, len(tokens)) > self.fixed_until or same < self.engine.shortest(self.number)
+        return 0 if cut_short else same
+
+    def copy(self, source: Slot, tokens: Tokens) -> None:
+        """Take over what another slot holds of a sequence; only what this one lacks moves."""
+        length = source.common(tokens)
+        common = min(self.common(tokens), length)
+        self.tokens = self.tokens[:common]
+        self.engine.copy(source.number, self.number, length, common)
+        self.tokens = tokens[:length].copy()
 
     def advance(self, tokens: Tokens) -> Floats:
         """The logits after a sequence, reading only what the slot does not hold."""

@@ -1,0 +1,207 @@
+"""`model.generate(...)` of a transformers model, answered by the engine where it can answer.
+
+The layers of a low-bit model hold their weights in the form that the engine reads, so the engine is given their addresses: nothing
+is copied and nothing is loaded again. `EngineGenerate` stands as `generate` on one model. Each call is looked at once: request.py
+gives the reason why transformers' own loop must run it (a keyword the engine does not know, hooks, adapters, another device), or
+None. Greedy output and beams are the same token for token, up to the last bits of float arithmetic; draws come from the engine's
+generator, seeded from torch's, so `torch.manual_seed` still repeats a text. A batch advances together, a slot of the engine for
+each sequence, and reads the weights once for all.
+
+    lowbit.explain(model).generate                    which of the two runs a plain call, and why
+    model.generate(ids, prompt_cache="book.cache")    what was read of a prompt is kept in a file
+    model.generate(ids, check=True)                   if a number overflows, say in which layer
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from lowbit.bridge import request as calls
+from lowbit.bridge.request import Request
+from lowbit.bridge.weights import model_weights
+from lowbit.core import threads
+from lowbit.errors import LowbitError
+from lowbit.layers import PackedWeight
+from lowbit.runtime import beam
+from lowbit.runtime.engine import Engine
+from lowbit.runtime.prompt_cache import PromptCache
+from lowbit.runtime.selection import Selection, Selector
+from lowbit.runtime.slots import Floats, Slot
+
+SHORTEST_CONTEXT = 512
+
+
+class EngineGenerate:
+    """Stands as `generate` on one model: the engine where it can, transformers' own loop elsewhere."""
+
+    def __init__(self, model: nn.Module, cache: str = "fp16") -> None:
+        self.model, self.cache = model, cache
+        self.why_not: str | None = None
+        self._engine: Engine | None = None
+        self._state: list[tuple[int, int]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineGenerate:
+        return EngineGenerate(copy.deepcopy(self.model, memo), self.cache)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (EngineGenerate, (self.model, self.cache))
+
+    @torch.no_grad()
+    def __call__(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        model = cast(Any, self.model)
+        prompt_cache, check = kwargs.pop("prompt_cache", None), bool(kwargs.pop("check", False))
+        try:
+            request, engine = self._read(inputs, generation_config, kwargs, check)
+            self.why_not = None
+        except LowbitError as refusal:
+            self.why_not = str(refusal)
+            if prompt_cache is not None or check:
+                name = "check" if prompt_cache is None else "prompt_cache"
+                raise LowbitError(f"{name} needs the engine, which cannot run this call: {refusal}") from None
+            return type(model).generate(model, inputs, generation_config, **kwargs)
+        engine.check(check)
+        threads.follow(torch.get_num_threads())
+        cache_file = None if prompt_cache is None else PromptCache(Path(prompt_cache))
+        ids, streamer = kwargs.get("input_ids", inputs), kwargs.get("streamer")
+        if streamer is not None:
+            streamer.put(ids)
+        found = (
+            self._search(engine, request, cache_file)
+            if request.beams > 1
+            else self._choose(engine, request, cache_file, streamer)
+        )
+        if streamer is not None:
+            streamer.end()
+        return calls.fill_rows(found, request.fill, ids.dtype)
+
+    def _read(self, inputs: Any, generation_config: Any, kwargs: dict[str, Any], check: bool) -> tuple[Request, Engine]:
+        """A call as the engine takes it, and the engine; a LowbitError says why it does not."""
+        ids, streamer = kwargs.get("input_ids", inputs), kwargs.get("streamer")
+        extra = {k: v for k, v in kwargs.items() if k not in ("input_ids", "streamer")}
+        _refuse(calls.input_refusal(ids, extra))
+        config, rest = cast(Any, self.model)._prepare_generation_config(generation_config, **extra)
+        _refuse(calls.config_refusal(config, rest))
+        _refuse(self.model_refusal())
+        mask = calls.attention_mask(ids, config, rest.get("attention_mask"))
+        _refuse(calls.batch_refusal(ids, mask, self._parts[0], streamer, config.num_beams or 1))
+        request = calls.read(ids, mask, config, kwargs.get("max_length"), check)
+        return request, self.engine(request.length, request.slots)
+
+    def model_refusal(self) -> str | None:
+        """Why the engine cannot run this model as it is now, or None."""
+        model = cast(Any, self.model)
+        if model.training:
+            return "the model is in training mode; call model.eval()"
+        for name, module in model.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"{name or 'the model'} has forward hooks, which the engine would pass by"
+        # Where every tensor lies and how often it was written to: an engine made for another state would answer from the past.
+        state = [(t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers())]
+        if state != self._state:
+            self.close()
+            try:
+                self._parts = model_weights(model)
+            except LowbitError as error:
+                return str(error)
+            self._state = state
+        return None
+
+    def close(self) -> None:
+        """Let the engine and its cache go; the next call makes another."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine, self._state = None, []
+
+    def engine(self, length: int, slots: int = 1) -> Engine:
+        """The engine over this model's weights, empty, with room for so many sequences of a length."""
+        now = self._engine
+        if now is None or now.context < length or now.slots < slots:
+            most = max(length, SHORTEST_CONTEXT, now.context if now else 0)
+            if now is not None:
+                now.close()  # its weights stay, they are the model's
+                self._engine = None
+            context = 1 << (most - 1).bit_length()
+            self._engine = Engine(*self._parts, context=context, cache=self.cache, slots=slots, compute=self._compute())
+        assert self._engine is not None
+        for slot in range(self._engine.slots):
+            self._engine.reset(slot)
+        return self._engine
+
+    def _compute(self) -> str:
+        exact = all(w.compute == "fp32" for w in self.model.modules() if isinstance(w, PackedWeight))
+        return "fp32" if exact else "auto"
+
+    def _search(self, engine: Engine, request: Request, cache_file: PromptCache | None) -> list[list[int]]:
+        """The best beams of each prompt, one prompt after another."""
+        rows = []
+        for prompt, seen in zip(request.prompts, request.seen, strict=True):
+            slots = [Slot(engine, number) for number in range(request.slots)]
+            for slot in slots:
+                slot.clear()
+            if cache_file is not None:
+                _read_through(cache_file, slots[0], prompt)
+            found = beam.search(slots, prompt, request.settings, seen)[: request.returns]
+            rows += [[*seen.tolist(), *best.tokens] for best in found]
+        return rows
+
+    def _choose(
+        self, engine: Engine, request: Request, cache_file: PromptCache | None, streamer: Any
+    ) -> list[list[int]]:
+        """Every sequence continued token by token, all in one step."""
+        selection, stops = request.settings.selection, request.settings.stop_tokens
+        if request.slots == 1 and selection == Selection() and streamer is None and cache_file is None:
+            return [
+                request.seen[0].tolist() + engine.generate(request.prompts[0], request.settings.max_new_tokens, stops)
+            ]
+        logits = self._prefill(engine, request, cache_file)
+        rows = [seen.tolist() for seen in request.seen for _ in range(request.returns)]
+        selectors = [Selector(selection.replace(seed=seed), stops) for seed in request.seeds]
+        active = list(range(len(rows)))
+        for made in range(1, request.settings.max_new_tokens + 1):
+            for place, row in enumerate(active):
+                rows[row].append(selectors[row].choose(logits[place], np.asarray(rows[row], np.int32)))
+            if streamer is not None:
+                streamer.put(torch.tensor([rows[0][-1]]))
+            active = [row for row in active if rows[row][-1] not in stops]
+            if not active or made == request.settings.max_new_tokens:
+                break
+            logits = engine.step([rows[row][-1] for row in active], active)
+        return rows
+
+    def _prefill(self, engine: Engine, request: Request, cache_file: PromptCache | None) -> Floats:
+        """The logits after each prompt, once for every answer to it; slots lie in that order."""
+        logits = []
+        for index, prompt in enumerate(request.prompts):
+            first = index * request.returns
+            slot = Slot(engine, first)
+            logits += [
+                slot.advance(prompt) if cache_file is None else _read_through(cache_file, slot, prompt)
+            ] * request.returns
+            for copied in range(first + 1, first + request.returns):
+                engine.copy(first, copied, len(prompt))
+        return np.stack(logits)
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise LowbitError(reason)
+
+
+def _read_through(cache_file: PromptCache, slot: Slot, prompt: Any) -> Floats:
+    """Read a prompt with what a file holds of it, and leave the rest there."""
+    cache_file.read(slot, prompt)
+    logits = slot.advance(prompt)
+    cache_file.write(slot, prompt)
+    return logits
+
+
+def attach_engine(model: nn.Module) -> None:
+    """Let the engine answer this model's `generate` where it can. Models that do not generate are left alone."""
+    if hasattr(type(model), "_prepare_generation_config"):
+        model.generate = EngineGenerate(model)  # type: ignore[assignment]

@@ -1,0 +1,82 @@
+"""Where the weights of a transformers model lie, as the engine takes them: addresses, and nothing copied.
+
+The layers of a low-bit model hold what the core prepares, and dense weights are read where torch keeps them. What the engine
+cannot read is refused with the reason, which `lowbit.explain` shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from lowbit.errors import LowbitError
+from lowbit.kernels.cpu_rows import DTYPE_NAMES, PREPARED
+from lowbit.layers import LowBitEmbedding, LowBitExperts, LowBitLinear, PackedWeight
+from lowbit.models.families import spec_from_config
+from lowbit.models.spec import DecoderSpec, Located
+from lowbit.runtime.abi import PREPARED as PREPARED_KIND
+from lowbit.runtime.weights import MATRIX_ROLES, EngineWeights, Floats, Matrix, plain
+
+
+def model_weights(model: nn.Module) -> tuple[DecoderSpec, EngineWeights]:
+    """What a transformers model is and where its weights lie. Raises a LowbitError that says why the engine cannot have it."""
+    spec = spec_from_config(cast(Any, model).config.to_dict())
+    held = _held_weights(model)
+    dense = dict(model.named_parameters(remove_duplicate=False))
+    if any(p.device.type != "cpu" for p in dense.values()):
+        raise LowbitError("the model is not on the CPU")
+    weights = EngineWeights()
+    for (role, layer), located in spec.locate({*held, *dense}).items():
+        bias = None if located.bias is None else _vector(dense[located.bias])
+        if role in MATRIX_ROLES:
+            weights.matrices[role, layer] = _matrix(located, held, dense).with_bias(bias)
+        else:
+            weights.vectors[role, layer] = (_vector(dense[located.names[0][0]]), bias)
+    return spec, weights
+
+
+def _held_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """The packed weights under the names that dense ones would have."""
+    held: dict[str, PackedWeight] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LowBitLinear | LowBitEmbedding):
+            held[f"{path}.weight"] = module.packed_weight
+        elif isinstance(module, LowBitExperts):
+            held |= {
+                f"{path}.{name}": cast(PackedWeight, getattr(module, name)) for name in (module.up_name, "down_proj")
+            }
+    return held
+
+
+def _matrix(located: Located, held: dict[str, PackedWeight], dense: dict[str, nn.Parameter]) -> Matrix:
+    name = located.names[0][0]
+    if name in held:
+        return _packed_matrix(name, held[name])
+    weight = dense[name].detach()
+    if located.weight.transposed:
+        weight = weight.transpose(-1, -2)
+    if weight.dtype not in DTYPE_NAMES:
+        raise LowbitError(f"{name} is {weight.dtype}, which the engine does not read")
+    weight = weight.contiguous()
+    if weight.dtype == torch.bfloat16:
+        return plain(weight.view(torch.uint16).numpy(), "bfloat16")
+    return plain(weight.numpy())
+
+
+def _packed_matrix(name: str, weight: PackedWeight) -> Matrix:
+    buffer = weight.tensors.get(PREPARED)
+    if buffer is None:
+        kernel = weight.kernel.name if weight.kernel else "none yet"
+        raise LowbitError(
+            f"{name} ({weight.format}) is run by the kernel {kernel}, and the engine reads what the core prepares"
+        )
+    count = weight.shape[0] if len(weight.shape) == 3 else 1
+    rows, cols = weight.shape[-2:]
+    return Matrix(buffer.data_ptr(), rows, cols, PREPARED_KIND, "float32", count, buffer.numel() // count, None, buffer)
+
+
+def _vector(parameter: torch.Tensor) -> Floats:
+    return np.ascontiguousarray(parameter.detach().float().numpy().ravel())
