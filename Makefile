@@ -57,6 +57,7 @@ test: $(READY) $(OVERLAY)
 bench: $(READY)
 	$(RUN)/python benchmarks/default_format.py
 	$(RUN)/python benchmarks/load_times.py
+	$(RUN)/python benchmarks/cache_kl.py
 
 PEERS ?= .venv-peers
 bench-peers: $(READY)

@@ -144,7 +144,7 @@ def test_several_draws_of_each_prompt() -> None:
     [
         ((IDS,), {"num_return_sequences": 2, "do_sample": False, "max_new_tokens": 2}, "num_return_sequences"),
         ((IDS,), {"max_length": 5}, "max_length"),
-        ((torch.empty(1, 0, dtype=torch.long),), {"max_new_tokens": 2}, ""),
+        ((torch.empty(1, 0, dtype=torch.long),), {"max_new_tokens": 2}, "."),
     ],
     ids=["returns", "length", "empty"],
 )

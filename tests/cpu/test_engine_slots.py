@@ -1,4 +1,4 @@
-"""Sequences in the engine's cache: copied from slot to slot, out to bytes and in again; windows alone; and NaN traced to its layer."""
+"""Sequences in the cache: copied from slot to slot, out to bytes and in again; windows alone; and NaN traced to its layer."""
 
 from __future__ import annotations
 

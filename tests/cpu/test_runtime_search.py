@@ -90,9 +90,14 @@ def test_groups_avoid_one_another(model: Model) -> None:
 def test_beams_read_their_common_start_once(folder: Path) -> None:
     engine = InterpreterEngine.open(folder, slots=3)
     Model(engine).beams(PROMPT, max_new_tokens=8, num_beams=3, ignore_end=True)
-    steps = 3 * 7
-    prompts = 3 * len(PROMPT)
-    assert engine.read < steps + prompts + 3 * 8
+    assert engine.read == len(PROMPT) + 3 * 7  # what splits off is copied, never read again
+
+
+def test_groups_of_beams_copy_the_prompt(folder: Path) -> None:
+    engine = InterpreterEngine.open(folder, slots=4)
+    settings = {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}
+    Model(engine).beams(PROMPT, max_new_tokens=6, ignore_end=True, **settings)
+    assert engine.read <= len(PROMPT) + 2 + 4 * 5
 
 
 def test_beams_refuse_what_they_cannot_do(model: Model) -> None:

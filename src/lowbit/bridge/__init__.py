@@ -29,7 +29,7 @@ from lowbit.core import threads
 from lowbit.errors import LowbitError
 from lowbit.layers import PackedWeight
 from lowbit.runtime import beam
-from lowbit.runtime.engine import Engine
+from lowbit.runtime.engine import DEFAULT_CACHE, Engine
 from lowbit.runtime.prompt_cache import PromptCache
 from lowbit.runtime.selection import Selection, Selector
 from lowbit.runtime.slots import Floats, Slot
@@ -40,7 +40,7 @@ SHORTEST_CONTEXT = 512
 class EngineGenerate:
     """Stands as `generate` on one model: the engine where it can, transformers' own loop elsewhere."""
 
-    def __init__(self, model: nn.Module, cache: str = "fp16") -> None:
+    def __init__(self, model: nn.Module, cache: str = DEFAULT_CACHE) -> None:
         self.model, self.cache = model, cache
         self.why_not: str | None = None
         self._engine: Engine | None = None

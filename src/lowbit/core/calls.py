@@ -164,7 +164,9 @@ def refuses(format: Format, shape: tuple[int, ...], compute: str = "auto") -> st
     if len(shape) not in (2, 3):
         return f"the compiled core multiplies matrices and stacks of them, not a weight of shape {list(shape)}"
     if len(shape) == 3 and format.scale_block and shape[1] * format.groups(shape[2]) % format.scale_block:
-        return f"the scales of one expert are no whole blocks of {format.scale_block}, so its second level is not its own"
+        return (
+            f"the scales of one expert are no whole blocks of {format.scale_block}, so its second level is not its own"
+        )
     if compute not in _COMPUTE:
         return f"the compiled core computes in int8 or fp32, not in {compute}"
     return None

@@ -30,6 +30,8 @@ from lowbit.runtime import abi
 from lowbit.runtime.describe import Description
 from lowbit.runtime.weights import EngineWeights, Floats, fingerprint
 
+# The one switch of the cache's type. int8 per head and token costs what benchmarks/results/cache_kl.md says.
+DEFAULT_CACHE = "fp16"
 COMPUTES = {"auto": 0, "int8": 0, "fp32": 1}
 LONGEST_CHUNK = 512  # tokens of one step: as many as keep the activations of a layer in the caches
 # A step that takes longer than this runs beside the main thread, so that Ctrl-C ends it; the detour costs 0.05 ms.
@@ -48,7 +50,7 @@ class Engine:
         spec: DecoderSpec,
         weights: EngineWeights,
         context: int,
-        cache: str = "fp16",
+        cache: str = DEFAULT_CACHE,
         slots: int = 1,
         compute: str = "auto",
     ) -> None:

@@ -19,7 +19,7 @@ from lowbit.models.spec import DecoderSpec
 from lowbit.packing import PackedTensor
 from lowbit.recipe import Recipe, recipe_named
 from lowbit.runtime.embedding import Embedder
-from lowbit.runtime.engine import Engine
+from lowbit.runtime.engine import DEFAULT_CACHE, Engine
 from lowbit.runtime.files import Loaded, ModelFiles, open_files, read_spec, read_weights
 from lowbit.runtime.model import Model
 from lowbit.runtime.settings import settings_from
@@ -37,7 +37,7 @@ def load(
     format: str | Format | Recipe | None = None,
     context: int | None = None,
     slots: int = 1,
-    cache: str = "fp16",
+    cache: str = DEFAULT_CACHE,
     compute: str = "auto",
 ) -> Model:
     """A model from a folder or a .gguf file.
@@ -54,7 +54,7 @@ def load_files(
     recipe: Recipe | None = None,
     context: int | None = None,
     slots: int = 1,
-    cache: str = "fp16",
+    cache: str = DEFAULT_CACHE,
     compute: str = "auto",
 ) -> Model:
     """As `load`, from files that are open already."""
