@@ -47,7 +47,8 @@ make_all() {
     local ik=$!
     cd "$tree"
     python3 -m pip install -q --no-index --no-deps --no-build-isolation --target "$peers/ours" . >"$peers/log/ours.log" 2>&1
-    tar xJf "$archives/openvino.tar.xz" -C "$peers"
+    mkdir -p "$peers/site"
+    tar xJf "$archives/openvino.tar.xz" -C "$peers/site" --strip-components=1
     tar xJf "$archives/shells.tar.xz" -C "$peers"
     printf '#!/bin/sh\nPYTHONPATH=%s exec python3 "$@"\n' "$peers/site" >"$peers/openvino/bin/python"
     printf '#!/bin/sh\nexec python3 "$@"\n' >"$peers/torch/bin/python"
