@@ -95,6 +95,7 @@ void check_selection();
 void check_engine();
 void check_refusals();
 void check_memory();
+void check_face();
 void check_threads();
 
 }  // namespace check

@@ -1,6 +1,6 @@
 // The native checks of the core. Without arguments all of them, else those named; 0 when everything holds.
 //
-//   core_check [weights] [products] [selection] [engine] [refusals] [memory] [threads]
+//   core_check [weights] [products] [selection] [engine] [refusals] [memory] [face] [threads]
 #include <chrono>
 #include <cstring>
 
@@ -18,7 +18,7 @@ const Group kGroups[] = {
     {"weights", check::check_weights, true},     {"products", check::check_products, true},
     {"selection", check::check_selection, false}, {"engine", check::check_engine, true},
     {"refusals", check::check_refusals, false},   {"memory", check::check_memory, false},
-    {"threads", check::check_threads, false},
+    {"face", check::check_face, false},           {"threads", check::check_threads, false},
 };
 
 void run(const Group& group, const char* set) {
