@@ -22,6 +22,7 @@ from lowbit.errors import CheckpointError
 
 CONFIG = "config.json"
 OWN_CONFIG = "lowbit.json"
+GENERATION_CONFIG = "generation_config.json"
 REPORT = "lowbit_report.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -34,6 +35,12 @@ ITEM_BITS = {
 _COUNTS = (
     "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads",
+)  # fmt: skip
+# Fields of a generation_config.json that name tokens, one or a list, and fields that are numbers.
+_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
+_NUMBERS = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty", "diversity_penalty",
+    "num_beams", "num_beam_groups", "num_return_sequences", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
 )  # fmt: skip
 _LENGTH = struct.Struct("<Q")
 # A header is JSON of names and offsets; one of more than this is a file of another kind (the safetensors library's limit).
@@ -91,9 +98,37 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise CheckpointError(f"{folder / CONFIG} names no model_type, so it does not describe a model")
     _check_counts(folder / CONFIG, config)
+    _check_tokens(folder / CONFIG, config)
     if isinstance(config.get("text_config"), dict):
         _check_counts(folder / CONFIG, config["text_config"])
     return config
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The generation_config.json of a model, of which numbers and tokens are what they should be; empty without one."""
+    path = folder / GENERATION_CONFIG
+    fields = read_json(path) if path.exists() else {}
+    _check_tokens(path, fields)
+    for name in _NUMBERS:
+        if type(value := fields.get(name)) not in (int, float, type(None)):
+            raise CheckpointError(f"{path} says {name} = {value!r}, which is no number; get the file again")
+    words = fields.get("bad_words_ids") or []
+    if not isinstance(words, list) or not all(isinstance(word, list) and word and _are_tokens(word) for word in words):
+        raise CheckpointError(
+            f"{path} says bad_words_ids = {words!r}, which are no lists of tokens; get the file again"
+        )
+    return fields
+
+
+def _check_tokens(path: Path, fields: Mapping[str, Any]) -> None:
+    for name in _TOKENS:
+        value = fields.get(name)
+        if value is not None and not _are_tokens(value if isinstance(value, list) else [value]):
+            raise CheckpointError(f"{path} says {name} = {value!r}, which is no token; get the file again")
+
+
+def _are_tokens(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values)
 
 
 def _check_counts(path: Path, fields: Mapping[str, Any]) -> None:

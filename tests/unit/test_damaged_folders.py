@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.cli import FAILED, OK, main
@@ -73,12 +75,18 @@ PACKED_FIELDS = [
     ("quantization_config",), ("quantization_config", "quant_method"), ("quantization_config", "config_groups"),
     ("quantization_config", "config_groups", "group_0"),
 ]  # fmt: skip
+SETTINGS = [
+    "eos_token_id", "pad_token_id", "temperature", "top_k", "repetition_penalty", "num_beams", "max_new_tokens", "min_length",
+    "bad_words_ids",
+]  # fmt: skip
 
 
 def damages(folder: Path) -> Iterator[tuple[str, Damage]]:
     for name in sorted(path.name for path in folder.iterdir() if path.name != "lowbit_report.json"):
         yield from ((name, damage) for damage in ANY_FILE)
     yield from (("model.safetensors", partial(set_entry, *entry)) for entry in HEADERS)
+    yield from (("generation_config.json", partial(set_field, (name,), value)) for name in SETTINGS for value in WRONG)
+    yield "tokenizer_config.json", partial(set_field, ("model_max_length",), "sixty")
     fields = FIELDS + (PACKED_FIELDS if folder.name == "low" else [])
     yield from (("config.json", partial(set_field, field, value)) for field in fields for value in WRONG)
 
@@ -140,11 +148,33 @@ def test_layers_that_the_config_does_not_have(folders: Path, tmp_path: Path) -> 
         copy = Path(shutil.copytree(folders / kind, tmp_path / kind))
         set_field(("num_hidden_layers",), 1, copy / "config.json")
         for entry in (partial(lowbit.AutoModelForCausalLM.from_pretrained, copy), partial(load, copy)):
-            said = one_outcome(entry)
-            # A packed layer without a place stops transformers before its account of the load.
-            assert "model.layers.1." in said or (kind == "low" and "cannot be loaded" in said)
+            assert "model.layers.1." in one_outcome(entry)
     fewer = lowbit.AutoModelForCausalLM.from_pretrained(folders / "dense", num_hidden_layers=1)
     assert len(fewer.model.layers) == 1
+
+
+def test_tensors_that_the_config_denies_are_told(folders: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    for kind in ("dense", "low"):
+        copy = Path(shutil.copytree(folders / kind, tmp_path / kind))
+        assert not load(copy).notes
+        tensors = load_file(copy / "model.safetensors")
+        save_file({**tensors, name: torch.zeros(64)}, copy / "model.safetensors", metadata={"format": "pt"})
+        assert f"1 tensors have no place in the model that config.json describes ({name} ...)" in load(copy).notes
+        with pytest.warns(UserWarning, match=f"1 tensors have no place in the model: {name}"):
+            lowbit.AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_settings_that_nothing_can_follow(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(folders / "low", tmp_path / "copy"))
+    file = copy / "generation_config.json"
+    for field, value, code in (("eos_token_id", "sixty", FAILED), ("temperature", -1, FAILED), ("num_beams", 4, OK)):
+        file.write_text(json.dumps({"do_sample": True, field: value}))
+        for engine in ("lowbit", "transformers"):
+            words = ["generate", str(copy), "--raw", "--max-new-tokens", "2", "--prompt", "hi", "--engine", engine]
+            assert main(words) == code
+            said = capsys.readouterr().err
+            assert len(said.splitlines()) == 1 and (code == OK or (f"{field}" in said and str(value) in said))
 
 
 def test_methods_that_nobody_reads(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

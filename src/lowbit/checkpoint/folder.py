@@ -24,6 +24,7 @@ from lowbit.contents import (
     no_weights,
     quantization_config,
     read_config,
+    read_generation_config,
     read_json,
     read_tensors,
 )
@@ -46,6 +47,7 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
     if (folder / CONFIG).exists() or not (folder / OWN_CONFIG).exists():
         read_config(folder)
+    read_generation_config(folder)
     if not has_only_pickles(folder):
         read_tensors(folder)
 

@@ -12,6 +12,7 @@ extra ones ignored.
 from __future__ import annotations
 
 import copy
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from lowbit.checkpoint.pages import Pages
 from lowbit.checkpoint.plain_save import attach_saving
 from lowbit.checkpoint.save import recipe_fields
 from lowbit.checkpoint.sites import Packing, Reading
+from lowbit.checkpoint.verdict import refuse_other_layers
 from lowbit.contents import REPORT, read_header, read_json
 from lowbit.errors import FormatError, LowbitError
 from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitExperts, prepare_
@@ -195,11 +197,13 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         replace_next_bar("loading" if self.pre_quantized else "packing")
         files = [str(f) for f in options.get("checkpoint_files") or ()]
         files = [f for f in files if f.endswith(".safetensors")]
-        for file in files:
-            read_header(Path(file))
+        names = [tensor.name for file in files for tensor in read_header(Path(file))]
         self.pages = Pages(files)
         if self.pre_quantized:
             folder = Path(files[0]).parent if files else None
+            ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+            known = [name for name in names if not any(pattern.search(name) for pattern in ignored)]
+            refuse_other_layers(str(folder), model, known)
             self.reading = Reading(model, self.quantization_config.fields, folder)
         elif self.quantization_config.recipe is not None:
             self.packing = Packing(model, self.quantization_config.recipe)

@@ -31,7 +31,7 @@ from torch import nn
 from lowbit.checkpoint.folder import replace_folder
 from lowbit.checkpoint.form import ASIDE, Part, SavedForm, packed_aside, parts, saved_form
 from lowbit.checkpoint.hf_names import checkpoint_names, is_transformers_model
-from lowbit.contents import CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
+from lowbit.contents import CONFIG, GENERATION_CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.progress import Advance, progress
 from lowbit.runtime.engine_file import ENGINE_FILE, write_engine_file
@@ -59,7 +59,7 @@ _WRITTEN = (
     REPORT,
     INDEX,
     ENGINE_FILE,
-    "generation_config.json",
+    GENERATION_CONFIG,
     "pytorch_model.bin.index.json",
     "quantize_config.json",
 )

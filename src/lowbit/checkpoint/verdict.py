@@ -75,12 +75,8 @@ def one_sentence(source: str, is_local: bool = True) -> Iterator[None]:
 def check_account(source: str, model: Any, account: Mapping[str, Collection[Any]], keywords: Collection[str]) -> None:
     """Refuse or warn about tensors that the model has no place for, and about weights that the checkpoint lacks."""
     left, lacking = (sorted(map(str, account.get(name, ()))) for name in ("unexpected_keys", "missing_keys"))
-    layers = [name for name in left if _is_of_another_layer(model, name)]
-    if layers and not set(_CONFIG_KEYWORDS) & set(keywords):
-        raise CheckpointError(
-            f"{source} holds {len(layers)} weights of layers that the model of its config.json does not have "
-            f"({_some(layers)}): the weights and the configuration are not of the same model"
-        )
+    if not set(_CONFIG_KEYWORDS) & set(keywords):
+        refuse_other_layers(source, model, left)
     wrong = [name for name in lacking if _LAYER.search(name) and _is_in_base(model, name)]
     if wrong or (lacking and model.can_generate()):
         raise CheckpointError(
@@ -96,17 +92,24 @@ def check_account(source: str, model: Any, account: Mapping[str, Collection[Any]
         )
 
 
-def _is_of_another_layer(model: Any, name: str) -> bool:
-    """Whether a tensor belongs to a layer beyond those that the model has."""
-    found = _LAYER.match(name)
-    if found is None:
-        return False
-    base = f"{model.base_model_prefix}."
-    own = {key.removeprefix(base) for key in (*dict(model.named_parameters()), *dict(model.named_buffers()))}
-    stem, number = found[1].removeprefix(base), found[2]
-    return any(_LAYER.match(key) and key.startswith(stem) for key in own) and not any(
-        key.startswith(f"{stem}{number}.") for key in own
-    )
+def refuse_other_layers(source: str, model: Any, names: Collection[str]) -> None:
+    """Refuse tensors of layers beyond those that the model has."""
+    own = _layers_of(model, (*dict(model.named_parameters()), *dict(model.named_buffers())))
+    stems, there = {stem for stem, _ in own.values()}, set(own.values())
+    layers = [
+        n for n, (stem, number) in _layers_of(model, names).items() if stem in stems and (stem, number) not in there
+    ]
+    if layers:
+        raise CheckpointError(
+            f"{source} holds {len(layers)} weights of layers that the model of its config.json does not have "
+            f"({_some(layers)}): the weights and the configuration are not of the same model"
+        )
+
+
+def _layers_of(model: Any, names: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Which layer each name belongs to: what stands before its number, within the base model, and the number."""
+    found = ((name, _LAYER.match(name.removeprefix(f"{model.base_model_prefix}."))) for name in names)
+    return {name: (layer[1], layer[2]) for name, layer in found if layer}
 
 
 def _is_in_base(model: Any, name: str) -> bool:

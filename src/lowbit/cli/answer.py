@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 Message = dict[str, str]
 Emit = Callable[[str], None]
+# Text that is shown as it comes cannot be that of a beam search, which a model's generation config may ask for.
+ONE_TEXT = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers.generation import BaseStreamer
 import lowbit
 from lowbit.bench import peak_memory
 from lowbit.checkpoint.verdict import one_sentence
-from lowbit.cli.answer import Answer, Emit, Message
+from lowbit.cli.answer import ONE_TEXT, Answer, Emit, Message
 from lowbit.cli.options import LoadOptions, Sampling
 from lowbit.cli.source import Source
 from lowbit.contents import CONFIG
@@ -139,8 +139,13 @@ class Session:
         pieces = TextPieces(lambda tokens: str(self.tokenizer.decode(tokens, skip_special_tokens=True)))
         stream = _Stream(pieces, emit)
         ids = torch.tensor([prompt], device=self.model.device)
-        with torch.inference_mode():
-            self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stream, **self._arguments(sampling))
+        try:
+            with torch.inference_mode():
+                self.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), streamer=stream, **self._arguments(sampling)
+                )
+        except ValueError as error:  # what transformers says of settings that are out of range
+            raise LowbitError(f"the model cannot answer with these settings: {one_line(str(error))}") from error
         return Answer("".join(stream.text), len(prompt), tuple(stream.token_seconds))
 
     def forget(self) -> None:
@@ -165,7 +170,7 @@ class Session:
             "top_p": sampling.top_p,
         }
         drawn = {name: value for name, value in given.items() if value is not None}
-        arguments: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens}
+        arguments: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, **ONE_TEXT}
         if sampling.temperature == 0:
             arguments |= {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         elif drawn:
@@ -229,7 +234,10 @@ def load_tokenizer(source: Source, options: LoadOptions) -> Any | None:
     damage = f"{source.name}: its tokenizer cannot be read, a file of it may be damaged"
     try:
         with BareErrors(damage), one_sentence(f"the tokenizer of {source.name}", is_folder):
-            return transformers.AutoTokenizer.from_pretrained(source.name, trust_remote_code=options.trust_remote_code)
+            found = transformers.AutoTokenizer.from_pretrained(source.name, trust_remote_code=options.trust_remote_code)
+            if not isinstance(found.model_max_length, int | float):
+                raise CheckpointError(f"{damage}: it says model_max_length = {found.model_max_length!r}")
+            return found
     except (OSError, ValueError):  # transformers has no error of its own for a model of the hub without a tokenizer
         if is_folder:
             raise

@@ -251,6 +251,11 @@ class Located:
     bias: str | None = None
     in_pieces: bool = False
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Every name of the file that the weight and its bias are made of."""
+        return (*(name for names in self.names for name in names), *([self.bias] if self.bias else []))
+
 
 @dataclass(frozen=True)
 class DecoderSpec:

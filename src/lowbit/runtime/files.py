@@ -20,7 +20,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lowbit.contents import CONFIG, quantization_config, read_config, read_json, read_text, weight_files
+from lowbit.contents import (
+    CONFIG,
+    quantization_config,
+    read_config,
+    read_generation_config,
+    read_json,
+    read_text,
+    weight_files,
+)
 from lowbit.core import calls
 from lowbit.errors import CheckpointError, LowbitError, RecipeError, one_line
 from lowbit.formats import Format, format_from_name
@@ -37,6 +45,8 @@ from lowbit.runtime.text import Tokenizer
 
 # The number of a layer in a name: model.layers.[5].mlp
 _LAYER = re.compile(r"(.*?\.)(\d+)\.")
+# Tables that older files hold beside the weights, and that models make themselves.
+_MASK = re.compile(r"\.(inv_freq|masked_bias|(attn|attention)\.bias)$")
 _DENSE_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Roles that a recipe packs, and what it calls them; routers, positions and vectors stay as they are.
 _RECIPE_ROLES = {
@@ -120,9 +130,8 @@ class FolderFiles:
         with _understood(path):
             self.packed = PackedIndex(self.tensors, quantization, spec_from_config(stored).names_in_files)
         self.config = stored | ({"tie_word_embeddings": True} if self.packed.tied else {})
-        generation = path / "generation_config.json"
-        self.generation_config = read_json(generation) if generation.exists() else {}
-        self.names = set(self.tensors) | set(self.packed.paths)
+        self.generation_config = read_generation_config(path)
+        self.names = self.packed.names
 
     @property
     def is_packed(self) -> bool:
@@ -244,7 +253,7 @@ def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = N
             f"{files.path} is low-bit already: make it low-bit anew from the original model, or leave out the format"
         )
     places = spec.locate(files.names)
-    _refuse_other_layers(files, spec, {name for place in places.values() for names in place.names for name in names})
+    _account_for_rest(files, spec, {name for place in places.values() for name in place.all_names})
     for (role, layer), located in places.items():
         weight = _assemble(files, located)
         if recipe is not None and role in _RECIPE_ROLES:
@@ -258,17 +267,25 @@ def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = N
             files.release(name)
 
 
-def _refuse_other_layers(files: ModelFiles, spec: DecoderSpec, used: Collection[str]) -> None:
-    """A file with more layers than the config says is of another model; layers that guess further tokens may follow."""
+def _account_for_rest(files: ModelFiles, spec: DecoderSpec, used: Collection[str]) -> None:
+    """A file with more layers than the config says is of another model; layers that guess further tokens may follow.
+
+    Other tensors of layers, and biases, without a place are noted: the config denies them, and one of the two is wrong.
+    """
     count = len(spec.layers) + int(files.config.get("num_nextn_predict_layers") or 0)
     stems = {found[1] for name in used if (found := _LAYER.match(name))}
-    numbered = ((found, name) for name in sorted(files.names) if (found := _LAYER.match(name)))
-    left = [name for found, name in numbered if found[1] in stems and int(found[2]) >= count]
+    rest = sorted(name for name in set(files.names) - set(used) if not _MASK.search(name))
+    numbers = {name: int(found[2]) for name in rest if (found := _LAYER.match(name)) and found[1] in stems}
+    left = [name for name, number in numbers.items() if number >= count]
     if left:
         raise CheckpointError(
             f"{files.path} holds {len(left)} tensors of layers beyond the {len(spec.layers)} of its {CONFIG} "
             f"({left[0]} ...): the weights and the configuration are not of the same model"
         )
+    biases = {f"{name.removesuffix('weight')}bias" for name in used}
+    idle = [name for name in rest if name in biases or numbers.get(name, count) < len(spec.layers)]
+    if idle:
+        files.notes.append(f"{len(idle)} tensors have no place in the model that {CONFIG} describes ({idle[0]} ...)")
 
 
 def _assemble(files: ModelFiles, located: Located) -> Weight:

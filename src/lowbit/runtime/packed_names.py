@@ -24,6 +24,7 @@ from lowbit.packing import BUFFERS, PackedTensor, code_shape, scale_shape
 from lowbit.runtime.mapped import Tensor
 
 PACKED_FORMAT = "pack-quantized"
+_COMPRESSED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 _OWN_CODES, _CODES, _PACKED = ".packed_weight.codes", ".codes", ".weight_packed"
 _SCALE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
@@ -70,12 +71,20 @@ class PackedIndex:
             return path, path
         return None
 
+    @property
+    def names(self) -> set[str]:
+        """Every weight of the folder by its dense name: what packed ones are stored as is left out."""
+        words = _COMPRESSED_PARTS if self.method == COMPRESSED_METHOD else BUFFERS
+        stems = {stem for path in self.paths.values() for stem in (path, f"{path}.packed_weight")}
+        return {*self.tensors, *self.paths} - {f"{stem}.{word}" for stem in stems for word in words}
+
     def parts(self, name: str) -> dict[str, Tensor]:
         """The tensors of one packed weight, under the last word of their names."""
         path = self.paths[name]
         if self.method == COMPRESSED_METHOD:
-            words = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-            return {word: self.tensors[f"{path}.{word}"] for word in words if f"{path}.{word}" in self.tensors}
+            return {
+                word: self.tensors[f"{path}.{word}"] for word in _COMPRESSED_PARTS if f"{path}.{word}" in self.tensors
+            }
         prefix = path if path + _CODES in self.tensors else f"{path}.packed_weight"
         return {word: self.tensors[f"{prefix}.{word}"] for word in BUFFERS if f"{prefix}.{word}" in self.tensors}
 
