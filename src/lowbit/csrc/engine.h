@@ -80,6 +80,7 @@ bool all_finite(const float* x, int64_t count);
 // What to say of a step whose logits are not all numbers.
 int refuse_logits(const Engine& engine);
 
+int check_sizes(const lowbit_model& model);  // everything but the weights
 int make_plans(const lowbit_model& model, Plans* plans);
 int make_workspace(const Plans& plans, const lowbit_engine_options& options, int threads, Workspace* work);
 
