@@ -37,7 +37,7 @@ def meetings(found: Mapping[str, Any], quality: Mapping[str, float], row: Row) -
         ours, peers = [x for x in ours if "generate" in x["name"]], [x for x in ours if "generate" not in x["name"]]
     made = []
     for peer in peers:
-        allowed = [line for line in ours if may_meet(line, peer, quality)]
+        allowed = [line for line in ours if row.width != 4 or may_meet(line, peer, quality)]
         best = choose(allowed, row)
         made.append(Meeting(peer, best, best["median"] / peer["median"] if best else 0.0))
     return made
@@ -216,7 +216,7 @@ def page(title: str, rows: Sequence[Row], data: Mapping[str, Any], quality: Mapp
     head = ("what", "must reach", "ours", "deciding peer", "ratio", "share of the limit", "verdict")
     parts = [
         f"# {title}\n",
-        f"{data['threads']} threads. Rounds interleaved; median and range. Of our recipes only those count against a peer "
+        f"{data['threads']} threads. Rounds interleaved; median and range. At 4 bit only those of our recipes count against a peer "
         "whose KL on the reference model is no worse than that of the peer's file (peers_quality.md). Limits (bandwidth, "
         "integer peak of the registers) were read before each reading; 'others' is the most of a core that other processes "
         f"took during one, and readings above {NOISE:.0%} are left out while three quiet ones remain.\n",
