@@ -5,7 +5,7 @@ A weight row is cut into groups of `group_size` along the input axis, and each g
     integer     w = scale * (code - zero)          zero = 2^(bits-1) when symmetric (the scale is then signed)
     codebook    w = scale * levels[code]           levels is a short table: nf4, fp4, ...
     float       w = scale * levels[code]           the same arithmetic; the table is a small floating point type
-    kquant      a super-block of 256 weights packed as GGUF packs it; scales live inside the block
+    kquant      a block of 256 or 32 weights packed as GGUF packs it; scales live inside the block
 
 A `Format` is a frozen value that checks itself, so that a name, its fields and the saved configuration are three
 spellings of one thing: `format_from_name(f.name) == f` for every format. Names follow a grammar
@@ -99,7 +99,7 @@ class Format:
 
     @property
     def block(self) -> KQuantBlock | None:
-        return KQUANT_BLOCKS.get(self.table or self.name) if self.kind == "kquant" else None
+        return (KQUANT_BLOCKS | SMALL_BLOCKS)[self.name] if self.kind == "kquant" else None
 
     @property
     def bits_per_weight(self) -> float:
@@ -148,7 +148,7 @@ class Format:
 
 @dataclass(frozen=True)
 class KQuantBlock:
-    """The size of one GGUF super-block, and what takes its place in rows that 256 does not divide evenly enough."""
+    """The size of one GGUF block, and what takes its place in rows that its weights do not divide evenly enough."""
 
     bytes: int
     weights: int = 256
@@ -161,6 +161,11 @@ KQUANT_BLOCKS = {
     "q4_k": KQuantBlock(144, fallback="int4_asym_g32"),
     "q5_k": KQuantBlock(176, fallback="int5_asym_g32"),
     "q6_k": KQuantBlock(210, fallback="int6_g16"),
+}
+# GGUF's blocks of 32 with a minimum of their own; those without one are int4_g32, int5_g32 and int8_g32.
+SMALL_BLOCKS = {
+    "q4_1": KQuantBlock(20, 32, "int4_asym_g32"),
+    "q5_1": KQuantBlock(24, 32, "int5_asym_g32"),
 }
 
 
@@ -225,6 +230,7 @@ _BASES: dict[str, Format] = {
         Format("nvfp4", 4, "float", table="e2m1", group_size=16, scale_dtype="e4m3"),
         Format("w8a8", 8, group_size=PER_CHANNEL, act_bits=8),
         *(Format(name, int(name[1]), "kquant", group_size=256) for name in KQUANT_BLOCKS),
+        *(Format(name, int(name[1]), "kquant", group_size=32) for name in SMALL_BLOCKS),
     )
 }
 
@@ -254,9 +260,7 @@ ALIASES: dict[str, str] = {
     "int4_fullrange": "int4",
     "fp4_e2m1_bnb": "fp4",
     "q4_0": "int4_g32",
-    "q4_1": "int4_asym_g32",
     "q5_0": "int5_g32",
-    "q5_1": "int5_asym_g32",
     "q8_0": "int8_g32",
 }
 # Names that are a choice made layer by layer (the smaller error wins), not one format.

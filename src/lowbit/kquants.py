@@ -26,6 +26,7 @@ import torch
 
 from lowbit.formats import Format
 from lowbit.packing import PackedTensor
+from lowbit.small_blocks import dequantize_small, quantize_small
 
 _WEIGHTS = 256
 # Blocks worked on together: a megabyte for each working copy in fp32.
@@ -113,6 +114,8 @@ def quantize_kquant(
 
     `steps` candidates are tried per sub-block (0: plain rounding); `importance` [in] weighs the error of each input.
     """
+    if format.name not in LAYOUTS:
+        return quantize_small(weight, format, steps, importance)
     layout = LAYOUTS[format.name]
     in_features = weight.shape[-1]
     rows = weight.detach().reshape(-1, in_features)
@@ -135,6 +138,8 @@ def _sub_blocks(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 def dequantize_kquant(packed: PackedTensor) -> torch.Tensor:
     """The weight in fp32 that a PackedTensor stands for; equal bit for bit to what GGUF's own reader gives."""
+    if packed.format.name not in LAYOUTS:
+        return dequantize_small(packed)
     layout = LAYOUTS[packed.format.name]
     size = sum(piece.size for piece in layout.pieces)
     blocks = read_blocks(packed.codes.reshape(-1, size), layout)

@@ -17,6 +17,7 @@ ROWS = [
     {"errors", "methods"},
     {"formats", "machine", "progress", "report", "contents"},
     {"bits", "packing", "core", "recipe"},
+    {"small_blocks"},
     {"kquants", "grid_core"},
     {"grid"},
     {"kernels", "models"},

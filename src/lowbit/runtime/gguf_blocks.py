@@ -6,8 +6,8 @@
     MXFP4  exponent byte, nibbles                 w = 2^(e-127) * e2m1 -> mxfp4
 
 A block holds 32 weights; byte i of the nibbles has weight i in its lower half and weight i + 16 in its upper half.
-k-quants keep their blocks. What has no equal here (Q4_1: its zero point is no whole number of steps) is read as
-numbers and rounded to `NEAREST`, whose grid is more than ten times finer.
+k-quants, Q4_1 and Q5_1 keep their blocks. What has no equal here (the iq types, ternaries) is read as numbers and
+rounded to `NEAREST`, whose grid is more than ten times finer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit.core import calls
+from lowbit.core.library import BLOCK_TYPES
 from lowbit.formats import format_from_name
 from lowbit.packing import PackedTensor, code_shape
 
@@ -31,9 +32,8 @@ _FP16_BYTES = 2
 def packed_blocks(rows: Bytes, kind: str, columns: int) -> PackedTensor | None:
     """The rows [out, bytes] of a GGUF type as a packed weight the core can run, or None where there is no equal."""
     shape = (len(rows), columns)
-    if kind in _KQUANTS:
-        format = format_from_name(kind.lower())
-        return None if calls.refuses(format, shape) else PackedTensor(format, shape, np.ascontiguousarray(rows))
+    if kind.lower() in BLOCK_TYPES:
+        return PackedTensor(format_from_name(kind.lower()), shape, np.ascontiguousarray(rows))
     if kind not in _READERS:
         return None
     name, block_bytes, scale_bytes, read_codes = _READERS[kind]
@@ -63,7 +63,6 @@ def _q8_codes(data: Bytes) -> Bytes:
     return codes
 
 
-_KQUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # GGUF's type: format, bytes of a block, bytes of its scale, how the codes are read.
 _READERS: dict[str, tuple[str, int, int, Callable[[Bytes], Bytes]]] = {
     "Q4_0": ("int4_g32", 18, _FP16_BYTES, _nibbles),
