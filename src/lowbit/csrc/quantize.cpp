@@ -44,6 +44,34 @@ int sort_levels(QuantizeJob& job) {
     return LOWBIT_OK;
 }
 
+// Whether the levels are those of a type with this many mantissa bits, in the order of its bit patterns.
+bool is_float_type(const lowbit_format& format, int mantissa) {
+    const int half = format.level_count / 2, fractions = 1 << mantissa;
+    const float least = format.levels[1];
+    for (int code = 0; code < half; ++code) {
+        const int exponent = code / fractions, fraction = code % fractions;
+        const float value = exponent == 0 ? least * static_cast<float>(fraction) : std::ldexp(least * static_cast<float>(fractions + fraction), exponent - 1);
+        const float level = format.levels[code];
+        // Patterns that are no numbers come last.
+        if (std::isfinite(level) ? level != value || format.levels[half + code] != -value : std::isfinite(format.levels[(code + 1) % half]) && code + 1 < half)
+            return false;
+    }
+    return true;
+}
+
+// Rounding by exponent instead of a search through 256 levels; the zero type where a table is no float's.
+FloatType find_float_type(const QuantizeJob& job) {
+    const lowbit_format& format = job.format;
+    for (int mantissa = 1; mantissa <= format.bits - 3; ++mantissa) {
+        if (!is_float_type(format, mantissa)) continue;
+        const float least_normal = format.levels[1 << mantissa];
+        const int exponent = std::ilogb(least_normal);
+        return {static_cast<float>(1 << mantissa), least_normal, job.max_level, 23 - mantissa, (exponent + 126) << mantissa,
+                1 << (format.bits - 1)};
+    }
+    return {};
+}
+
 float largest_weight(const QuantizeJob& job) {
     std::atomic<uint32_t> largest{0};  // positive floats order like their bit patterns
     parallel_for(job.shape.rows, 16, [&](int64_t begin, int64_t end, int) {
@@ -112,8 +140,10 @@ extern "C" int lowbit_quantize(const lowbit_format* format, const void* weight, 
     job.scales = scales;
     job.zeros = stores_zeros(*format) ? zeros : nullptr;
     job.unit = 1.0f;
-    if (format->kind == LOWBIT_LEVELS)
+    if (format->kind == LOWBIT_LEVELS) {
         if (int status = sort_levels(job)) return status;
+        job.float_type = find_float_type(job);
+    }
     if (format->scale_type == LOWBIT_SCALE_E4M3) {
         const float max_level = format->kind == LOWBIT_LEVELS ? job.max_level : static_cast<float>(1 << (format->bits - 1));
         job.unit = std::max(largest_weight(job), 1e-30f) / (448.0f * max_level);

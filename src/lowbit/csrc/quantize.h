@@ -7,6 +7,13 @@
 
 namespace lowbit {
 
+// A small floating point type whose values are all that a table of levels holds; `steps` 0: none.
+struct FloatType {
+    float steps;                         // values of a binade, 2^mantissa bits
+    float least_normal, most;
+    int32_t shift, exponent_bias, sign_bit;  // from the bits of an fp32 to its code
+};
+
 struct QuantizeJob {
     lowbit_format format;
     const void* weight;
@@ -25,6 +32,7 @@ struct QuantizeJob {
     float borders[kMostLevels];
     uint8_t level_codes[kMostLevels];
     float max_level;
+    FloatType float_type;
 
     // Flat position of a weight that is NaN or infinite, or -1; the smallest that any thread met.
     mutable std::atomic<int64_t> bad_weight{-1};

@@ -1,0 +1,127 @@
+// The scale (and zero point) of sixteen groups at a time: the plain one, or the best of those that a search tries.
+#pragma once
+#include "rounding_lanes.h"
+
+namespace lowbit {
+namespace {
+
+// The groups of one step, transposed: entry i of lane l is at [i * kLanes + l]; lanes and entries that do not exist hold zero.
+struct Lanes {
+    int64_t length;
+    F32* weights;
+    F32* mask;  // what an entry's error weighs: its input's importance, or sqrt|w|; nullptr without a search
+    F32* values;
+};
+
+inline F32 signed_extreme(const Lanes& lanes) {
+    F32 extreme = lanes.weights[0], largest = absolute(extreme);
+    for (int64_t i = 1; i < lanes.length; ++i) {
+        const F32 magnitude = absolute(lanes.weights[i]);
+        extreme = select(magnitude > largest, lanes.weights[i], extreme);
+        largest = select(magnitude > largest, magnitude, largest);
+    }
+    return extreme;
+}
+
+struct Range {
+    F32 low, high;
+};
+
+inline Range zero_range(const Lanes& lanes) {
+    Range range = {F32{}, F32{}};
+    for (int64_t i = 0; i < lanes.length; ++i) {
+        range.low = select(lanes.weights[i] < range.low, lanes.weights[i], range.low);
+        range.high = select(lanes.weights[i] > range.high, lanes.weights[i], range.high);
+    }
+    return range;
+}
+
+inline F32 clamp_zero(F32 zeros, const QuantizeJob& job) {
+    return clamp(zeros, F32{}, splat(static_cast<float>((1 << job.format.bits) - 1)));
+}
+
+inline LaneGrid plain_grid(const Lanes& lanes, const QuantizeJob& job) {
+    const lowbit_format& format = job.format;
+    const float midpoint = static_cast<float>(1 << (format.bits - 1));
+    if (format.kind == LOWBIT_INT && !format.symmetric) {
+        const Range range = zero_range(lanes);
+        const F32 scales = round_scales((range.high - range.low) / splat(static_cast<float>((1 << format.bits) - 1)), job);
+        return {scales, clamp_zero(round_even(-range.low / scales), job)};
+    }
+    const F32 extreme = signed_extreme(lanes);
+    if (format.kind == LOWBIT_INT) return {round_scales(extreme / splat(-midpoint), job), splat(midpoint)};
+    if (format.scale_type == LOWBIT_SCALE_E8M0) {
+        F32 scales;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const float magnitude = fabsf(extreme[lane]) > 0x1p-127f ? fabsf(extreme[lane]) : 0x1p-127f;
+            scales[lane] = exp2f(ceilf(log2f(magnitude / 7.25f)));
+        }
+        return {scales, F32{}};
+    }
+    return {round_scales(absolute(extreme) / splat(job.max_level), job), F32{}};
+}
+
+struct Best {
+    F32 error, scales, zeros;
+};
+
+// Score one candidate and keep it where it is better.
+inline void try_candidate(const Lanes& lanes, const QuantizeJob& job, LaneGrid candidate, Best& best) {
+    candidate.scales = select(absolute(candidate.scales) < kTinyScale, splat(1.0f), candidate.scales);
+    F32 product = {}, square = {}, error = {};
+    for (int64_t i = 0; i < lanes.length; ++i) {
+        const F32 w = lanes.weights[i], value = nearest_value(w, candidate, job);
+        lanes.values[i] = value;
+        const F32 weighted = lanes.mask ? lanes.mask[i] * value : value;
+        product += weighted * w;
+        square += weighted * value;
+    }
+    const F32 scales = round_scales_wide(select(square > 0.0f, product / square, candidate.scales), job);
+    for (int64_t i = 0; i < lanes.length; ++i) {
+        const F32 miss = scales * lanes.values[i] - lanes.weights[i];
+        error += lanes.mask ? lanes.mask[i] * (miss * miss) : miss * miss;
+    }
+    const I32 better = error < best.error;
+    best.error = select(better, error, best.error);
+    best.scales = select(better, scales, best.scales);
+    best.zeros = select(better, candidate.zeros, best.zeros);
+}
+
+inline void search_asymmetric(const Lanes& lanes, const QuantizeJob& job, Best& best) {
+    const Range range = zero_range(lanes);
+    const F32 width = range.high - range.low;
+    const F32 usable_width = select(width > 1e-20f, width, splat(1e-20f));
+    const double max_code = (1 << job.format.bits) - 1;
+    for (int i = 0; i < job.search.ratio_count; ++i) {
+        const double ratio = job.search.ratios[i];
+        const F32 scales = usable_width * splat(static_cast<float>(ratio / max_code));
+        const F32 middle = round_even(-range.low * splat(static_cast<float>(ratio)) / scales);
+        for (int shift = -job.search.zero_steps; shift <= job.search.zero_steps; ++shift)
+            try_candidate(lanes, job, {scales, clamp_zero(middle + static_cast<float>(shift), job)}, best);
+    }
+}
+
+inline LaneGrid search_grid(const Lanes& lanes, const QuantizeJob& job, const LaneGrid& start) {
+    Best best = {splat(INFINITY), start.scales, start.zeros};
+    try_candidate(lanes, job, start, best);
+    if (job.format.kind == LOWBIT_INT && !job.format.symmetric) {
+        search_asymmetric(lanes, job, best);
+        return {best.scales, best.zeros};
+    }
+    const F32 extreme = signed_extreme(lanes);
+    const double midpoint = 1 << (job.format.bits - 1);
+    for (int i = 0; i < job.search.ratio_count; ++i) {
+        const double ratio = job.search.ratios[i];
+        if (job.format.kind == LOWBIT_INT) {
+            try_candidate(lanes, job, {extreme * splat(static_cast<float>(-ratio / midpoint)), start.zeros}, best);
+            try_candidate(lanes, job, {extreme * splat(static_cast<float>(ratio / (midpoint - 1))), start.zeros}, best);
+        } else {
+            const F32 scales = absolute(extreme) * splat(static_cast<float>(ratio / static_cast<double>(job.max_level)));
+            try_candidate(lanes, job, {scales, start.zeros}, best);
+        }
+    }
+    return {best.scales, best.zeros};
+}
+
+}  // namespace
+}  // namespace lowbit
