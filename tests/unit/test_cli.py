@@ -6,11 +6,12 @@ import errno
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from lowbit.cli import COMMANDS, FAILED, INTERRUPTED, OK, PIPE_CLOSED, USAGE, main
+from lowbit.cli import COMMANDS, FAILED, INTERRUPTED, OK, PIPE_CLOSED, USAGE, doctor, main
 from lowbit.cli.failures import explain_failure
 from lowbit.cli.options import COUNT, SHARE
 from lowbit.cli.output import Output, count_text, plain_table, seconds_text, size_text
@@ -101,6 +102,18 @@ def test_wrong_arguments_are_one_line_with_the_way_to_the_help(
     assert main(arguments) == USAGE
     line = error_line(capsys)
     assert said in line and f"see 'lowbit {arguments[0]} --help'" in line
+
+
+def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: object) -> int:
+        warnings.warn("a thing\nto know", stacklevel=1)
+        return OK
+
+    shown = warnings.showwarning
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == OK
+    assert capsys.readouterr().err == "lowbit: warning: a thing to know\n"
+    assert warnings.showwarning is shown
 
 
 def test_ctrl_c_is_130() -> None:

@@ -1,9 +1,11 @@
 """optimize_model for any module, explain, and models without weights."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowbit
@@ -93,6 +95,19 @@ def test_filling_another_model_is_refused(tmp_path: Path) -> None:
         lowbit.load_low_bit(wider, tmp_path / "net")
     with pytest.raises(lowbit.CheckpointError, match="does not have"):
         lowbit.load_low_bit(nn.Sequential(nn.Linear(4, 4)), tmp_path / "net")
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_what_the_folder_lacks_does_not_stay_as_it_was(tmp_path: Path, is_empty: bool) -> None:
+    lowbit.optimize_model(net(), "int4").save_low_bit(tmp_path / "net")
+    file = tmp_path / "net" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".bias"))
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
+    with lowbit.low_memory_init() if is_empty else nullcontext():
+        model = Net()
+    with pytest.raises(lowbit.CheckpointError, match=f"lacks {name}"):
+        lowbit.load_low_bit(model, tmp_path / "net")
 
 
 @pytest.mark.transformers

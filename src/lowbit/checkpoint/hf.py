@@ -16,7 +16,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -201,7 +201,7 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.pages = Pages(files)
         if self.pre_quantized:
             folder = Path(files[0]).parent if files else None
-            ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+            ignored = [re.compile(pattern) for pattern in cast(Any, model)._keys_to_ignore_on_load_unexpected or ()]
             known = [name for name in names if not any(pattern.search(name) for pattern in ignored)]
             refuse_other_layers(str(folder), model, known)
             self.reading = Reading(model, self.quantization_config.fields, folder)

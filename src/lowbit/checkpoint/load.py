@@ -25,7 +25,7 @@ from torch.utils._device import _device_constructors
 
 from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
 from lowbit.checkpoint.hf_names import is_transformers_model
-from lowbit.checkpoint.layout import held_weights
+from lowbit.checkpoint.layout import dense_tensors, held_weights
 from lowbit.checkpoint.plain_save import attach_saving
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.sites import Reading
@@ -121,11 +121,12 @@ def _fill_dense_(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Pat
             )
     shared = {id(tensor): name for name, tensor in own.items() if name in tensors}
     packed = {name for h in held_weights(model) for name, _ in h.module.named_buffers()}
+    saved = {name for name, _ in dense_tensors(model)}  # one that the folder lacks would keep the value it has
     for name, place in own.items():
         source = shared.get(id(place))
         if source is not None:
             _set(model, name, place, tensors[source])
-        elif place.device.type == "meta" and name.rpartition(".")[2] not in packed:
+        elif name in saved or (place.device.type == "meta" and name.rpartition(".")[2] not in packed):
             raise CheckpointError(f"{folder} lacks {name}, so it is incomplete or was saved from another model")
 
 

@@ -17,13 +17,14 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, cast
+from typing import NoReturn, Protocol, TextIO, cast
 
 import lowbit
 from lowbit.cli.failures import explain_failure
-from lowbit.errors import LowbitError, nearest
+from lowbit.errors import LowbitError, nearest, one_line
 
 OK, FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
@@ -81,6 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     _never_fail_on_characters()
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _exit_code(words)
+
+
+def _exit_code(words: list[str]) -> int:
     try:
         code = _run(words)
         sys.stdout.flush()
@@ -145,6 +152,18 @@ def _help() -> str:
     ]
     lines += ["commands:"] + [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", EXAMPLES]) + "\n"
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as one line: where in the code it was raised says nothing to the person at the keyboard."""
+    print(f"lowbit: warning: {one_line(str(message))}", file=sys.stderr)
 
 
 def _never_fail_on_characters() -> None:

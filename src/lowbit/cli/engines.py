@@ -71,9 +71,9 @@ def _files_for_engine(source: Source, options: LoadOptions) -> ModelFiles | None
     recipe = options.recipe
     formats = files.formats if recipe is None else {f for f in (recipe.linear, recipe.head, recipe.embedding) if f}
     for format in formats:
-        reason = calls.refuses(format, (1, 1)) or (recipe and calls.refuses_to_quantize(format))
-        if reason:
-            raise LowbitError(reason)
+        refusal = calls.refuses(format, (1, 1)) or (calls.refuses_to_quantize(format) if recipe else None)
+        if refusal:
+            raise LowbitError(refusal)
     return files
 
 
