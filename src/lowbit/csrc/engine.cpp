@@ -23,6 +23,14 @@ int check_options(const lowbit_engine_options& options) {
     return LOWBIT_OK;
 }
 
+// Counted in floating point, which does not overflow.
+int check_cache(const lowbit_model& model, const lowbit_engine_options& options) {
+    constexpr double kMostNumbers = 0x1p56;
+    const double numbers = static_cast<double>(model.layer_count) * model.kv_heads * model.head_dim * static_cast<double>(options.context) * options.slots;
+    if (numbers > kMostNumbers) return fail(LOWBIT_NO_MEMORY, "a cache of %.3g numbers fits no machine; ask for a smaller context or fewer slots", numbers);
+    return LOWBIT_OK;
+}
+
 struct Request {
     const int32_t* tokens;
     const int32_t* slots;
@@ -92,6 +100,7 @@ int step_checked(Engine& engine, const Request& request, float* logits) {
 int make_engine(const lowbit_model& model, const lowbit_engine_options& options, Engine* engine) {
     if (int status = check_options(options)) return status;
     if (int status = make_plans(model, &engine->plans)) return status;
+    if (int status = check_cache(model, options)) return status;
     engine->options = options;
     if (int status = engine->cache.make(model, options)) return status;
     engine->lengths.assign(static_cast<size_t>(options.slots), 0);
@@ -122,7 +131,7 @@ extern "C" void lowbit_engine_destroy(lowbit_engine* engine) { delete engine; }
 
 extern "C" int64_t lowbit_engine_bytes(const lowbit_model* model, const lowbit_engine_options* options) {
     if (!model || !options) return fail(LOWBIT_BAD_ARGUMENT, "no description of a model was given"), -1;
-    if (check_options(*options) != LOWBIT_OK || check_sizes(*model) != LOWBIT_OK) return -1;
+    if (check_options(*options) != LOWBIT_OK || check_sizes(*model) != LOWBIT_OK || check_cache(*model, *options) != LOWBIT_OK) return -1;
     return cache_bytes(*model, *options);
 }
 
