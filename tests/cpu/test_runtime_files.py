@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lowbit
+from interop.gguf_writing import byte_level_vocabulary, write_gguf
 from lowbit.core import calls
 from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
 from lowbit.grid import Search
@@ -154,6 +155,24 @@ def test_blocks_become_packed_weights_number_for_number(kind: str) -> None:
     ids, rows = np.arange(48), np.empty((48, 512), np.float32)
     calls.read_rows(matrix.address, matrix.bytes, ids.ctypes.data, 48, rows.ctypes.data)
     assert np.array_equal(rows, exact)
+
+
+def test_a_file_with_every_type_is_held_as_stored(tmp_path: Path) -> None:
+    width, matrices = 256, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    names = [f"blk.{layer}.{matrix}.weight" for layer in range(2) for matrix in matrices] + ["token_embd.weight"]
+    rows = {name: 300 if name == "token_embd.weight" else width for name in names}
+    kinds = dict(zip(names, (HELD_KINDS * 2)[: len(names)], strict=True))
+    blocks = {name: (kind, random_rows(kind, rows[name], width)) for name, kind in kinds.items()}
+    norms = ["output_norm.weight", *(f"blk.{i}.{n}_norm.weight" for i in range(2) for n in ("attn", "ffn"))]
+    tensors = {name: np.ones(width, np.float32) for name in norms} | {n: np.empty((rows[n], width)) for n in names}
+    sizes = {"block_count": 2, "embedding_length": width, "feed_forward_length": width, "context_length": 64}
+    heads = {"attention.head_count": 4, "attention.head_count_kv": 4, "attention.layer_norm_rms_epsilon": 1e-5}
+    metadata = sizes | heads | byte_level_vocabulary()
+    path = write_gguf(tmp_path / "all.gguf", "llama", metadata, tensors, blocks=blocks)
+    held = load(path, **EXACT)
+    assert not held.notes
+    plain = load(write_hf_folder(path, tmp_path / "plain", "float32"), **EXACT)
+    assert np.allclose(held.logits(IDS), plain.logits(IDS), atol=1e-4 * np.abs(plain.logits(IDS)).max())
 
 
 def test_blocks_without_an_equal_are_left_to_the_caller() -> None:

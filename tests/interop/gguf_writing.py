@@ -90,15 +90,21 @@ def write_gguf(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Array],
     type_name: str = "F32",
+    blocks: Mapping[str, tuple[str, Array]] | None = None,
 ) -> Path:
-    """A GGUF file. Keys of no general section get the architecture's prefix; matrices are stored as `type_name`."""
+    """A GGUF file. Keys of no general section get the architecture's prefix; matrices are stored as `type_name`, but those
+    in `blocks` as the type and the bytes [rows, bytes] given there."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
         full = key if key.startswith(("general.", "tokenizer.", "split.")) else f"{architecture}.{key}"
         _add_value(writer, full, value)
     kind = gguf.GGMLQuantizationType[type_name]
     elements = gguf.GGML_QUANT_SIZES[kind][0]
+    for name, (type_of, data) in (blocks or {}).items():
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[type_of])
     for name, tensor in tensors.items():
+        if name in (blocks or {}):
+            continue
         values = np.ascontiguousarray(tensor, np.float32)
         stored = kind if values.ndim > 1 and values.shape[-1] % elements == 0 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
