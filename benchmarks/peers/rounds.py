@@ -116,14 +116,19 @@ def run_row(row: Row, entries: Sequence[Entry], limits: Limits, rounds: int, loo
     readings: dict[str, list[dict[str, float]]] = {c.entry.name: [] for c in contenders}
     try:
         for number in range(rounds):
-            for contender in contenders:
-                found = read_once(contender.open(row.task), row.task, number, limits)
+            for contender in [c for c in contenders if c.entry.name not in failed]:
+                try:
+                    found = read_once(contender.open(row.task), row.task, number, limits)
+                except (PeerError, OSError) as error:
+                    failed[contender.entry.name] = f"round {number + 1}: {error}"
+                    say(f"  {contender.entry.name}: {failed[contender.entry.name]}")
+                    continue
                 readings[contender.entry.name].append(found)
-            say(f"  round {number + 1}: " + ", ".join(f"{n} {r[-1]['value']:.4g}" for n, r in readings.items()))
+            say(f"  round {number + 1}: " + ", ".join(f"{n} {r[-1]['value']:.4g}" for n, r in readings.items() if r))
     finally:
         for contender in contenders:
             contender.close()
-    lines = [line_of(c, readings[c.entry.name], row) for c in contenders]
+    lines = [line_of(c, readings[c.entry.name], row) for c in contenders if readings[c.entry.name]]
     return {"row": row.name, "model": row.model, "task": row.task.to_dict(), "lines": lines, "failed": failed}
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -178,14 +179,18 @@ class Command:
             peak = peak_of_command(command)
             return Reading(peak / 1e6, 0.0, peak)
         watch, start = Watch(own_seconds), time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        printed, complaints = process.communicate()
+        pipe = subprocess.PIPE
+        with tempfile.TemporaryDirectory() as folder:  # for the logs that ik_llama.cpp leaves where it is started
+            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=folder)
+            printed, complaints = process.communicate()
         seconds = time.perf_counter() - start
         if process.returncode:
             raise PeerError(f"{' '.join(command)} ended with {process.returncode}: {complaints[-400:]}")
         if task.kind == "start":
             return Reading(seconds, watch.others())
-        return Reading(self.parse(task, printed), watch.others())
+        # ik_llama.cpp writes its table of sequences to standard error.
+        text = printed + complaints if task.kind == "batch" else printed
+        return Reading(self.parse(task, text), watch.others())
 
     def close(self) -> None:
         return
