@@ -73,8 +73,6 @@ struct Engine {
 int run_step(Engine& engine, const int32_t* tokens, const std::vector<Sequence>& sequences, const std::vector<int64_t>& wanted,
              int64_t count, float* logits);
 
-int check_sizes(const lowbit_model& model);  // everything but the weights
-
 // Whether all of these are numbers.
 bool all_finite(const float* x, int64_t count);
 // What to say of a step whose logits are not all numbers.
