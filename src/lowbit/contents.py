@@ -10,8 +10,10 @@ behind it sees a header that is not whole.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +48,8 @@ _LENGTH = struct.Struct("<Q")
 # A header is JSON of names and offsets; one of more than this is a file of another kind (the safetensors library's limit).
 _LONGEST_HEADER = 100_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "pytorch_model.bin.index.json")
+# `name` or `owner/name`, as the hub spells them.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -257,3 +261,36 @@ def _tensor(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
 def _counts(value: Any) -> tuple[int, ...] | None:
     whole = isinstance(value, list) and all(type(count) is int and count >= 0 for count in value)
     return tuple(value) if whole else None
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a word could be the name of a model on the hub."""
+    return _HUB_NAME.fullmatch(text) is not None and Path(text).suffix not in (".gguf", ".safetensors")
+
+
+def may_be_on_hub(text: str) -> bool:
+    """Whether a word for which nothing is here is more likely a name on the hub than a mistyped path."""
+    path = Path(text)
+    if not is_hub_name(text):
+        return False
+    owner_is_folder = "/" in text and path.parent.is_dir()
+    owner = Path(text.partition("/")[0])
+    return not owner_is_folder and _similar_neighbour(path) is None and _similar_neighbour(owner) is None
+
+
+def missing(path: Path) -> str:
+    """The sentence for a path that does not exist."""
+    first_absent = next((p for p in (*reversed(path.parents), path) if not p.exists()), path)
+    close = _similar_neighbour(first_absent)
+    if close is not None:
+        return f"there is no file or folder {path}: did you mean {close}?"
+    parent = next((p for p in path.parents if p.exists()), Path())
+    return f"there is no file or folder {path} (the path is right up to {parent.resolve()})"
+
+
+def _similar_neighbour(path: Path) -> Path | None:
+    """Something that exists beside the path and is called nearly like it."""
+    if not path.parent.is_dir():
+        return None
+    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.7)
+    return path.parent / close[0] if close else None

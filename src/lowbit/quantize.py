@@ -83,7 +83,8 @@ def warn_about_idle_skips(paths: list[str], recipe: Recipe) -> None:
     idle = [name for name in recipe.skip if not any(name in path for path in paths)]
     if idle:
         warnings.warn(
-            f"no weight of this model has {', '.join(map(repr, idle))} in its path, so nothing is left out for it"
+            f"no weight of this model has {', '.join(map(repr, idle))} in its path, so nothing is left out for it",
+            stacklevel=2,
         )
 
 

@@ -107,6 +107,38 @@ def test_gguf_as_a_source(tmp_path: Path) -> None:
     assert "Paris" in tokenizer.decode([best])
 
 
+def test_a_gguf_file_is_a_language_model() -> None:
+    with pytest.raises(
+        lowbit.CheckpointError, match=r"AutoModelForMaskedLM has no class for.*use AutoModelForCausalLM"
+    ):
+        lowbit.AutoModelForMaskedLM.from_pretrained(smollm2_gguf(), load_in_4bit=True)
+
+
+def test_load_low_bit_says_what_changes_nothing(dense: Path, tmp_path: Path) -> None:
+    Auto.from_pretrained(dense, load_in_4bit=True).save_low_bit(tmp_path / "low")
+    idle = {
+        "cpu_embedding": True,
+        "disk_embedding": True,
+        "embedding_qtype": "q4_k",
+        "modules_to_not_convert": ["lm_head"],
+    }
+    with pytest.warns(UserWarning) as caught:
+        Auto.load_low_bit(tmp_path / "low", optimize_model=True, **idle)
+    said = [str(warning.message) for warning in caught if "changes nothing" in str(warning.message)]
+    assert sorted(text.split("'")[1] for text in said) == sorted(idle)
+    with pytest.warns(UserWarning, match="'disk_embedding' has no meaning here.*stay mapped"):
+        Auto.from_pretrained(tmp_path / "low", disk_embedding=True)
+
+
+def test_paths_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "smollm2").mkdir()
+    with pytest.raises(lowbit.CheckpointError, match=r"did you mean .*smollm2"):
+        Auto.from_pretrained(tmp_path / "smolm2", load_in_4bit=True)
+    for name in ("./nowhere", "~/nowhere/deep", "nowhere.gguf"):
+        with pytest.raises(lowbit.CheckpointError, match="there is no file or folder"):
+            Auto.from_pretrained(name)
+
+
 def test_import_is_light_and_the_hook_waits() -> None:
     script = (
         "import sys, lowbit\n"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import lowbit
 from lowbit import CheckpointError
 from lowbit.checkpoint.save import parse_size
+from lowbit.cli import FAILED, main
 from unit.checkpoint_cases import EVEN, make
 
 pytestmark = pytest.mark.transformers
@@ -134,6 +135,22 @@ def test_pickles_only_where_they_are_trusted(folders: Path, tmp_path: Path) -> N
     assert "allow_pickle=True" in refused(folder, load_in_4bit=True)
     assert "allow_pickle=True" in refused(folder)
     assert Auto.from_pretrained(folder, load_in_4bit=True, allow_pickle=True).lowbit_report.layers
+
+
+def test_a_pickle_that_is_cut(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy_of(folders, "dense", tmp_path)
+    file = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), file)
+    (folder / "model.safetensors").unlink()
+    whole = file.read_bytes()
+    for length in (len(whole) // 2, 40, 0):
+        file.write_bytes(whole[:length])
+        for low_bit in ({"load_in_4bit": True}, {}):
+            assert str(folder) in refused(folder, allow_pickle=True, **low_bit)
+        assert main(["quantize", str(folder), str(tmp_path / "out"), "--allow-pickle"]) == FAILED
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"lowbit: error: {folder}")
+    assert not (tmp_path / "out").exists()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from lowbit.checkpoint.keywords import CHOICES, Choices, as_dtype, build_recipe,
 from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.verdict import check_account, check_method, one_sentence
-from lowbit.contents import CONFIG, has_only_pickles, read_config
+from lowbit.contents import CONFIG, has_only_pickles, is_hub_name, missing, read_config
 from lowbit.errors import CheckpointError
 from lowbit.interop.gguf import open_gguf
 from lowbit.recipe import Recipe
@@ -134,6 +134,8 @@ class _AutoBase:
         if gguf is not None:
             return cls._from_gguf(gguf, request, *model_args, **kwargs)
         folder = source / (kwargs.get("subfolder") or "")
+        if not source.exists() and not is_hub_name(str(pretrained_model_name_or_path)):
+            raise CheckpointError(missing(source))
         if source.exists():
             check_folder(folder)
             check_method(folder)

@@ -12,8 +12,16 @@ from typing import Any
 from lowbit.cli.listing import Hints, StoredWeight, hints_from, list_weights
 from lowbit.cli.options import add_json
 from lowbit.cli.output import Output, count_text, size_text
-from lowbit.cli.source import missing
-from lowbit.contents import CONFIG, REPORT, StoredTensor, quantization_config, read_header, read_json, read_tensors
+from lowbit.contents import (
+    CONFIG,
+    REPORT,
+    StoredTensor,
+    missing,
+    quantization_config,
+    read_header,
+    read_json,
+    read_tensors,
+)
 from lowbit.errors import CheckpointError
 
 DESCRIPTION = """\

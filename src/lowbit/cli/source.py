@@ -5,17 +5,12 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit.contents import CONFIG, read_config
+from lowbit.contents import CONFIG, may_be_on_hub, missing, read_config
 from lowbit.errors import CheckpointError
-
-# `name` or `owner/name`, as the hub spells them.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -41,36 +36,9 @@ def find_source(text: str) -> Source:
         return _file_source(path)
     if path.is_dir():
         return _folder_source(path)
-    if _may_be_on_hub(text, path):
+    if may_be_on_hub(text):
         return Source("hub", text)
     raise CheckpointError(missing(path))
-
-
-def _may_be_on_hub(text: str, path: Path) -> bool:
-    """Whether a word is more likely a name on the hub than a mistyped path."""
-    if not _HUB_NAME.fullmatch(text) or path.suffix in (".gguf", ".safetensors"):
-        return False
-    owner_is_folder = "/" in text and path.parent.is_dir()
-    owner = Path(text.partition("/")[0])
-    return not owner_is_folder and _similar_neighbour(path) is None and _similar_neighbour(owner) is None
-
-
-def missing(path: Path) -> str:
-    """The sentence for a path that does not exist."""
-    first_absent = next((p for p in (*reversed(path.parents), path) if not p.exists()), path)
-    close = _similar_neighbour(first_absent)
-    if close is not None:
-        return f"there is no file or folder {path}: did you mean {close}?"
-    parent = next((p for p in path.parents if p.exists()), Path())
-    return f"there is no file or folder {path} (the path is right up to {parent.resolve()})"
-
-
-def _similar_neighbour(path: Path) -> Path | None:
-    """Something that exists beside the path and is called nearly like it."""
-    if not path.parent.is_dir():
-        return None
-    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.7)
-    return path.parent / close[0] if close else None
 
 
 def _file_source(path: Path) -> Source:
