@@ -16,10 +16,11 @@ namespace {
 constexpr int kAhead = 8192;
 
 // The scales and zero points of the group that a segment belongs to.
+template <bool kPlain>
 struct GroupReader {
     const Header& header;
     const uint8_t* block;
-    ScaleReader scales;
+    ScaleReader<kPlain> scales;
     bool row_zeros;
     int32_t zero_bias;
     int64_t group = 0, left = 0;
@@ -37,8 +38,8 @@ struct GroupReader {
     }
 };
 
-template <int kTokens>
-LOWBIT_INLINE void begin_segment(const GroupReader& reader, const int32_t* sums, Ints* partial) {
+template <int kTokens, bool kPlain>
+LOWBIT_INLINE void begin_segment(const GroupReader<kPlain>& reader, const int32_t* sums, Ints* partial) {
     LOWBIT_UNROLL
     for (int t = 0; t < kTokens; ++t) {
         partial[t] = splat_ints(sums[t]);
@@ -47,12 +48,12 @@ LOWBIT_INLINE void begin_segment(const GroupReader& reader, const int32_t* sums,
 }
 
 // `place`: of the segment in the tile's arrays.
-template <int kBits, bool kTable, int kTokens>
-LOWBIT_INLINE void end_segment(const GroupReader& reader, const TileView& x, int64_t place, const Ints* partial, Floats* total) {
+template <int kBits, bool kTable, int kTokens, bool kPlain>
+LOWBIT_INLINE void end_segment(const GroupReader<kPlain>& reader, const TileView& x, int64_t place, const Ints* partial, Floats* total) {
     LOWBIT_UNROLL
     for (int t = 0; t < kTokens; ++t)
         total[t] = multiply_add(to_floats(partial[t]), multiply(reader.scales.scales, splat_floats(x.scales[place + t])), total[t]);
-    if (!kMayHaveMinima<kBits, kTable> || !x.scaled_sums) return;
+    if (kPlain || !kMayHaveMinima<kBits, kTable> || !x.scaled_sums) return;
     LOWBIT_UNROLL
     for (int t = 0; t < kTokens; ++t) total[t] = multiply_add(reader.scales.minima, splat_floats(x.scaled_sums[place + t]), total[t]);
 }
@@ -85,8 +86,8 @@ LOWBIT_INLINE void join_chains(Ints* partial) {
 }
 
 // Segments of whole units.
-template <int kBits, bool kTable, int kTokens>
-LOWBIT_INLINE void decode_units(const Header& header, GroupReader& reader, const TileView& x, const Table& table, Floats* total) {
+template <int kBits, bool kTable, int kTokens, bool kPlain>
+LOWBIT_INLINE void decode_units(const Header& header, GroupReader<kPlain>& reader, const TileView& x, const Table& table, Floats* total) {
     constexpr bool kWide = kTable || kBits == 8;
     const Plan& plan = header.plan;
     const uint8_t* planes = reader.block + header.codes_offset;
@@ -112,8 +113,8 @@ LOWBIT_INLINE void decode_units(const Header& header, GroupReader& reader, const
 }
 
 // Segments of half a unit (groups of 16): two of them close within each unit.
-template <int kBits, bool kTable, int kTokens>
-LOWBIT_INLINE void decode_halves(const Header& header, GroupReader& reader, const TileView& x, const Table& table, Floats* total) {
+template <int kBits, bool kTable, int kTokens, bool kPlain>
+LOWBIT_INLINE void decode_halves(const Header& header, GroupReader<kPlain>& reader, const TileView& x, const Table& table, Floats* total) {
     constexpr bool kWide = kTable || kBits == 8;
     constexpr int kHalf = kSteps / 2;
     const uint8_t* planes = reader.block + header.codes_offset;
@@ -137,9 +138,9 @@ LOWBIT_INLINE void decode_halves(const Header& header, GroupReader& reader, cons
     }
 }
 
-template <int kBits, bool kTable, int kTokens>
+template <int kBits, bool kTable, int kTokens, bool kPlain>
 void decode_block(const Header& header, const uint8_t* block, const TileView& x, const ZeroPlan& zeros, Floats* total) {
-    GroupReader reader{header, block, ScaleReader(header, block), zeros.per_row, kTable || kBits == 8 ? kWideBias : 0};
+    GroupReader<kPlain> reader{header, block, ScaleReader<kPlain>(header, block), zeros.per_row, kTable || kBits == 8 ? kWideBias : 0};
     const Table table = load_table(header.bytes);
     Floats sums[kTokens];
     for (int t = 0; t < kTokens; ++t) sums[t] = splat_floats(0.0f);
@@ -156,7 +157,9 @@ void decode_blocks(const ProductJob& job, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
         for (int64_t tile = 0; tile < tiles; ++tile) {
             Floats total[kTokens];
-            decode_block<kBits, kTable, kTokens>(header, block_at(header, block), view_tile(job.activations, tile), job.zeros, total);
+            const TileView x = view_tile(job.activations, tile);
+            if (is_plain(header)) decode_block<kBits, kTable, kTokens, true>(header, block_at(header, block), x, job.zeros, total);
+            else decode_block<kBits, kTable, kTokens, false>(header, block_at(header, block), x, job.zeros, total);
             for (int t = 0; t < kTokens; ++t)
                 if (tile * kTokens + t < job.activations.tokens) store_outputs(job, tile * kTokens + t, block, total[t]);
         }

@@ -22,7 +22,7 @@ inline void widen_step(const Header& header, Bytes codes, Floats scales, Ints ze
 template <int kBits, bool kTable>
 void widen_block(const Header& header, const uint8_t* block, int64_t first_unit, int64_t units, float (*to)[kBlockRows]) {
     const Plan& plan = header.plan;
-    ScaleReader reader(header, block);
+    ScaleReader<> reader(header, block);
     const Table table{};
     const bool has_zeros = stores_zeros(header);
     const Floats unit = splat_floats(header.unit);

@@ -9,19 +9,69 @@
 namespace lowbit {
 namespace {
 
-// A plane of codes: fields `width` bits wide at bit `low` of the codes. `run` consecutive codes take one field of `run` consecutive
-// bytes, the next run takes their next field.
-struct Piece {
-    int bytes, width, run, low;
+// A plane of codes: fields kWidth bits wide at bit kLow of the codes. kRun consecutive codes take one field of kRun consecutive bytes,
+// the next run takes their next field. kMore adds to codes that hold other bits already.
+template <int kBytes, int kWidth, int kRun, int kLow, bool kMore = false>
+struct Fields {
+    static constexpr int kPerByte = 8 / kWidth, kMask = (1 << kWidth) - 1;
+    static int code_at(int run, int field, int i) { return (run * kPerByte + field) * kRun + i; }
+
+    static void read(const uint8_t* bytes, uint8_t* codes) {
+        for (int run = 0; run < kBytes / kRun; ++run)
+            for (int field = 0; field < kPerByte; ++field)
+                for (int i = 0; i < kRun; ++i) {
+                    uint8_t& code = codes[code_at(run, field, i)];
+                    const int bits = (bytes[run * kRun + i] >> (field * kWidth) & kMask) << kLow;
+                    code = static_cast<uint8_t>(kMore ? code | bits : bits);
+                }
+    }
+    static void write(uint8_t* bytes, const uint8_t* codes) {
+        for (int run = 0; run < kBytes / kRun; ++run)
+            for (int i = 0; i < kRun; ++i) {
+                int byte = 0;
+                for (int field = 0; field < kPerByte; ++field) byte |= (codes[code_at(run, field, i)] >> kLow & kMask) << (field * kWidth);
+                bytes[run * kRun + i] = static_cast<uint8_t>(byte);
+            }
+    }
 };
+
+struct Reading {
+    template <class Place>
+    static void move(const uint8_t* bytes, uint8_t* codes) { Place::read(bytes, codes); }
+};
+struct Writing {
+    template <class Place>
+    static void move(uint8_t* bytes, const uint8_t* codes) { Place::write(bytes, codes); }
+};
+
+// Where the codes of each type stand.
+template <class Direction, class From, class To>
+void move_codes(int block_type, From* bytes, To* codes) {
+    switch (block_type) {
+        case LOWBIT_Q2_K: return Direction::template move<Fields<64, 2, 32, 0>>(bytes + 16, codes);
+        case LOWBIT_Q3_K:
+            Direction::template move<Fields<64, 2, 32, 0>>(bytes + 32, codes);
+            return Direction::template move<Fields<32, 1, 32, 2, true>>(bytes, codes);
+        case LOWBIT_Q4_K: return Direction::template move<Fields<128, 4, 32, 0>>(bytes + 16, codes);
+        case LOWBIT_Q5_K:
+            Direction::template move<Fields<128, 4, 32, 0>>(bytes + 48, codes);
+            return Direction::template move<Fields<32, 1, 32, 4, true>>(bytes + 16, codes);
+        case LOWBIT_Q6_K:
+            Direction::template move<Fields<128, 4, 64, 0>>(bytes, codes);
+            return Direction::template move<Fields<64, 2, 32, 4, true>>(bytes + 128, codes);
+        case LOWBIT_Q4_1: return Direction::template move<Fields<16, 4, 16, 0>>(bytes + 4, codes);
+        default:
+            // The fifth bits are one 32-bit word: a run of one byte, bit after bit.
+            Direction::template move<Fields<16, 4, 16, 0>>(bytes + 8, codes);
+            return Direction::template move<Fields<4, 1, 1, 4, true>>(bytes + 4, codes);
+    }
+}
 
 constexpr int kHalf = 2;
 
+// First byte of each number, -1: none.
 struct Places {
-    int factor, minimum, scales;  // first byte of each, -1: none
-    int scale_bytes;
-    int codes[2];
-    Piece pieces[2];
+    int factor, minimum, scales;
 };
 
 constexpr BlockLayout kLayouts[] = {
@@ -31,31 +81,7 @@ constexpr BlockLayout kLayouts[] = {
     {5, 32, 1, 24, 0, {kOneLevel, kHalfMinima, 0}},
 };
 
-constexpr Places kPlaces[] = {
-    {80, 82, 0, 16, {16, -1}, {{64, 2, 32, 0}, {}}},
-    {108, -1, 96, 12, {0, 32}, {{32, 1, 32, 2}, {64, 2, 32, 0}}},
-    {0, 2, 4, 12, {16, -1}, {{128, 4, 32, 0}, {}}},
-    {0, 2, 4, 12, {16, 48}, {{32, 1, 32, 4}, {128, 4, 32, 0}}},
-    {208, -1, 192, 16, {0, 128}, {{128, 4, 64, 0}, {64, 2, 32, 4}}},
-    {0, 2, -1, 0, {4, -1}, {{16, 4, 16, 0}, {}}},
-    // The fifth bits of Q5_1 are one 32-bit word: a run of one byte, bit after bit.
-    {0, 2, -1, 0, {4, 8}, {{4, 1, 1, 4}, {16, 4, 16, 0}}},
-};
-
-void read_piece(const uint8_t* from, Piece piece, uint8_t* codes) {
-    const int mask = (1 << piece.width) - 1;
-    for (int first = 0; first < piece.bytes; first += piece.run)
-        for (int shift = 0; shift < 8; shift += piece.width, codes += piece.run)
-            for (int i = 0; i < piece.run; ++i) codes[i] = static_cast<uint8_t>(codes[i] | ((from[first + i] >> shift & mask) << piece.low));
-}
-
-void write_piece(uint8_t* to, Piece piece, const uint8_t* codes) {
-    const int mask = (1 << piece.width) - 1;
-    memset(to, 0, static_cast<size_t>(piece.bytes));
-    for (int first = 0; first < piece.bytes; first += piece.run)
-        for (int shift = 0; shift < 8; shift += piece.width, codes += piece.run)
-            for (int i = 0; i < piece.run; ++i) to[first + i] = static_cast<uint8_t>(to[first + i] | ((codes[i] >> piece.low & mask) << shift));
-}
+constexpr Places kPlaces[] = {{80, 82, 0}, {108, -1, 96}, {0, 2, 4}, {0, 2, 4}, {208, -1, 192}, {0, 2, -1}, {0, 2, -1}};
 
 // Eight scales and eight minima of six bits: the first four of each in the low bits of bytes 0..7; of the others four bits in bytes
 // 8..11 (scales low, minima high) and the top two above the first four.
@@ -76,7 +102,9 @@ void write_six_bits(uint8_t* to, const uint8_t* scales, const uint8_t* minima) {
     }
 }
 
-constexpr Piece kLowScales = {8, 4, 8, 0}, kHighScales = {4, 2, 4, 4};  // of q3_k
+typedef Fields<8, 4, 8, 0> LowScales;  // of q3_k
+typedef Fields<4, 2, 4, 4, true> HighScales;
+constexpr int kLowScaleBytes = 8;
 constexpr uint8_t kSignBit = 0x80;
 
 }  // namespace
@@ -85,19 +113,17 @@ const BlockLayout* block_layout(int block_type) {
     return block_type >= LOWBIT_Q2_K && block_type <= LOWBIT_Q5_1 ? &kLayouts[block_type - LOWBIT_Q2_K] : nullptr;
 }
 
-void read_block(int block_type, const uint8_t* from, GgufBlock* block) {
+void read_block(int block_type, const uint8_t* from, uint8_t* codes, BlockNumbers* block) {
     const Places& places = kPlaces[block_type - LOWBIT_Q2_K];
-    memset(static_cast<void*>(block), 0, sizeof *block);
-    for (int i = 0; i < 2; ++i)
-        if (places.codes[i] >= 0) read_piece(from + places.codes[i], places.pieces[i], block->codes);
+    move_codes<Reading>(block_type, from, codes);
     memcpy(&block->factor, from + places.factor, kHalf);
     if (places.minimum >= 0) memcpy(&block->minimum_factor, from + places.minimum, kHalf);
     const uint8_t* scales = from + places.scales;
     switch (block_type) {
         case LOWBIT_Q2_K: memcpy(block->scales, scales, kMostBlockGroups); break;
         case LOWBIT_Q3_K:
-            read_piece(scales, kLowScales, block->scales);
-            read_piece(scales + kLowScales.bytes, kHighScales, block->scales);
+            LowScales::read(scales, block->scales);
+            HighScales::read(scales + kLowScaleBytes, block->scales);
             break;
         case LOWBIT_Q4_K:
         case LOWBIT_Q5_K: read_six_bits(scales, block->scales, block->minima); break;
@@ -108,18 +134,17 @@ void read_block(int block_type, const uint8_t* from, GgufBlock* block) {
     }
 }
 
-void write_block(int block_type, const GgufBlock& block, uint8_t* to) {
+void write_block(int block_type, const uint8_t* codes, const BlockNumbers& block, uint8_t* to) {
     const Places& places = kPlaces[block_type - LOWBIT_Q2_K];
-    for (int i = 0; i < 2; ++i)
-        if (places.codes[i] >= 0) write_piece(to + places.codes[i], places.pieces[i], block.codes);
+    move_codes<Writing>(block_type, to, codes);
     memcpy(to + places.factor, &block.factor, kHalf);
     if (places.minimum >= 0) memcpy(to + places.minimum, &block.minimum_factor, kHalf);
     uint8_t* scales = to + places.scales;
     switch (block_type) {
         case LOWBIT_Q2_K: memcpy(scales, block.scales, kMostBlockGroups); break;
         case LOWBIT_Q3_K:
-            write_piece(scales, kLowScales, block.scales);
-            write_piece(scales + kLowScales.bytes, kHighScales, block.scales);
+            LowScales::write(scales, block.scales);
+            HighScales::write(scales + kLowScaleBytes, block.scales);
             break;
         case LOWBIT_Q4_K:
         case LOWBIT_Q5_K: write_six_bits(scales, block.scales, block.minima); break;
@@ -157,11 +182,10 @@ void blocks_to_lanes(const RepackJob& job, int64_t row, uint8_t* base, uint8_t* 
     const BlockLayout& layout = *block_layout(type);
     const int64_t blocks = job.header->plan.positions() / layout.weights;
     const uint8_t* from = blocks_of_row(job, layout, row);
-    GgufBlock block;
+    BlockNumbers block{};
     for (int64_t b = 0; b < blocks; ++b, from += layout.bytes, bytes += layout.weights) {
-        read_block(type, from, &block);
+        read_block(type, from, bytes, &block);
         const Lane lane = lane_at(*job.header, base, b, layout.groups, row);
-        memcpy(bytes, block.codes, static_cast<size_t>(layout.weights));
         memcpy(lane.factor, &block.factor, kHalf);
         if (lane.minimum_factor) memcpy(lane.minimum_factor, &block.minimum_factor, kHalf);
         for (int g = 0; g < layout.groups; ++g) {
@@ -176,17 +200,16 @@ void lanes_to_blocks(const RepackJob& job, int64_t row, const uint8_t* base, con
     const BlockLayout& layout = *block_layout(type);
     const int64_t blocks = job.header->plan.positions() / layout.weights;
     uint8_t* to = blocks_of_row(job, layout, row);
-    GgufBlock block{};
+    BlockNumbers block{};
     for (int64_t b = 0; b < blocks; ++b, to += layout.bytes, bytes += layout.weights) {
         const Lane lane = lane_at(*job.header, const_cast<uint8_t*>(base), b, layout.groups, row);
-        memcpy(block.codes, bytes, static_cast<size_t>(layout.weights));
         memcpy(&block.factor, lane.factor, kHalf);
         if (lane.minimum_factor) memcpy(&block.minimum_factor, lane.minimum_factor, kHalf);
         for (int g = 0; g < layout.groups; ++g) {
             if (lane.scales) block.scales[g] = lane.scales[g * kBlockRows];
             if (lane.minima) block.minima[g] = lane.minima[g * kBlockRows];
         }
-        write_block(type, block, to);
+        write_block(type, bytes, block, to);
     }
 }
 
@@ -196,16 +219,17 @@ void dequantize_blocks(const DequantizeJob& job, int64_t begin, int64_t end) {
     const int64_t blocks = divide_up(job.shape.cols, layout.weights);
     const int length = layout.weights / layout.groups;
     const uint8_t* data = reinterpret_cast<const uint8_t*>(job.codes);
-    GgufBlock block;
+    uint8_t codes[kMostBlockWeights];
+    BlockNumbers block{};
     for (int64_t row = begin; row < end; ++row)
         for (int64_t b = 0; b < blocks; ++b) {
-            read_block(type, data + (row * blocks + b) * layout.bytes, &block);
+            read_block(type, data + (row * blocks + b) * layout.bytes, codes, &block);
             const float factor = from_fp16(block.factor), minimum_factor = from_fp16(block.minimum_factor);
             const int64_t first = b * layout.weights, left = job.shape.cols - first;
             for (int64_t i = 0; i < layout.weights && i < left; ++i) {
                 const int64_t group = i / length;
                 const LaneScale scale = scale_of_codes(layout.scales, block.scales[group], block.minima[group], factor, minimum_factor);
-                const float value = scale.scale * static_cast<float>(block.codes[i] - layout.zero) + scale.minimum;
+                const float value = scale.scale * static_cast<float>(codes[i] - layout.zero) + scale.minimum;
                 store_number(job.weight, job.dtype, row * job.row_stride + first + i, value);
             }
         }

@@ -31,7 +31,7 @@ struct Stretch {
 template <int kBits, bool kTable>
 void expand_block(const Header& header, const uint8_t* block, const ZeroPlan& zeros, Stretch stretch, int which, Panel& panel) {
     const Plan& plan = header.plan;
-    ScaleReader scales(header, block);
+    ScaleReader<> scales(header, block);
     const Table table = load_table(header.bytes);
     const bool fold = stores_zeros(header) && !zeros.per_row;
     const int64_t first_unit = stretch.first_segment * plan.segment / kUnit;

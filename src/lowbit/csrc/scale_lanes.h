@@ -21,7 +21,11 @@ LOWBIT_INLINE Floats scales_at(const uint8_t* block, int scale_type, int64_t gro
     }
 }
 
-// Reads groups in rising order.
+// Whether scales are numbers by themselves and there are no minima: the case that needs no second look in an inner loop.
+inline bool is_plain(const Header& header) { return header.scales.level == kOneLevel && header.scales.minima == kNoMinima; }
+
+// Reads groups in rising order. kPlain: only formats for which is_plain() holds.
+template <bool kPlain = false>
 class ScaleReader {
 public:
     ScaleReader(const Header& header, const uint8_t* block) : header_(header), block_(block) {}
@@ -29,9 +33,9 @@ public:
     Floats scales = splat_floats(0.0f), minima = splat_floats(0.0f);
 
     LOWBIT_INLINE void read(int64_t group) {
-        if (header_.scales.level != kOneLevel) return read_codes(group);
+        if (!kPlain && header_.scales.level != kOneLevel) return read_codes(group);
         scales = scales_at(block_, header_.scale_type, group);
-        if (header_.scales.minima) minima = halves_to_floats(block_ + header_.minima_offset + group * kBlockRows * 2);
+        if (!kPlain && header_.scales.minima) minima = halves_to_floats(block_ + header_.minima_offset + group * kBlockRows * 2);
     }
 
 private:
