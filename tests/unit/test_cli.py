@@ -10,7 +10,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from lowbit.checkpoint.folder import unwritten
 from lowbit.cli import COMMANDS, FAILED, INTERRUPTED, OK, PIPE_CLOSED, USAGE, doctor, main
 from lowbit.cli.failures import explain_failure
 from lowbit.cli.options import COUNT, SHARE
@@ -93,6 +95,7 @@ def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]
         (["generate", "model"], "--prompt"),
         (["generate", "model", "--prompt", "a", "--top-p", "2"], "'2' is not a number between 0 and 1"),
         (["generate", "model", "--prompt", "a", "--max-new-tokens", "no"], "'no' is not a number from 1 up"),
+        (["generate", "model", "--prompt", "a", "--threads", "99999"], "from 1 to 1024"),
         (["bench", "model", "--new-tokens", "1"], "'1' is not a number from 2 up"),
         (["chat", "model", "--jsom"], "--jsom"),
     ],
@@ -200,6 +203,7 @@ def test_targets_in_use_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         source: "is the source itself",
         other: "what it holds is no model",
         model: "replace it with --force",
+        file / "deep" / "out": f"{file} is a file",
     }
     for target, sentence in told.items():
         assert main(["quantize", str(source), str(target)]) == FAILED
@@ -213,6 +217,7 @@ def test_targets_in_use_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--override", "down_proj"], "is not REGEX=FORMAT"),
         (["--override", "(=int8"], "is not a regular expression"),
         (["--rounder", "magic"], "no rounder is called 'magic'"),
+        (["--skip", ""], "--skip needs a part of a weight's path"),
     ],
 )
 def test_wrong_recipes_are_told_before_any_work(
@@ -220,6 +225,15 @@ def test_wrong_recipes_are_told_before_any_work(
 ) -> None:
     assert main(["quantize", str(tmp_path / "absent"), str(tmp_path / "out"), *arguments]) == FAILED
     assert said in error_line(capsys)
+
+
+def test_a_full_disk_is_named() -> None:
+    for error in (
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("No space left on device (os error 28)"),
+    ):
+        assert "the disk is full; free some room" in unwritten(Path("out"), error)
+    assert "Permission denied" in unwritten(Path("out"), PermissionError(errno.EACCES, "Permission denied"))
 
 
 # --- failures as sentences -------------------------------------------------------------------------------------------

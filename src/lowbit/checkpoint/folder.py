@@ -9,6 +9,7 @@ the writing, the target is either the old folder or the new one.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -107,14 +108,21 @@ def _exchanged(target: Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(
-            f"cannot save to {target}: {error.strerror or error}; nothing was changed there"
-        ) from error
+        raise CheckpointError(unwritten(target, error)) from error
     finally:
         if aside.exists() and not target.exists():  # interrupted between the two renames
             aside.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def unwritten(target: Path, error: Exception) -> str:
+    """The sentence for a save that broke off."""
+    no_room = os.strerror(errno.ENOSPC)
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    if no_room in reason:
+        reason = "the disk is full; free some room, or name a folder on another disk"
+    return f"cannot save to {target}: {reason}; nothing was changed there"
 
 
 def _is_ours(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lowbit.checkpoint.folder import update_folder
+from lowbit.checkpoint.folder import unwritten, update_folder
 from lowbit.checkpoint.form import saved_form
 from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.loading_bar import weights_bar
@@ -27,7 +27,6 @@ from lowbit.checkpoint.save import (
     refuse_to_replace_source,
     save_low_bit,
     source_folder,
-    unwritten,
     write_aside,
     write_report,
     write_untied,

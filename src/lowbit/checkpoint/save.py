@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from lowbit.checkpoint.folder import replace_folder
+from lowbit.checkpoint.folder import replace_folder, unwritten
 from lowbit.checkpoint.form import ASIDE, Part, SavedForm, packed_aside, parts, saved_form
 from lowbit.checkpoint.hf_names import checkpoint_names, is_transformers_model
 from lowbit.contents import CONFIG, GENERATION_CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
@@ -178,11 +178,6 @@ def write_aside(model: nn.Module, form: SavedForm, folder: Path) -> None:
 def write_report(model: Any, folder: Path) -> None:
     """What happened to every weight."""
     (folder / REPORT).write_text(model.lowbit_report.to_json() + "\n", encoding="utf-8")
-
-
-def unwritten(target: Path, error: Exception) -> str:
-    """The sentence for a save that broke off."""
-    return f"cannot save to {target}: {error}; nothing was changed there"
 
 
 def _shards(everything: Iterator[Part], limit: int) -> Iterator[list[Part]]:

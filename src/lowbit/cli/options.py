@@ -59,6 +59,7 @@ def number(kind: Callable[[str], Any], low: float, high: float, what: str) -> Ca
 
 
 COUNT = number(int, 1, 1 << 31, "a number from 1 up")
+THREADS = number(int, 1, 1024, "a number of threads from 1 to 1024")
 SEED = number(int, 0, (1 << 63) - 1, "a number from 0 up")
 TEMPERATURE = number(float, 0, 100, "a number from 0 (always the likeliest token) to 100")
 SHARE = number(float, 1e-9, 1, "a number between 0 and 1")
@@ -76,7 +77,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="auto", help="what the model computes in (default: what it was saved in)"
     )
     group.add_argument("--device", help="where it runs: cpu, cuda, cuda:1, xpu (default: cpu)")
-    group.add_argument("--threads", type=COUNT, metavar="N", help="threads on the CPU (default: all cores)")
+    group.add_argument("--threads", type=THREADS, metavar="N", help="threads on the CPU (default: all cores)")
     group.add_argument(
         "--allow-pickle", action="store_true", help="also read .bin weights, which may run code of their author"
     )

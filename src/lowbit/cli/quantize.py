@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +78,8 @@ def run(options: argparse.Namespace) -> int:
 
     print_report(output, report, options.all)
     output.say(
-        f"\nsaved in {options.out} ({size_text(folder_bytes(options.out))} on disk); next: lowbit chat {options.out}"
+        f"\nsaved in {options.out} ({size_text(folder_bytes(options.out))} on disk); "
+        f"next: lowbit chat {shlex.quote(str(options.out))}"
     )
     output.result(
         {"source": source.name, "out": str(options.out), "bytes_on_disk": folder_bytes(options.out)} | report.to_dict()
@@ -105,6 +108,8 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
     """The recipe that the arguments spell."""
     from lowbit.recipe import recipe_named
 
+    if "" in options.skip:
+        raise RecipeError("--skip needs a part of a weight's path, and was given an empty one")
     recipe = recipe_named(options.format)
     # Ours first, so that they win over those that a recipe brings along.
     changes: dict[str, object] = {
@@ -139,6 +144,9 @@ def check_target(out: Path, source: Source, force: bool) -> None:
     """Refuse, before any work, to write where something else lies."""
     if out.exists() and not out.is_dir():
         raise LowbitError(f"{out} is a file: name a folder that does not exist yet")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise LowbitError(f"{out} cannot be written: {above} is {'read-only for you' if above.is_dir() else 'a file'}")
     if source.kind == "folder" and out.exists() and out.samefile(source.path):
         raise LowbitError(f"{out} is the source itself: name another folder")
     if not out.exists() or not any(out.iterdir()):
