@@ -195,7 +195,9 @@ def expected_mixture(layer: LowBitExperts, x: torch.Tensor, chosen: torch.Tensor
     rows = []
     for token, experts, weights in zip(x, chosen, shares, strict=True):
         inner = {int(e): layer.apply_gate(up[e] @ token) for e in experts if e < layer.num_experts}
-        rows.append(sum(w * (down[e] @ inner[int(e)]) for e, w in zip(experts, weights, strict=True) if int(e) in inner))
+        rows.append(
+            sum(w * (down[e] @ inner[int(e)]) for e, w in zip(experts, weights, strict=True) if int(e) in inner)
+        )
     return torch.stack([row if isinstance(row, torch.Tensor) else torch.zeros_like(x[0]) for row in rows])
 
 
