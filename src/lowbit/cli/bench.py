@@ -8,10 +8,8 @@ from lowbit.bench import Timings, measure
 from lowbit.cli.options import (
     COUNT,
     Sampling,
-    add_engine,
-    add_format_on_the_fly,
     add_json,
-    add_loading,
+    add_model,
     loading_from,
     number,
 )
@@ -48,7 +46,7 @@ _AT_LEAST_TWO = number(int, 2, 1 << 31, "a number from 2 up (the first token is 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder (low-bit or not), a .gguf file, or a name on the hub")
+    add_model(parser)
     parser.add_argument(
         "--prompt-tokens", type=COUNT, default=32, metavar="N", help="length of the prompt (default: 32)"
     )
@@ -59,9 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="also show where the time goes, part by part (lowbit's own engine only)"
     )
-    add_format_on_the_fly(parser)
-    add_loading(parser)
-    add_engine(parser)
     add_json(parser)
 
 

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING
 
 from lowbit.cli.options import (
     Sampling,
-    add_engine,
-    add_format_on_the_fly,
-    add_loading,
+    add_model,
     add_prompt_cache,
     add_sampling,
     loading_from,
@@ -50,12 +48,9 @@ _HELP = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder (low-bit or not), a .gguf file, or a name on the hub")
+    add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="how the model shall behave")
-    add_format_on_the_fly(parser)
     add_sampling(parser, DEFAULT_NEW_TOKENS)
-    add_loading(parser)
-    add_engine(parser)
     add_prompt_cache(parser)
 
 

@@ -12,10 +12,8 @@ from lowbit.cli.generate import read_text
 from lowbit.cli.options import (
     COUNT,
     LoadOptions,
-    add_engine,
-    add_format_on_the_fly,
     add_json,
-    add_loading,
+    add_model,
     loading_from,
     number,
 )
@@ -43,14 +41,11 @@ _WINDOW = number(int, 2, 1 << 31, "a number from 2 up (a token is predicted from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder (low-bit or not), a .gguf file, or a name on the hub")
+    add_model(parser)
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="a text in UTF-8")
     parser.add_argument("--window", type=_WINDOW, default=512, metavar="N", help="tokens per window (default: 512)")
     parser.add_argument("--windows", type=COUNT, metavar="N", help="only the first N windows (default: the whole text)")
     parser.add_argument("--against", metavar="ORIGINAL", help="a model to compare with: the one it was made from")
-    add_format_on_the_fly(parser)
-    add_loading(parser)
-    add_engine(parser)
     add_json(parser)
 
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.cli.options import (
-    add_engine,
-    add_format_on_the_fly,
     add_json,
-    add_loading,
+    add_model,
     add_prompt_cache,
     add_sampling,
     loading_from,
@@ -40,16 +38,13 @@ DEFAULT_NEW_TOKENS = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder (low-bit or not), a .gguf file, or a name on the hub")
+    add_model(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; '-' reads it from stdin")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds the prompt")
     parser.add_argument("--system", metavar="TEXT", help="how the model shall behave, for chat templates that know it")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without a chat template")
-    add_format_on_the_fly(parser)
     add_sampling(parser, DEFAULT_NEW_TOKENS)
-    add_loading(parser)
-    add_engine(parser)
     add_prompt_cache(parser)
     add_json(parser)
 

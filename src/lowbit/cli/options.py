@@ -84,8 +84,13 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python files that come with the model")
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """The choice of who runs a model."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that runs a model: which, made low-bit or not, loaded how, run by whom."""
+    parser.add_argument("model", metavar="MODEL", help="a folder (low-bit or not), a .gguf file, or a name on the hub")
+    parser.add_argument(
+        "--format", metavar="F", help="make the model low-bit while it loads: int4, nf4, q4_k, ... (default: as it is)"
+    )
+    add_loading(parser)
     parser.add_argument(
         "--engine",
         choices=ENGINES,
@@ -104,12 +109,6 @@ def add_prompt_cache(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="keep what was read of the prompt in FILE, and do not read it again (lowbit's own engine)",
-    )
-
-
-def add_format_on_the_fly(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--format", metavar="F", help="make the model low-bit while it loads: int4, nf4, q4_k, ... (default: as it is)"
     )
 
 
@@ -150,13 +149,12 @@ def loading_from(options: argparse.Namespace) -> LoadOptions:
     """The load options of a command; `--format` becomes a recipe."""
     from lowbit.recipe import recipe_named
 
-    name = getattr(options, "format", None)
     return LoadOptions(
-        recipe_named(name) if name else None,
+        None if options.format is None else recipe_named(options.format),
         options.dtype,
         options.device,
         options.allow_pickle,
         options.trust_remote_code,
-        getattr(options, "engine", "auto"),
+        options.engine,
         getattr(options, "check", False),
     )
