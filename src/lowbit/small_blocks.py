@@ -43,7 +43,9 @@ def quantize_small(weight: torch.Tensor, format: Format, steps: int, importance:
         tried = _rounded(x, weights, format, d, m)
         better = tried[3] < best[3]
         best = tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
-    return PackedTensor(format, shape, _write(best[0], best[1], best[2].to(torch.uint8), format).reshape(*shape[:-1], -1))
+    return PackedTensor(
+        format, shape, _write(best[0], best[1], best[2].to(torch.uint8), format).reshape(*shape[:-1], -1)
+    )
 
 
 def dequantize_small(packed: PackedTensor) -> torch.Tensor:
@@ -55,7 +57,7 @@ def dequantize_small(packed: PackedTensor) -> torch.Tensor:
     if packed.format.bits == 5:
         places = torch.arange(8, dtype=torch.uint8, device=data.device)
         codes = codes | (data[:, _NUMBERS:-_HALF, None] >> places & 1).flatten(1) << 4
-    weight = numbers[:, :1] * codes.float() + numbers[:, 1:]
+    weight: torch.Tensor = numbers[:, :1] * codes.float() + numbers[:, 1:]
     return weight.reshape(*packed.shape[:-1], -1)[..., : packed.shape[-1]]
 
 

@@ -319,7 +319,8 @@ def test_refusals_are_sentences() -> None:
     assert calls.refuses(format_from_name("q4_k"), (64, 256)) is None
     assert calls.refuses(format_from_name("int4_dq"), (4, 64, 256)) is None
     assert "no whole blocks" in str(calls.refuses(format_from_name("int4_dq"), (4, 20, 331)))
-    assert "bf16" in str(calls.refuses(format_from_name("int4"), (64, 64), "bf16"))
+    assert calls.refuses(format_from_name("int4"), (64, 64), "bf16") is None
+    assert "not in fp64" in str(calls.refuses(format_from_name("int4"), (64, 64), "fp64"))
     assert "stacks of them" in str(calls.refuses(format_from_name("int4"), (2, 2, 64, 64)))
     with pytest.raises(KernelError, match="no instruction set"):
         calls.set_instruction_set("abacus")

@@ -124,9 +124,20 @@ def test_compute_is_honoured() -> None:
         layer.packed_weight.prepare_()
         errors[compute] = float((layer(x) - exact).norm() / exact.norm())
     assert errors["fp32"] < 1e-6 < 1e-3 < errors["int8"] < TOLERANCE_INT8
-    layer.packed_weight.compute = "bf16"
-    layer.packed_weight.prepare_()
-    assert layer.packed_weight.kernel is not None and layer.packed_weight.kernel.name == "reference"
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+@pytest.mark.parametrize("format", ["int4", "nf4_dq", "q4_k", "q4_1"])
+def test_narrow_floats_round_both_sides_and_sum_in_fp32(format: str, compute: str) -> None:
+    packed = quantize(torch.randn(40, 512), as_format(format))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[compute]
+    weight = unpack(packed).to(dtype).float()
+    buffers = CORE.prepare(packed)
+    for rows in (1, 3, 19):
+        x = torch.randn(rows, 512)
+        y = CORE.run(x, buffers, packed.format, packed.shape, compute)
+        assert torch.allclose(y, x.to(dtype).float() @ weight.T, atol=1e-4)
+        assert not torch.allclose(y, x @ unpack(packed).T, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", FORMAT_NAMES)

@@ -134,8 +134,8 @@ class EngineGenerate:
         return self._engine
 
     def _compute(self) -> str:
-        exact = all(w.compute == "fp32" for w in self.model.modules() if isinstance(w, PackedWeight))
-        return "fp32" if exact else "auto"
+        asked = {w.compute for w in self.model.modules() if isinstance(w, PackedWeight)} or {"fp32"}
+        return asked.pop() if len(asked) == 1 else "auto"
 
     def _search(self, engine: Engine, request: Request, cache_file: PromptCache | None) -> list[list[int]]:
         """The best beams of each prompt, one prompt after another."""

@@ -150,7 +150,8 @@ def unpack(bits: int, rows: int, cols: int, codes: int, values: int) -> None:
     check(library().lowbit_unpack(bits, rows, cols, codes, values))
 
 
-_COMPUTE = {"auto": 0, "int8": 0, "fp32": 1}
+# "auto" leaves the core free to fold the scales of groups where many tokens meet tiles; "int8" keeps every group's own.
+COMPUTES = {"auto": 0, "int8": 4, "fp32": 1, "bf16": 2, "fp16": 3}
 # Codes of other widths have no table lookup in the kernels.
 _TABLE_BITS = (3, 4, 6, 8)
 
@@ -159,16 +160,16 @@ def refuses(format: Format, shape: tuple[int, ...], compute: str = "auto") -> st
     """Why the core cannot multiply by a weight of this format and shape, or None when it can."""
     if format.levels and format.bits not in _TABLE_BITS:
         return f"the compiled core has no table of {format.bits} bits ({format})"
-    if format.act_bits == 8 and compute == "fp32":
-        return f"{format} quantises its activations, so compute='fp32' contradicts it"
+    if format.act_bits == 8 and compute not in ("auto", "int8"):
+        return f"{format} quantises its activations, so compute={compute!r} contradicts it"
     if len(shape) not in (2, 3):
         return f"the compiled core multiplies matrices and stacks of them, not a weight of shape {list(shape)}"
     if len(shape) == 3 and format.scale_block and shape[1] * format.groups(shape[2]) % format.scale_block:
         return (
             f"the scales of one expert are no whole blocks of {format.scale_block}, so its second level is not its own"
         )
-    if compute not in _COMPUTE:
-        return f"the compiled core computes in int8 or fp32, not in {compute}"
+    if compute not in COMPUTES:
+        return f"the compiled core computes in {', '.join(COMPUTES)}, not in {compute}"
     return None
 
 
@@ -226,10 +227,10 @@ def read_rows(prepared: int, size: int, rows: int, count: int, to: int) -> None:
 
 
 def run(prepared: int, size: int, x: Rows, y: Rows, bias: int = 0, compute: str = "auto") -> None:
-    """y = x W^T + bias; `bias` is the address of fp32 [out], or 0. "auto" and "int8" round activations, "fp32" rounds nothing."""
+    """y = x W^T + bias; `bias` is the address of fp32 [out], or 0. "auto" and "int8" round activations, "fp32" nothing."""
     status = library().lowbit_run(
         prepared, size, x.address, DTYPES[x.dtype], x.rows, x.step, bias or None, y.address, DTYPES[y.dtype], y.step,
-        _COMPUTE[compute],
+        COMPUTES[compute],
     )  # fmt: skip
     check(status)
 
@@ -238,6 +239,6 @@ def run_experts(experts: Experts, x: Rows, y: Rows, compute: str = "auto") -> No
     """Rows of x sorted by expert, each times its own prepared weight; rows of y that no expert owns are left as they are."""
     status = library().lowbit_run_experts(
         experts.address, experts.size, experts.count, experts.begins, x.address, DTYPES[x.dtype], x.rows, x.step,
-        y.address, DTYPES[y.dtype], y.step, _COMPUTE[compute],
+        y.address, DTYPES[y.dtype], y.step, COMPUTES[compute],
     )  # fmt: skip
     check(status)

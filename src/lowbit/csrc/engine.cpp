@@ -18,9 +18,7 @@ int check_options(const lowbit_engine_options& options) {
                     options.slots, options.chunk);
     if (options.cache_type < LOWBIT_CACHE_FP32 || options.cache_type > LOWBIT_CACHE_INT8)
         return fail(LOWBIT_BAD_ARGUMENT, "no cache is of type %d", options.cache_type);
-    if (options.compute != LOWBIT_COMPUTE_INT8 && options.compute != LOWBIT_COMPUTE_FP32)
-        return fail(LOWBIT_UNSUPPORTED, "compute %d is not known to the engine", options.compute);
-    return LOWBIT_OK;
+    return check_compute(options.compute);
 }
 
 // Counted in floating point, which does not overflow.

@@ -1,5 +1,6 @@
 // The product in fp32, for compute="fp32" and for dense weights: a panel of weights becomes fp32 with its scales applied, exactly the
-// weights that from_codes gives, and is multiplied with fused products.
+// weights that from_codes gives, and is multiplied with fused products. For compute="bf16" and "fp16" both sides are rounded to that
+// type first; sums stay in fp32.
 #pragma once
 #include "panel_lanes.h"
 
@@ -113,7 +114,10 @@ void float_item(const ProductJob& job, const Item& item, FloatPanel& panel, floa
     for (int64_t i = 0; i < item.tiles * kTokens * kPanelBlocks; ++i) store_floats(sums + i * kBlockRows, splat_floats(0.0f));
     for (int64_t first = 0; first < header.plan.units; first += per_stretch) {
         const int64_t units = header.plan.units - first < per_stretch ? header.plan.units - first : per_stretch;
-        for (int b = 0; b < item.blocks; ++b) widen(header, block_at(header, item.first_block + b), first, units, panel.weights[b]);
+        for (int b = 0; b < item.blocks; ++b) {
+            widen(header, block_at(header, item.first_block + b), first, units, panel.weights[b]);
+            round_numbers(panel.weights[b][0], units * kUnit * kBlockRows, job.activations.rounding);
+        }
         for (int64_t tile = 0; tile < item.tiles; ++tile) {
             const float* x = reinterpret_cast<const float*>(job.activations.data + (item.first_tile + tile) * job.activations.tile_bytes);
             float* place = sums + tile * kTokens * kPanelBlocks * kBlockRows;

@@ -11,6 +11,12 @@ int check_dtype(int dtype) {
     return LOWBIT_OK;
 }
 
+int check_compute(int compute) {
+    if (compute < LOWBIT_COMPUTE_INT8 || compute > LOWBIT_COMPUTE_INT8_GROUPS)
+        return fail(LOWBIT_UNSUPPORTED, "compute %d is not known to the core; use 0 (int8), 4 (int8, a scale per group), 1 (fp32), 2 (bf16) or 3 (fp16)", compute);
+    return LOWBIT_OK;
+}
+
 int check_format(const lowbit_format* format, Shape shape) {
     if (!format) return fail(LOWBIT_BAD_ARGUMENT, "no format was given");
     if (shape.rows <= 0 || shape.cols <= 0 || shape.rows > kMostElements / shape.cols)

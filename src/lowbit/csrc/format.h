@@ -24,6 +24,7 @@ const BlockLayout* blocks_of(const lowbit_format& format);
 // 0 when the format and the shape make sense together; else an error code with its sentence.
 int check_format(const lowbit_format* format, Shape shape);
 int check_dtype(int dtype);
+int check_compute(int compute);
 
 int64_t group_length(const lowbit_format& format, int64_t cols);  // weights that share a scale along a row
 int64_t group_count(const lowbit_format& format, int64_t cols);   // scales of a row

@@ -40,8 +40,15 @@ enum lowbit_scale { LOWBIT_SCALE_FP32 = 0, LOWBIT_SCALE_BF16 = 1, LOWBIT_SCALE_F
 enum lowbit_kind { LOWBIT_INT = 0, LOWBIT_LEVELS = 1, LOWBIT_DENSE = 2, LOWBIT_BLOCKS = 3 };
 /* GGUF's types of blocks that have scales inside. */
 enum lowbit_block { LOWBIT_Q2_K = 1, LOWBIT_Q3_K = 2, LOWBIT_Q4_K = 3, LOWBIT_Q5_K = 4, LOWBIT_Q6_K = 5, LOWBIT_Q4_1 = 6, LOWBIT_Q5_1 = 7 };
-/* Precision of the product: activations as int8 with one scale per group, or everything in fp32. */
-enum lowbit_compute { LOWBIT_COMPUTE_INT8 = 0, LOWBIT_COMPUTE_FP32 = 1 };
+/* Precision of the product: activations as int8, or everything in fp32. Activations have one scale per group; only the products of
+ * more than 16 tokens may have one for several groups, unless LOWBIT_COMPUTE_INT8_GROUPS forbids that. */
+enum lowbit_compute {
+    LOWBIT_COMPUTE_INT8 = 0,
+    LOWBIT_COMPUTE_FP32 = 1,
+    LOWBIT_COMPUTE_BF16 = 2,       /* activations and weights rounded to bf16 (or fp16), sums in fp32 */
+    LOWBIT_COMPUTE_FP16 = 3,
+    LOWBIT_COMPUTE_INT8_GROUPS = 4
+};
 
 typedef struct lowbit_format {
     int32_t bits;          /* 2..8; dense: 16 or 32 */

@@ -120,8 +120,7 @@ int check_call(const Header& header, const Call& call, int64_t tokens) {
         return fail(LOWBIT_BAD_ARGUMENT, "%lld rows of x with stride %lld and of y with stride %lld do not fit a weight [%lld, %lld]",
                     static_cast<long long>(tokens), static_cast<long long>(call.x_stride), static_cast<long long>(call.y_stride),
                     static_cast<long long>(header.rows), static_cast<long long>(header.cols));
-    if (call.compute != LOWBIT_COMPUTE_INT8 && call.compute != LOWBIT_COMPUTE_FP32)
-        return fail(LOWBIT_UNSUPPORTED, "compute %d is not known to the core; use 0 (int8) or 1 (fp32)", call.compute);
+    if (int status = check_compute(call.compute)) return status;
     if (tokens > 0 && (!call.x || !call.y)) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
     return LOWBIT_OK;
 }

@@ -22,6 +22,7 @@ struct Activations {
     int64_t tokens, stride;
     int tile;
     int32_t zero_constant;
+    int rounding;  // float: the element type that activations and weights are rounded to before they meet
     uint8_t* data;
     int64_t tile_bytes;
 };

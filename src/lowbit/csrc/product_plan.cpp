@@ -49,11 +49,12 @@ int64_t token_block_for(const Header& header, int tile, int64_t bytes_per_number
 
 Form plan_form(const Header& header, int64_t tokens, int compute) {
     Form form{};
-    form.integer = compute != LOWBIT_COMPUTE_FP32 && header.kind != LOWBIT_DENSE;
+    form.integer = (compute == LOWBIT_COMPUTE_INT8 || compute == LOWBIT_COMPUTE_INT8_GROUPS) && header.kind != LOWBIT_DENSE;
     form.few = form.integer && tokens <= kFewTokens;
     Activations& x = form.activations;
     x.header = &header;
     x.tokens = tokens;
+    x.rounding = compute == LOWBIT_COMPUTE_BF16 ? LOWBIT_BF16 : compute == LOWBIT_COMPUTE_FP16 ? LOWBIT_FP16 : LOWBIT_FP32;
     x.tile = tile_of(tokens, form.integer, form.few);
     x.zero_constant = plan_zeros(header, !form.few).constant;
     x.tile_bytes = tile_bytes(header, x.tile, form.integer);

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit.core import calls
+from lowbit.core.calls import COMPUTES
 from lowbit.core.library import last_error
 from lowbit.errors import KernelError, LowbitError, RecipeError, nearest
 from lowbit.models.spec import DecoderSpec
@@ -32,7 +33,6 @@ from lowbit.runtime.weights import EngineWeights, Floats, fingerprint
 
 # The one switch of the cache's type. int8 per head and token costs what benchmarks/results/cache_kl.md says.
 DEFAULT_CACHE = "fp16"
-COMPUTES = {"auto": 0, "int8": 0, "fp32": 1}
 LONGEST_CHUNK = 512  # tokens of one step: as many as keep the activations of a layer in the caches
 # A step that takes longer than this runs beside the main thread, so that Ctrl-C ends it; the detour costs 0.05 ms.
 NOTICED_SECONDS = 0.05
