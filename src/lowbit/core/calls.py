@@ -82,8 +82,13 @@ def threads() -> int:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: portable, avx2 or avx512."""
+    """The instruction set in use: portable, avx2, avx512 or amx."""
     return bytes(library().lowbit_isa()).decode()
+
+
+def fold_length() -> int:
+    """Inputs whose scales a product of many tokens folds into one under compute="auto"; 0 where every group keeps its own."""
+    return int(library().lowbit_fold_length())
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,11 @@
 namespace lowbit {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(LOWBIT_NEON_LANES)
+
+// vector_neon.h
+
+#elif defined(__AVX512F__)
 
 constexpr int kQueryPlanes = 1, kQueryBits = 7;
 struct I32 {

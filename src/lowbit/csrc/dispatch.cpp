@@ -5,12 +5,23 @@
 
 #include "error.h"
 
+#if defined(LOWBIT_NEON)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+#if defined(LOWBIT_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lowbit {
 namespace {
 
 struct Row {
     const Isa* isa;
     bool (*runs_here)();
+    bool by_name_only = false;
 };
 
 #if defined(LOWBIT_X86)
@@ -23,22 +34,61 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(LOWBIT_NEON)
+bool has_dot_products() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+#endif
+
+#if defined(LOWBIT_AMX)
+// Linux lends tile registers to the processes that ask, since they cost 8 KiB at every switch; it may say no.
+bool has_amx() {
+    constexpr unsigned kFeatures = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+    constexpr long kAskForState = 0x1023, kTileData = 18;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kFeatures) == kFeatures &&
+           syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+#endif
+
 bool always() { return true; }
+
+// A set that differs from another in its products of many tokens only.
+Isa with_tiles(const Isa& base, const char* name, const FoldedProducts& folded) {
+    Isa set = base;
+    set.name = name;
+    set.folded = &folded;
+    return set;
+}
+
+#if defined(LOWBIT_AMX)
+const Isa kAmx = with_tiles(kAvx512, "amx", kAmxProducts);
+#endif
+#if defined(LOWBIT_X86)
+const Isa kAmxEmulated = with_tiles(kAvx512, "amx_emulated", kEmulatedProducts);
+#endif
+const Isa kAmxPortable = with_tiles(kPortable, "amx_emulated", kPortableTiles);
 
 // Best first.
 const Row kRows[] = {
+#if defined(LOWBIT_AMX)
+    {&kAmx, has_amx},
+#endif
 #if defined(LOWBIT_X86)
     {&kAvx512, has_avx512},
     {&kAvx2, has_avx2},
+    {&kAmxEmulated, has_avx512, true},
+#endif
+#if defined(LOWBIT_NEON)
+    {&kNeon, has_dot_products},
 #endif
     {&kPortable, always},
+    {&kAmxPortable, always, true},
 };
 
 std::atomic<const Isa*> chosen{nullptr};
 
 const Isa* find(const char* name) {
     for (const Row& row : kRows)
-        if (row.runs_here() && (!name || !strcmp(name, row.isa->name))) return row.isa;
+        if ((name ? !strcmp(name, row.isa->name) : !row.by_name_only) && row.runs_here()) return row.isa;
     return nullptr;
 }
 
@@ -54,6 +104,8 @@ const Isa& isa() {
 }
 
 }  // namespace lowbit
+
+extern "C" int lowbit_fold_length(void) { return lowbit::isa().folded ? static_cast<int>(lowbit::kFoldMost) : 0; }
 
 extern "C" const char* lowbit_isa(void) { return lowbit::isa().name; }
 

@@ -1,5 +1,6 @@
 // The functions that exist once per instruction set, and the choice among them by CPUID.
 #pragma once
+#include "fold.h"
 #include "product.h"
 #include "quantize.h"
 #include "repack.h"
@@ -20,6 +21,7 @@ struct Isa {
     void (*decode_rows)(const ProductJob& job, int64_t begin, int64_t end);  // items: blocks of 16 rows
     void (*panel_items)(const ProductJob& job, int64_t begin, int64_t end);  // items: token blocks x panels
     void (*float_items)(const ProductJob& job, int64_t begin, int64_t end);  // items: token blocks x panels
+    const FoldedProducts* folded = nullptr;  // products of many tokens with the scales folded, where there are tiles
 };
 
 const Isa& isa();  // the one in use
@@ -28,6 +30,14 @@ extern const Isa kPortable;
 #if defined(LOWBIT_X86)
 extern const Isa kAvx2;
 extern const Isa kAvx512;
+extern const FoldedProducts kEmulatedProducts;
 #endif
+#if defined(LOWBIT_NEON)
+extern const Isa kNeon;
+#endif
+#if defined(LOWBIT_AMX)
+extern const FoldedProducts kAmxProducts;
+#endif
+extern const FoldedProducts kPortableTiles;
 
 }  // namespace lowbit

@@ -1,20 +1,19 @@
 #include "engine_isa.h"
 
-#include <cstring>
-
 #include "dispatch.h"
 
 namespace lowbit {
 
-// The engine has fewer instruction sets than the products: a newer one of theirs takes the widest of these.
+// Sets of products that share their decoding share the engine's lanes too.
 const EngineIsa& engine_isa() {
 #if defined(LOWBIT_X86)
-    const char* name = isa().name;
-    if (!strcmp(name, "portable")) return kEnginePortable;
-    return !strncmp(name, "avx2", 4) ? kEngineAvx2 : kEngineAvx512;
-#else
-    return kEnginePortable;
+    if (isa().decode_rows == kAvx512.decode_rows) return kEngineAvx512;
+    if (isa().decode_rows == kAvx2.decode_rows) return kEngineAvx2;
 #endif
+#if defined(LOWBIT_NEON)
+    if (isa().decode_rows == kNeon.decode_rows) return kEngineNeon;
+#endif
+    return kEnginePortable;
 }
 
 }  // namespace lowbit

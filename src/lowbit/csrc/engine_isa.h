@@ -74,5 +74,8 @@ extern const EngineIsa kEnginePortable;
 extern const EngineIsa kEngineAvx2;
 extern const EngineIsa kEngineAvx512;
 #endif
+#if defined(LOWBIT_NEON)
+extern const EngineIsa kEngineNeon;
+#endif
 
 }  // namespace lowbit

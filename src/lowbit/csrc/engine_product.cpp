@@ -77,8 +77,9 @@ int64_t room_for(const View& view, int64_t tokens, int compute) {
 }
 
 int64_t token_unit() {
-    int64_t unit = 8;
-    while (unit % isa().panel_tokens) unit += 8;
+    const int64_t step = isa().folded ? isa().folded->token_tile : 8;
+    int64_t unit = step;
+    while (unit % isa().panel_tokens) unit += step;
     return unit;
 }
 
@@ -127,9 +128,9 @@ Piece run_prepared(const Task& task, const View& view, const Form& form, float* 
         return {0, tokens, span.begin * kBlockRows, std::min(span.end * kBlockRows, view.rows)};
     }
     form.run(job, item, item + 1);
-    const int64_t panels = divide_up(blocks, isa().panel_blocks);
-    const int64_t token = item / panels * form.token_block, row = item % panels * isa().panel_blocks * kBlockRows;
-    return {token, std::min(token + form.token_block, tokens), row, std::min(row + isa().panel_blocks * kBlockRows, view.rows)};
+    const int64_t panels = divide_up(blocks, form.panel_blocks);
+    const int64_t token = item / panels * form.token_block, row = item % panels * form.panel_blocks * kBlockRows;
+    return {token, std::min(token + form.token_block, tokens), row, std::min(row + form.panel_blocks * kBlockRows, view.rows)};
 }
 
 Piece run_one(const Task& task, const View& view, const Form* form, float* y, int64_t item) {

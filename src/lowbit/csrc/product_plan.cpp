@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "threads.h"
 
 namespace lowbit {
 namespace {
@@ -45,16 +46,36 @@ int64_t token_block_for(const Header& header, int tile, int64_t bytes_per_number
     return std::max<int64_t>(std::clamp<int64_t>(fitting, kLeastTokenBlock, kMostTokenBlock) / tile, 1) * tile;
 }
 
+// Narrow weights get shorter blocks of tokens, so that there is something to share out.
+constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kLeastFoldedBlock = 128;
+
+void fold_form(const Header& header, const FoldedProducts& folded, Form* form) {
+    Activations& x = form->activations;
+    form->panel_blocks = folded.panel_blocks;
+    x.tile = folded.token_tile;
+    x.tile_bytes = folded_tile_bytes(header.plan, folded.token_tile);
+    x.zero_constant = 0;
+    form->token_block = folded.token_block;
+    while (form->token_block > kLeastFoldedBlock && form->items(header) < kItemsPerThread * thread_count()) form->token_block /= 2;
+}
+
 }  // namespace
 
 Form plan_form(const Header& header, int64_t tokens, int compute) {
     Form form{};
     form.integer = (compute == LOWBIT_COMPUTE_INT8 || compute == LOWBIT_COMPUTE_INT8_GROUPS) && header.kind != LOWBIT_DENSE;
     form.few = form.integer && tokens <= kFewTokens;
+    form.folded = form.integer && !form.few && compute == LOWBIT_COMPUTE_INT8 && isa().folded;
+    form.panel_blocks = isa().panel_blocks;
     Activations& x = form.activations;
     x.header = &header;
     x.tokens = tokens;
     x.rounding = compute == LOWBIT_COMPUTE_BF16 ? LOWBIT_BF16 : compute == LOWBIT_COMPUTE_FP16 ? LOWBIT_FP16 : LOWBIT_FP32;
+    if (form.folded) {
+        fold_form(header, *isa().folded, &form);
+        return form;
+    }
     x.tile = tile_of(tokens, form.integer, form.few);
     x.zero_constant = plan_zeros(header, !form.few).constant;
     x.tile_bytes = tile_bytes(header, x.tile, form.integer);
@@ -64,7 +85,7 @@ Form plan_form(const Header& header, int64_t tokens, int compute) {
 
 bool same_form(const Form& a, const Form& b) {
     const Header &x = *a.activations.header, &y = *b.activations.header;
-    return a.integer == b.integer && a.activations.zero_constant == b.activations.zero_constant &&
+    return a.integer == b.integer && a.folded == b.folded && a.activations.zero_constant == b.activations.zero_constant &&
            !memcmp(&x.plan, &y.plan, sizeof x.plan) && x.cols == y.cols && !x.scales.minima == !y.scales.minima &&
            (!a.integer || x.unit * x.byte_factor == y.unit * y.byte_factor);
 }
@@ -73,16 +94,19 @@ int64_t Form::tiles() const { return divide_up(activations.tokens, activations.t
 
 int64_t Form::bytes() const { return tiles() * activations.tile_bytes; }
 
-void Form::make_ready(int64_t tile) const { (integer ? isa().quantize_tile : isa().widen_tile)(activations, tile); }
+void Form::make_ready(int64_t tile) const {
+    const Isa& set = isa();
+    (folded ? set.folded->quantize_tile : integer ? set.quantize_tile : set.widen_tile)(activations, tile);
+}
 
 int64_t Form::items(const Header& header) const {
     if (few) return header.blocks;
-    return divide_up(activations.tokens, token_block) * divide_up(header.blocks, isa().panel_blocks);
+    return divide_up(activations.tokens, token_block) * divide_up(header.blocks, panel_blocks);
 }
 
 void Form::run(const ProductJob& job, int64_t begin, int64_t end) const {
     const Isa& set = isa();
-    (few ? set.decode_rows : integer ? set.panel_items : set.float_items)(job, begin, end);
+    (few ? set.decode_rows : folded ? set.folded->panel_items : integer ? set.panel_items : set.float_items)(job, begin, end);
 }
 
 ProductJob Form::job(const Header& header) const {

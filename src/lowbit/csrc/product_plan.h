@@ -12,7 +12,8 @@ constexpr int64_t kFewTokens = 16;
 // Weights of one format and width share it.
 struct Form {
     Activations activations;
-    bool integer, few;
+    bool integer, few, folded;  // folded: fold.h
+    int panel_blocks;     // blocks of 16 rows that share a panel
     int64_t token_block;  // tokens that share an expanded panel
 
     int64_t tiles() const;

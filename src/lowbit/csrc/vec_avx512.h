@@ -9,6 +9,7 @@
 #define LOWBIT_UNROLL _Pragma("GCC unroll 8")
 #define LOWBIT_INLINE inline __attribute__((always_inline))
 #define LOWBIT_UNROLL_REPACK _Pragma("GCC unroll 32")
+#define LOWBIT_UNROLL_CLOSING _Pragma("GCC unroll 16")
 
 namespace lowbit {
 namespace {
@@ -103,6 +104,36 @@ inline Bytes look_up(const Table& table, Bytes codes) {
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
 }
 
+inline Ints round_floats(Floats v) { return _mm512_cvtps_epi32(v); }
+
+// Per row a factor and a zero point or minimum of 16 bits, spread for the two functions below. Splitting and joining both keep to the
+// quarters of a register, so that nothing has to be put back in order.
+struct RowFactors {
+    __m512i factors[2], offsets[2];
+};
+inline RowFactors spread_factors(Ints factors, Ints offsets) {
+    const auto twice = [](__m512i v) { return _mm512_or_si512(_mm512_slli_epi32(v, 16), _mm512_and_si512(v, _mm512_set1_epi32(0xffff))); };
+    const __m512i f = twice(factors), o = twice(offsets);
+    return {{_mm512_unpacklo_epi32(f, f), _mm512_unpackhi_epi32(f, f)}, {_mm512_unpacklo_epi32(o, o), _mm512_unpackhi_epi32(o, o)}};
+}
+// round((byte - offset) * factor / 2^15), saturated to signed bytes.
+inline Bytes fold_bytes(Bytes v, const RowFactors& rows) {
+    const __m512i none = _mm512_setzero_si512();
+    const __m512i low = _mm512_sub_epi16(_mm512_unpacklo_epi8(v, none), rows.offsets[0]);
+    const __m512i high = _mm512_sub_epi16(_mm512_unpackhi_epi8(v, none), rows.offsets[1]);
+    return _mm512_packs_epi16(_mm512_mulhrs_epi16(low, rows.factors[0]), _mm512_mulhrs_epi16(high, rows.factors[1]));
+}
+// round((byte * factor / 2^7 + offset) / kFoldMinimum) for bytes up to 127.
+constexpr float kFoldMinimum = 64.0f;
+inline Bytes fold_minimum(Bytes v, const RowFactors& rows) {
+    const __m512i none = _mm512_setzero_si512(), half = _mm512_set1_epi16(32);
+    const auto whole = [&](__m512i bytes, int i) {
+        const __m512i sum = _mm512_add_epi16(_mm512_mulhrs_epi16(bytes, rows.factors[i]), rows.offsets[i]);
+        return _mm512_srai_epi16(_mm512_add_epi16(sum, half), 6);
+    };
+    return _mm512_packs_epi16(whole(_mm512_unpacklo_epi8(none, v), 0), whole(_mm512_unpackhi_epi8(none, v), 1));
+}
+
 // Input kInput (0..3) of each row as an integer.
 template <int kInput>
 inline Ints byte_of(Bytes v) {
@@ -120,6 +151,7 @@ inline void floats_to_bytes(int8_t* to, Floats x, Floats inverse) {
 }
 inline Floats absolute_most(Floats most, Floats x) { return _mm512_max_ps(most, _mm512_abs_ps(x)); }
 inline float most_of(Floats v) { return _mm512_reduce_max_ps(v); }
+inline bool any_nan(Floats v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 inline float sum_of(Floats v) { return _mm512_reduce_add_ps(v); }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #define LOWBIT_UNROLL 
 #define LOWBIT_INLINE inline
 #define LOWBIT_UNROLL_REPACK
+#define LOWBIT_UNROLL_CLOSING
 
 namespace lowbit {
 namespace {
@@ -148,6 +149,37 @@ inline Bytes look_up(const Table& table, const Bytes& codes) {
     return load_bytes(values);
 }
 
+inline Ints round_floats(const Floats& v) {
+    return each([&](int i) { return static_cast<uint32_t>(static_cast<int32_t>(nearbyintf(v.lane[i]))); });
+}
+
+struct RowFactors {
+    Ints factors, offsets;
+};
+inline RowFactors spread_factors(const Ints& factors, const Ints& offsets) { return {factors, offsets}; }
+
+template <class Fold>
+inline Bytes fold_each(const Bytes& v, const RowFactors& rows, Fold fold) {
+    return each([&](int i) {
+        uint32_t out = 0;
+        for (int k = 0; k < 32; k += 8) {
+            const int32_t byte = static_cast<int32_t>((v.lane[i] >> k) & 0xff);
+            const int32_t whole = fold(byte, static_cast<int32_t>(rows.factors.lane[i]), static_cast<int32_t>(rows.offsets.lane[i]));
+            out |= static_cast<uint32_t>((whole > 127 ? 127 : whole < -128 ? -128 : whole) & 0xff) << k;
+        }
+        return out;
+    });
+}
+inline Bytes fold_bytes(const Bytes& v, const RowFactors& rows) {
+    return fold_each(v, rows, [](int32_t byte, int32_t factor, int32_t zero) { return ((byte - zero) * factor + (1 << 14)) >> 15; });
+}
+constexpr float kFoldMinimum = 64.0f;
+inline Bytes fold_minimum(const Bytes& v, const RowFactors& rows) {
+    return fold_each(v, rows, [](int32_t byte, int32_t factor, int32_t minimum) {
+        return (((byte * 256 * factor + (1 << 14)) >> 15) + minimum + 32) >> 6;
+    });
+}
+
 template <int kInput>
 inline Ints byte_of(const Bytes& v) {
     return each([&](int i) { return (v.lane[i] >> (8 * kInput)) & 0xff; });
@@ -167,6 +199,11 @@ inline float most_of(const Floats& v) {
     float most = v.lane[0];
     for (float value : v.lane) most = value > most ? value : most;
     return most;
+}
+inline bool any_nan(const Floats& v) {
+    bool found = false;
+    for (float value : v.lane) found = found || std::isnan(value);
+    return found;
 }
 inline float sum_of(const Floats& v) {
     float sum = 0.0f;

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, whatever the processor: one 512-bit register, two of 256 bits, or an array that the compiler unrolls.
+// Sixteen floats at a time, whatever the processor: one 512-bit register, two of 256 bits, four of 128, or an array that the compiler unrolls.
 // Each instruction set's file includes this and compiles its own copy; everything is static.
 #pragma once
 #include <cmath>
@@ -6,13 +6,20 @@
 #include <cstring>
 
 #include "number.h"
+#if defined(LOWBIT_NEON_LANES)
+#include "vector_neon.h"
+#endif
 
 namespace lowbit {
 namespace {
 
 constexpr int kLane = 16;
 
-#if defined(__AVX512F__)
+#if defined(LOWBIT_NEON_LANES)
+
+// vector_neon.h
+
+#elif defined(__AVX512F__)
 
 struct F32 {
     __m512 v;

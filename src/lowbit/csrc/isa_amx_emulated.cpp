@@ -1,0 +1,8 @@
+#define LOWBIT_TILES_EMULATED
+#include "dispatch.h"
+#include "vec_avx512.h"
+#include "tile_lanes.h"
+
+namespace lowbit {
+const FoldedProducts kEmulatedProducts = kFoldedProducts;
+}  // namespace lowbit
