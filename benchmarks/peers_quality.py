@@ -117,6 +117,8 @@ def main() -> None:
     data: dict[str, Any] = {"rows": []}
     if path.exists() and chosen.only:
         data = common.json.loads(path.read_text())
+        known = {name for name, _ in candidates(chosen.peers)}
+        data["rows"] = [row for row in data["rows"] if row["name"] in known]
     bench = Bench(reference_model("plain"), "cpu", chosen.windows)
     data |= {"machine": common.machine(commit=chosen.commit), "windows": chosen.windows}
     for name, read in candidates(chosen.peers):

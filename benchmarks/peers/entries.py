@@ -109,12 +109,14 @@ def entries(place: Place, model: str, width: int) -> list[Entry]:
 
 # --- ours ---------------------------------------------------------------------------------------------------------------
 
+_SIX_BIT_TABLES = ("--head", "int6_g64", "--embedding", "int6_g64")
+_EIGHT_BIT_VALUES = ("--override", r"(^|\.)v_proj$=int8_g64")
 # What `lowbit quantize` is told for each of our files, by name. A peer's file meets only those that are no further from the
 # original than it is; the wider ones are there to meet llama.cpp's Q4_K_M.
 OUR_RECIPES: dict[str, tuple[int, tuple[str, ...]]] = {
     "int4": (4, ()),
-    "int4_g32 h6": (4, ("--format", "int4_g32", "--head", "int6_g64", "--embedding", "int6_g64")),
-    "int5_g64 h6": (4, ("--format", "int5_g64", "--head", "int6_g64", "--embedding", "int6_g64")),
+    "int4_g32 h6": (4, ("--format", "int4_g32", *_SIX_BIT_TABLES)),
+    "int5_g64 v8 h6": (4, ("--format", "int5_g64", *_SIX_BIT_TABLES, *_EIGHT_BIT_VALUES)),
     "int6_g64": (4, ("--format", "int6_g64")),
     "int8_g64": (8, ("--format", "int8_g64")),
     "bf16": (16, ()),
