@@ -55,7 +55,7 @@ def test_low_bit_models_run_on_the_engine(small: Path, plain: Path, capsys: pyte
     [
         ({"dtype": "bfloat16"}, "the engine does not cast models to bfloat16"),
         ({"trust_remote_code": True}, "it may bring code of its own"),
-        ({"recipe": recipe_named("q4_k")}, "k-quants"),
+        ({"recipe": recipe_named("q4_k")}, "weights become q4_k with torch only"),
     ],
     ids=["dtype", "code", "format"],
 )

@@ -9,6 +9,8 @@ compilation and of gradients `multiply` calls the kernel directly: the dispatche
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from lowbit.formats import format_from_name
@@ -117,7 +119,7 @@ def experts_input_gradient(
     named, row, kind = dict(zip(names.split(","), buffers, strict=True)), kernel_named(kernel), format_from_name(format)
     dx = grad.new_zeros(len(grad), shape[-1])
     edges = begins.tolist()
-    for index, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for index, (begin, end) in enumerate(pairwise(edges)):
         if begin < end:
             one = row.expert(named, kind, tuple(shape), index)
             dx[begin:end] = grad[begin:end] @ unpack(row.restore(one, kind, tuple(shape[1:])), grad.dtype)

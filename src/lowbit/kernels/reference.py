@@ -7,6 +7,8 @@ s = max|x| / 127.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from lowbit.formats import Format
@@ -64,7 +66,7 @@ def run_experts(
     those of expert e, and rows of none become zeros."""
     y = x.new_zeros(len(x), shape[-2])
     edges = begins.tolist()
-    for index, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for index, (begin, end) in enumerate(pairwise(edges)):
         if begin < end:
             y[begin:end] = run(x[begin:end], expert(buffers, format, shape, index), format, shape[1:], compute)
     return y
