@@ -16,21 +16,11 @@ model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj"
 
 text = "lowbit keeps each weight in a few bits and trains a small adapter beside it."
 ids = tokenizer(text, return_tensors="pt").input_ids[0]
-trainer = transformers.Trainer(
-    model=model,
-    args=transformers.TrainingArguments(
-        output_dir="run",
-        max_steps=6,
-        per_device_train_batch_size=1,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-    ),
-    train_dataset=[{"input_ids": ids, "labels": ids}] * 6,
+learning = {"max_steps": 6, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 1}
+arguments = transformers.TrainingArguments(
+    "run", gradient_checkpointing=True, logging_steps=1, save_strategy="no", report_to=[], **learning
 )
+trainer = transformers.Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids}] * 6)
 trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 print("loss:", ", ".join(f"{value:.2f}" for value in losses))
