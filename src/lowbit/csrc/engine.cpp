@@ -101,7 +101,7 @@ int make_engine(const lowbit_model& model, const lowbit_engine_options& options,
     if (int status = check_cache(model, options)) return status;
     engine->options = options;
     if (int status = engine->cache.make(model, options)) return status;
-    engine->lengths.assign(static_cast<size_t>(options.slots), 0);
+    engine->lengths = std::vector<std::atomic<int64_t>>(static_cast<size_t>(options.slots));
     engine->asked_threads = thread_count();
     return make_workspace(engine->plans, options, Team::measure(engine->asked_threads), &engine->work);
 }

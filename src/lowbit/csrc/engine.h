@@ -58,7 +58,7 @@ struct Engine {
     lowbit_engine_options options;
     Cache cache;
     Workspace work;
-    std::vector<int64_t> lengths;
+    std::vector<std::atomic<int64_t>> lengths;  // of each slot; asked for by other threads while a step runs
     std::vector<float> logits;  // of lowbit_engine_greedy
     std::atomic<bool> cancelled{false};
     std::atomic<bool> busy{false};

@@ -48,8 +48,8 @@ extern "C" int lowbit_engine_copy(lowbit_engine* handle, int32_t from, int32_t t
     const Busy busy(engine);
     if (!busy.mine()) return refuse_busy();
     if (int status = check_cut(engine, from, length, "copied")) return status;
-    int64_t& present = engine.lengths[static_cast<size_t>(to)];
-    if (common < 0 || common > std::min(present, length))
+    std::atomic<int64_t>& present = engine.lengths[static_cast<size_t>(to)];
+    if (common < 0 || common > std::min(present.load(), length))
         return fail(LOWBIT_BAD_ARGUMENT, "slot %d holds %lld tokens and cannot share %lld with a copy of %lld", to, static_cast<long long>(present),
                     static_cast<long long>(common), static_cast<long long>(length));
     if (from == to) return present = length, LOWBIT_OK;
@@ -88,7 +88,7 @@ extern "C" int lowbit_engine_restore(lowbit_engine* handle, int32_t slot, int64_
     if (length < 1 || length > engine.options.context)
         return fail(LOWBIT_BAD_ARGUMENT, "a saved cache of %lld tokens does not fit a context of %lld; make the engine with a larger one",
                     static_cast<long long>(length), static_cast<long long>(engine.options.context));
-    int64_t& present = engine.lengths[static_cast<size_t>(slot)];
+    std::atomic<int64_t>& present = engine.lengths[static_cast<size_t>(slot)];
     present = 0;
     if (int status = engine.cache.restore(slot, length, static_cast<const uint8_t*>(bytes), size)) {
         engine.cache.clear(slot);

@@ -225,7 +225,8 @@ void fuzz_descriptions() {
             case 1: matrix.cols = value; break;
             case 2: matrix.count = value; break;
             case 3: matrix.bytes = value; break;
-            case 4: matrix.kind = matrix.kind == LOWBIT_PREPARED ? static_cast<int32_t>(value) * 3 : LOWBIT_PREPARED; break;
+            // Never plain: how long a plain weight is only the caller knows.
+            case 4: matrix.kind = matrix.kind == LOWBIT_PREPARED ? (value == LOWBIT_PREPARED ? LOWBIT_ABSENT : -1) : LOWBIT_PREPARED; break;
             default: matrix.data = nullptr;
         }
         try_engine(model, good);

@@ -65,34 +65,56 @@ void check_meeting() {
     EXPECT(lowbit_set_threads(0) == LOWBIT_OK);
 }
 
-// A second thread at one engine gets a sentence; a cancelled step leaves the slot as it was; both leave the engine usable.
+// A cancelled step leaves the slot as it was and the engine usable.
+void check_cancelling(lowbit_engine* engine, const std::vector<int32_t>& tokens, const std::vector<int32_t>& slots) {
+    std::atomic<bool> done{false};
+    std::thread canceller([&] {
+        while (!done.load()) {
+            lowbit_engine_cancel(engine);
+            std::this_thread::yield();
+        }
+    });
+    bool cancelled = false;
+    for (int round = 0; round < 1000 && !cancelled; ++round) {
+        const int64_t before = lowbit_engine_length(engine, 0);
+        const int status = lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 512, nullptr);
+        cancelled = status == LOWBIT_CANCELLED;
+        EXPECT(lowbit_engine_length(engine, 0) == before + (cancelled ? 0 : 512) && (cancelled || status == LOWBIT_OK));
+        if (before > 3000) EXPECT(lowbit_engine_truncate(engine, 0, 0) == LOWBIT_OK);
+    }
+    done.store(true);
+    canceller.join();
+    EXPECT(cancelled);
+}
+
+// Two threads at one engine: each step is whole or refused with a sentence, and the tokens add up.
+void check_intruder(lowbit_engine* engine, const std::vector<int32_t>& tokens, const std::vector<int32_t>& slots) {
+    std::atomic<int64_t> served{0};
+    const auto use = [&](int64_t count) {
+        for (int round = 0; round < kRounds; ++round) {
+            const int status = lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, count, nullptr);
+            served += status == LOWBIT_OK ? count : 0;
+            wrong += status != LOWBIT_OK && status != LOWBIT_BAD_ARGUMENT;
+            wrong += lowbit_engine_length(engine, 0) < 0;
+            std::this_thread::yield();
+        }
+    };
+    EXPECT(lowbit_engine_truncate(engine, 0, 0) == LOWBIT_OK);
+    std::thread intruder([&] { use(1); });
+    use(40);
+    intruder.join();
+    EXPECT(wrong.load() == 0 && served.load() > 0 && lowbit_engine_length(engine, 0) == served.load());
+}
+
 void check_one_engine() {
     const TinyLlama llama(nullptr);
     const lowbit_engine_options made = options(4096, 1, LOWBIT_CACHE_FP32, LOWBIT_COMPUTE_FP32, 512);
     lowbit_engine* engine = lowbit_engine_create(&llama.model, &made);
     EXPECT(engine != nullptr);
+    if (!engine) return;
     const std::vector<int32_t> tokens = some_tokens(512, 1), slots(512, 0);
-    std::atomic<bool> done{false};
-    std::thread canceller([&] {
-        while (!done.load()) {
-            lowbit_engine_cancel(engine);
-            lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 1, nullptr);
-            std::this_thread::yield();
-        }
-    });
-    int cancelled = 0, served = 0;
-    for (int round = 0; round < 200 && !(cancelled && served > 3); ++round) {
-        const int status = lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 512, nullptr);
-        cancelled += status == LOWBIT_CANCELLED;
-        served += status == LOWBIT_OK;
-        if (lowbit_engine_length(engine, 0) > 3000) lowbit_engine_truncate(engine, 0, 0);
-    }
-    done.store(true);
-    canceller.join();
-    EXPECT(cancelled > 0);
-    EXPECT(lowbit_engine_truncate(engine, 0, 0) == LOWBIT_OK);
-    EXPECT(lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 512, nullptr) == LOWBIT_OK);
-    EXPECT(lowbit_engine_length(engine, 0) == 512);
+    check_cancelling(engine, tokens, slots);
+    check_intruder(engine, tokens, slots);
     lowbit_engine_destroy(engine);
 }
 
