@@ -9,13 +9,14 @@ PINS := -c requirements/constraints.txt
 OTHER_TRANSFORMERS := 5.12.1
 OVERLAY := $(VENV)/transformers-$(OTHER_TRANSFORMERS)
 
-.PHONY: help demo test check check-sanitize bench bench-peers form clean setup
+.PHONY: help demo test check check-sanitize check-neon bench bench-peers form clean setup
 
 help:
 	@echo "make demo    set everything up and quantise, save, load and run a small model"
 	@echo "make test    set everything up and pass every test"
 	@echo "make check   ruff, mypy, form tests, unit tests; under two minutes"
 	@echo "make check-sanitize  the core's native checks under ASan, UBSan and TSan"
+	@echo "make check-neon  the core's native checks for 64-bit Arm, under an emulator"
 	@echo "make bench   the benchmarks, written to benchmarks/results (small forms of long ones to build/benchmarks)"
 	@echo "make bench-peers   the programs to measure against, in PEERS (12 GB, half an hour); IK_SOURCE=DIR adds ik_llama.cpp"
 
@@ -49,6 +50,10 @@ check-sanitize: $(READY)
 	$(NATIVE) -B build/tsan -DLOWBIT_SANITIZE=thread
 	$(RUN)/cmake --build build/tsan
 	timeout 900 build/tsan/core_check products engine threads
+
+# Needs a cross compiler and an emulator, and names their packages where they are missing.
+check-neon: $(READY)
+	PATH=$(CURDIR)/$(RUN):$$PATH sh tests/cpu/native/neon.sh build/neon
 
 test: $(READY) $(OVERLAY)
 	$(RUN)/pytest tests

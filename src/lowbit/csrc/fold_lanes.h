@@ -39,18 +39,13 @@ inline const float* gather_positions(const Activations& job, int64_t token, int6
 
 // One stretch of one token to rows of its tiles; a NaN or infinite input makes the scale NaN.
 inline float quantize_stretch(const float* values, int64_t count, int8_t* to) {
-    Floats most = splat_floats(0.0f), poison = splat_floats(0.0f);
-    for (int64_t i = 0; i < count; i += kBlockRows) {
-        const Floats x = load_floats(values + i);
-        most = absolute_most(most, x);
-        poison = multiply_add(x, splat_floats(0.0f), poison);
-    }
-    const float largest = most_of(most);
-    const bool poisoned = any_nan(poison);
-    const Floats inverse = splat_floats(largest > 0.0f && !poisoned ? 127.0f / largest : 0.0f);
-    for (int64_t i = 0; i < count; i += kBlockRows)
-        floats_to_bytes(to + i / kFoldStep * kFoldStep * kTokenTile + i % kFoldStep, load_floats(values + i), inverse);
-    return poisoned ? NAN : largest / 127.0f;
+    Ints most = splat_ints(0);
+    for (int64_t i = 0; i < count; i += kBlockRows) most = larger_magnitude(most, load_floats(values + i));
+    const float largest = largest_magnitude(most);
+    const bool numbers = std::isfinite(largest);
+    const Floats inverse = splat_floats(largest > 0.0f && numbers ? 127.0f / largest : 0.0f);
+    for (int64_t i = 0; i < count; i += kFoldStep) floats_to_line(to + i * kTokenTile, values + i, inverse);
+    return numbers ? largest / 127.0f : NAN;
 }
 
 struct FoldedView {

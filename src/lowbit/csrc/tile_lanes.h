@@ -108,11 +108,21 @@ inline float* sums_at(float* sums, int64_t tile, int b, int half) {
     return sums + ((tile * kFoldedBlocks + b) * 2 + half * 2) * kTileRows * kBlockRows;
 }
 
+// Asks the second-level cache for the lines that 16 tokens of two blocks will be written to, while there are products to wait behind.
+LOWBIT_INLINE void fetch_outputs(const ProductJob& job, const FoldedItem& item, int64_t tile, int b, int half) {
+    const int64_t token = (item.first_tile + tile) * kTokenTile + half * kTileRows;
+    const int64_t number = job.y_dtype == LOWBIT_FP32 ? 4 : 2, row = job.y_stride * number;
+    const uint8_t* to = static_cast<const uint8_t*>(job.y) + token * row + (item.first_block + b) * kBlockRows * number;
+    for (int t = 0; t < kTileRows && token + t < job.activations.tokens; ++t, to += row)
+        for (int64_t i = 0; i < 2 * kBlockRows * number; i += kVector) __builtin_prefetch(to + i, 1, 2);
+}
+
 // Stretches [first, first + count) of all tokens; the panel holds their weights.
 void folded_stretches(const ProductJob& job, const FoldedItem& item, const Fold& fold, int64_t first, int64_t count, FoldedPanel& panel, float* sums) {
     Closing closing = {panel.partial[1][0][0], panel.scales[0][0], panel.nowhere[0][0], panel.nowhere[0][0], true};
     int which = 0;
     const auto multiply_half = [&](int64_t tile, const FoldedView& x, int64_t f, int b, int half) {
+        if (first + f == fold.count - 1) fetch_outputs(job, item, tile, b, half);
         int32_t* partial = panel.partial[which][0][0];
         which = 1 - which;
         run_stretch(fold.steps_of(first + f), x.bytes + (first + f) * fold.length * kTokenTile + half * kTileBytes,

@@ -151,7 +151,16 @@ inline void floats_to_bytes(int8_t* to, Floats x, Floats inverse) {
 }
 inline Floats absolute_most(Floats most, Floats x) { return _mm512_max_ps(most, _mm512_abs_ps(x)); }
 inline float most_of(Floats v) { return _mm512_reduce_max_ps(v); }
-inline bool any_nan(Floats v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
+// Largest magnitude as bits, which order like the numbers do and keep what is none on top.
+inline Ints larger_magnitude(Ints most, Floats x) { return _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(x))); }
+inline float largest_magnitude(Ints most) { return float_of(static_cast<uint32_t>(_mm512_reduce_max_epi32(most))); }
+// 64 numbers like floats_to_bytes, written as one line. Packing keeps to the quarters of a register; the permutation puts them in order.
+inline void floats_to_line(int8_t* to, const float* x, Floats inverse) {
+    const auto whole = [&](int i) { return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), inverse)); };
+    const __m512i all = _mm512_packs_epi16(_mm512_packs_epi32(whole(0), whole(1)), _mm512_packs_epi32(whole(2), whole(3)));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, all));
+}
 inline float sum_of(Floats v) { return _mm512_reduce_add_ps(v); }
 
 }  // namespace

@@ -200,10 +200,19 @@ inline float most_of(const Floats& v) {
     for (float value : v.lane) most = value > most ? value : most;
     return most;
 }
-inline bool any_nan(const Floats& v) {
-    bool found = false;
-    for (float value : v.lane) found = found || std::isnan(value);
-    return found;
+inline Ints larger_magnitude(const Ints& most, const Floats& x) {
+    return each([&](int i) {
+        const uint32_t magnitude = bits_of(x.lane[i]) & 0x7fffffffu;
+        return magnitude > most.lane[i] ? magnitude : most.lane[i];
+    });
+}
+inline float largest_magnitude(const Ints& v) {
+    uint32_t most = v.lane[0];
+    for (uint32_t value : v.lane) most = value > most ? value : most;
+    return float_of(most);
+}
+inline void floats_to_line(int8_t* to, const float* x, const Floats& inverse) {
+    for (int i = 0; i < 64; i += 16) floats_to_bytes(to + i, load_floats(x + i), inverse);
 }
 inline float sum_of(const Floats& v) {
     float sum = 0.0f;
