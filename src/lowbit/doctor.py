@@ -100,6 +100,7 @@ class Diagnosis:
     packages: list[Installed] = field(default_factory=list)
     kernels: list[Service] = field(default_factory=list)
     devices: list[str] = field(default_factory=list)
+    prefill: str = ""
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -124,6 +125,7 @@ def examine(device: str = "cpu") -> Diagnosis:
         devices=_devices() if has_torch else ["cpu"],
         kernels=services(device) if has_torch else [],
     )
+    found.prefill = calls.folding() if found.instruction_set else ""
     found.problems = [*package_problems(packages), *_machine_problems(found)]
     return found
 

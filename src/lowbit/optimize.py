@@ -20,9 +20,10 @@ from lowbit.checkpoint.hf_names import is_transformers_model
 from lowbit.checkpoint.keywords import Choices, as_dtype, build_recipe, cast_of, known_keywords
 from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.save import save_low_bit
+from lowbit.core import calls
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
-from lowbit.kernels.table import refusals
+from lowbit.kernels.table import CORE, refusals
 from lowbit.layers import prepare_
 from lowbit.quantize import finish, quantize_
 
@@ -91,6 +92,7 @@ class Explanation:
     rows: list[Row] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     generate: str = ""
+    prefill: str = ""
 
     def __str__(self) -> str:
         if not self.rows:
@@ -104,6 +106,7 @@ class Explanation:
             lines.append(f"{kernel} on {device}: {format}, {rows[0].path} {list(rows[0].shape)}{more}")
             lines += [f"    not {name}: {reason}" for name, reason in refused]
         lines += [f"dense: {path}: {reason}" for path, reason in self.skipped]
+        lines += [f"prefill: {self.prefill}"] if self.prefill else []
         lines += [f"generate: {self.generate}"] if self.generate else []
         return "\n".join(lines)
 
@@ -111,8 +114,10 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """Which kernel runs each packed weight, and why each kernel before it in the table refused."""
     rows = []
+    folds = False
     for held in held_weights(model):
         weight = held.weight
+        folds = folds or (weight.kernel is CORE and weight.compute == "auto")
         device = weight.device.type
         kernel = weight.kernel.name if weight.kernel else "chosen at first use"
         refused = []
@@ -124,7 +129,7 @@ def explain(model: nn.Module) -> Explanation:
         rows.append(Row(held.path, held.role, weight.format.name, weight.shape, device, kernel, tuple(refused)))
     report = getattr(model, "lowbit_report", None)
     skipped = [(row.path, row.reason) for row in report.skipped] if report else []
-    return Explanation(rows, skipped, _explain_generate(model))
+    return Explanation(rows, skipped, _explain_generate(model), calls.folding() if folds else "")
 
 
 def _explain_generate(model: nn.Module) -> str:

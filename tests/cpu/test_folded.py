@@ -16,11 +16,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from cpu import test_core as core
 from lowbit.core import calls
 from lowbit.errors import KernelError
+from lowbit.formats import as_format
+from lowbit.grid import quantize, unpack
+from lowbit.kernels import cpu_rows
 
 TOKENS = (17, 32, 33, 48, 256)
 # One step, several stretches with a short tail, rows that fill no block, and groups that cross stretches.
@@ -39,6 +43,9 @@ def sets_with_tiles() -> list[str]:
         found.append(name)
     calls.set_instruction_set(None)
     return found
+
+
+STORED_WITH_MINIMA_OR_TWO_LEVELS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_1", "q5_1", "int4_g64_dq")
 
 
 @pytest.fixture(params=sets_with_tiles())
@@ -83,6 +90,18 @@ def test_folding_costs_two_roundings_and_no_more(tiles: str, name: str) -> None:
             variance = roundings * step**2 / 12 * (x.astype(float) ** 2).sum(axis=1)[:, None]
             variance = variance + x_step**2 / 12 * (weight**2).sum(axis=1)[None, :]
             assert np.linalg.norm(error) <= 1.1 * np.sqrt(variance.sum()), (shape, tokens)
+
+
+@pytest.mark.parametrize("name", STORED_WITH_MINIMA_OR_TWO_LEVELS)
+def test_minima_and_second_levels_fold_too(tiles: str, name: str) -> None:
+    format = as_format(name)
+    packed = quantize(torch.from_numpy(numbers(48, 512)) + 0.3, format)
+    weight, x = unpack(packed).double(), torch.from_numpy(numbers(40, 512, 1))
+    error = cpu_rows.run(x, cpu_rows.prepare(packed), format, (48, 512), "auto") - x.double() @ weight.T
+    steps = [a.double().view(-1, 2, 256).abs().amax(-1) / 127 for a in (weight, x)]
+    halves = [a.double().view(-1, 2, 256).square().sum(-1) for a in (weight, x)]
+    variance = (halves[1] @ (steps[0] ** 2).T + steps[1] ** 2 @ halves[0].T) / 12
+    assert error.norm() <= 1.1 * variance.sum().sqrt()
 
 
 def test_a_row_with_one_scale_is_rounded_only_where_the_activations_are(tiles: str) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowbit
+from lowbit.core import calls
 from lowbit.layers import LowBitConv, LowBitLinear
 
 
@@ -132,6 +133,19 @@ def test_explain_names_kernels_and_refusals() -> None:
     for row in explanation.rows:
         assert all(reason for _, reason in row.refused)
     assert "no weight of this model is packed" in str(lowbit.explain(net()))
+
+
+def test_explain_says_where_scales_are_folded() -> None:
+    model = lowbit.optimize_model(net(), "int8")
+    exact = lowbit.optimize_model(net(), "int8", compute="int8")
+    try:
+        calls.set_instruction_set("amx_emulated")
+        assert "prefill: with more than 16 tokens, scales are folded" in str(lowbit.explain(model))
+        assert "prefill" not in str(lowbit.explain(exact))
+        calls.set_instruction_set("portable")
+        assert "prefill" not in str(lowbit.explain(model))
+    finally:
+        calls.set_instruction_set(None)
 
 
 def test_what_names_no_format_and_what_holds_no_numbers(tmp_path: Path) -> None:

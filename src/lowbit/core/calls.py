@@ -91,6 +91,14 @@ def fold_length() -> int:
     return int(library().lowbit_fold_length())
 
 
+def folding() -> str:
+    """What compute="auto" means for more tokens than a decode has, as a sentence; empty where every group keeps its own scale."""
+    length = fold_length()
+    if not length:
+        return ""
+    return f"with more than 16 tokens, scales are folded into int8 weights per {length} inputs; compute='int8' keeps groups"
+
+
 @lru_cache(maxsize=1)
 def say_if_slow() -> None:
     """Tell the user once where the processor has none of the instruction sets that the core is fast with."""

@@ -108,6 +108,18 @@ inline float* sums_at(float* sums, int64_t tile, int b, int half) {
     return sums + ((tile * kFoldedBlocks + b) * 2 + half * 2) * kTileRows * kBlockRows;
 }
 
+// Writes the sums of one pair of token tiles.
+void store_folded(const ProductJob& job, const FoldedItem& item, int64_t tile, float* sums) {
+    for (int i = 0; i < kTokenTile; ++i) {
+        const int64_t token = (item.first_tile + tile) * kTokenTile + i;
+        if (token >= job.activations.tokens) return;
+        for (int b = 0; b < item.blocks; ++b) {
+            const float* sum = sums_at(sums, tile, b / 2 * 2, i / kTileRows) + (i % kTileRows * 2 + b % 2) * kBlockRows;
+            store_outputs(job, token, item.first_block + b, load_floats(sum));
+        }
+    }
+}
+
 // Asks the second-level cache for the lines that 16 tokens of two blocks will be written to, while there are products to wait behind.
 LOWBIT_INLINE void fetch_outputs(const ProductJob& job, const FoldedItem& item, int64_t tile, int b, int half) {
     const int64_t token = (item.first_tile + tile) * kTokenTile + half * kTileRows;
@@ -117,9 +129,11 @@ LOWBIT_INLINE void fetch_outputs(const ProductJob& job, const FoldedItem& item, 
         for (int64_t i = 0; i < 2 * kBlockRows * number; i += kVector) __builtin_prefetch(to + i, 1, 2);
 }
 
-// Stretches [first, first + count) of all tokens; the panel holds their weights.
+// Stretches [first, first + count) of all tokens; the panel holds their weights. Outputs are written a tile behind the last products:
+// whole columns at the end, thousands of bytes apart, would fall into few sets of the caches and wait for memory one by one.
 void folded_stretches(const ProductJob& job, const FoldedItem& item, const Fold& fold, int64_t first, int64_t count, FoldedPanel& panel, float* sums) {
     Closing closing = {panel.partial[1][0][0], panel.scales[0][0], panel.nowhere[0][0], panel.nowhere[0][0], true};
+    const bool last = first + count == fold.count;
     int which = 0;
     const auto multiply_half = [&](int64_t tile, const FoldedView& x, int64_t f, int b, int half) {
         if (first + f == fold.count - 1) fetch_outputs(job, item, tile, b, half);
@@ -137,20 +151,11 @@ void folded_stretches(const ProductJob& job, const FoldedItem& item, const Fold&
                 multiply_half(tile, x, f, b, 0);
                 multiply_half(tile, x, f, b, 1);
             }
+        if (last && tile > 0) store_folded(job, item, tile - 1, sums);
     }
     LOWBIT_UNROLL
     for (int from = 0; from < kClosingRows; from += kTileRows) close_rows<kTileRows>(closing, from);
-}
-
-void store_folded(const ProductJob& job, const FoldedItem& item, float* sums) {
-    for (int64_t i = 0; i < item.tiles * kTokenTile; ++i) {
-        const int64_t token = item.first_tile * kTokenTile + i, tile = i / kTokenTile;
-        if (token >= job.activations.tokens) return;
-        for (int b = 0; b < item.blocks; ++b) {
-            const float* sum = sums_at(sums, tile, b / 2 * 2, i % kTokenTile / kTileRows) + (i % kTileRows * 2 + b % 2) * kBlockRows;
-            store_outputs(job, token, item.first_block + b, load_floats(sum));
-        }
-    }
+    if (last) store_folded(job, item, item.tiles - 1, sums);
 }
 
 void folded_item(const ProductJob& job, const FoldedItem& item, const FoldRange& range, FoldedPanel& panel, float* sums) {
@@ -165,7 +170,6 @@ void folded_item(const ProductJob& job, const FoldedItem& item, const FoldRange&
                              panel.bytes[b] + f * fold.length * kBlockRows, panel.scales[f][b]);
         folded_stretches(job, item, fold, first, count, panel, sums);
     }
-    store_folded(job, item, sums);
 }
 
 void folded_items(const ProductJob& job, int64_t begin, int64_t end) {
