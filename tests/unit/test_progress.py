@@ -7,11 +7,23 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers.utils import logging as transformers_logging
 
 import lowbit
 from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.progress import PATIENCE_SECONDS, counted, progress
 from unit.checkpoint_cases import EVEN, make
+
+
+@pytest.fixture(autouse=True)
+def bars_are_wanted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A terminal that can draw, whatever this run has, and transformers' bars on, which commands of other tests switch off."""
+    monkeypatch.setenv("TERM", "xterm")
+    wanted = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
+    yield
+    if not wanted:
+        transformers_logging.disable_progress_bar()
 
 
 class Terminal(io.StringIO):
