@@ -6,8 +6,8 @@
 
 Both keep the codes of a row as one dense stream of unsigned numbers, least significant bit first, and both mean
 w = scale * (code - zero); only their zero points are packed too, along the outputs. So a folder is theirs or ours at
-the price of its names, and transformers, vLLM and SGLang read ours without lowbit. What their form cannot say
-(`refusal`) is saved under our own.
+the price of its names, and transformers reads ours without lowbit (docs/saved_form.md says what is known of vLLM and
+SGLang). What their form cannot say (`refusal`) is saved under our own.
 
 Their config names schemes ("groups") and which modules each holds for: by class, by exact path, or by a regular
 expression.

@@ -30,7 +30,7 @@ EXAMPLES = """\
   lowbit quantize ./model ./small --format int4_asym_g32          any width, zero points, any group
   lowbit quantize ./model ./small --skip lm_head --skip layers.0  leave what contains these names
   lowbit quantize ./model ./small --override 'down_proj$=int8'    more bits where it matters
-  lowbit quantize ./model ./small --format int4_g128 --head none  one width, dense head: what vLLM and SGLang serve
+  lowbit quantize ./model ./small --format int4_g128 --head none  one width, dense head: as vLLM and SGLang want it
   lowbit quantize ./model ./small --json > report.json            the report for a script"""
 
 
