@@ -101,6 +101,7 @@ def test_the_commands_need_nothing_else(python: Path, saved: Path, tmp_path: Pat
     said = json.loads(run(lowbit_command, "generate", saved, "--prompt", PROMPT, "--max-new-tokens", "8", "--json"))
     assert said
     assert run(lowbit_command, "chat", saved, "--max-new-tokens", "4", typed="Hello\n")
-    assert "erplexity" in run(lowbit_command, "evaluate", saved, "--text", text, "--window", "64")
+    assert "erplexity" in run(lowbit_command, "evaluate", saved, "--text", text)
     assert run(lowbit_command, "bench", saved, "--new-tokens", "4")
     assert str(saved.name) in run(lowbit_command, "inspect", saved)
+    assert "nothing is broken" in run(lowbit_command, "doctor")

@@ -214,12 +214,32 @@ def test_evaluate_a_model_and_its_distance(
     assert same["against"]["kl"] == pytest.approx(0, abs=1e-6) and same["against"]["top1"] == 1
 
 
+def test_windows_fit_the_model(dense: Path, small: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ([], ["--against", dense], ["--engine", "transformers"]):
+        assert json_of(capsys, "evaluate", small, "--text", text, *options)["window"] == 128
+    assert main(["evaluate", str(small), "--text", str(text)]) == OK
+    captured = capsys.readouterr()
+    assert captured.err.count("windows of 128 tokens, not 512: the model reads no more at once") == 1
+    assert "3 windows of 128" in captured.out
+    for engine in ("lowbit", "transformers"):
+        said = failure_of(capsys, "evaluate", small, "--text", text, "--window", "129", "--engine", engine)
+        assert said.endswith("the model reads 128 tokens at once, less than --window 129: take 128 or fewer")
+
+
 def test_evaluate_needs_a_text_with_a_window(
     small: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "absent.txt" in failure_of(capsys, "evaluate", small, "--text", tmp_path / "absent.txt")
-    (tmp_path / "short.txt").write_text("")
-    assert "short.txt" in failure_of(capsys, "evaluate", small, "--text", tmp_path / "short.txt")
+    short = tmp_path / "short.txt"
+    for content, sentence in (
+        ("", f"{short} is empty"),
+        ("a", "name a longer text"),
+        ("Call me Ishmael.", "less than one window of 64: name a longer text, or --window 16"),
+    ):
+        short.write_text(content)
+        assert sentence in failure_of(capsys, "evaluate", small, "--text", short, "--window", "64")
+    said = failure_of(capsys, "evaluate", small, "--text", text, "--window", "64", "--windows", "99")
+    assert "which make 6 windows of 64: leave --windows out, or take 6" in said
 
 
 def test_bench_measures_what_was_asked(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

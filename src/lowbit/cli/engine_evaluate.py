@@ -10,12 +10,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lowbit.errors import RecipeError
 from lowbit.runtime.generation import log_softmax
-
-Windows = NDArray[np.int32]
 
 
 class Measured(NamedTuple):
@@ -28,21 +24,14 @@ class Measured(NamedTuple):
     windows: int
 
 
-def cut_windows(tokens: list[int], window: int, windows: int | None = None) -> Windows:
-    """Tokens as [windows, window]."""
-    whole = len(tokens) // window
-    if not whole or (windows or 1) > whole:
-        raise RecipeError(f"the text holds {whole} windows of {window} tokens, {windows or 1} are needed at least")
-    return np.asarray(tokens[: whole * window], np.int32).reshape(whole, window)[:windows]
-
-
-def perplexity(model: Any, rows: Windows, window: int, progress: Callable[[str], None]) -> Measured:
+def perplexity(model: Any, rows: list[list[int]], progress: Callable[[str], None]) -> Measured:
     """How well a model of the engine predicts windows of tokens."""
     means = []
     for number, row in enumerate(rows, 1):
         scores = log_softmax(model.logits(row)[:-1])
-        means.append(-float(np.take_along_axis(scores, row[1:, None], -1).mean(dtype=np.float64)))
+        chosen = np.take_along_axis(scores, np.asarray(row[1:])[:, None], -1)
+        means.append(-float(chosen.mean(dtype=np.float64)))
         progress(f"window {number}")
     nll = math.fsum(means) / len(means)
     error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-    return Measured(math.exp(min(nll, 700)), nll, error, len(rows) * (window - 1), len(rows))
+    return Measured(math.exp(min(nll, 700)), nll, error, sum(len(row) - 1 for row in rows), len(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lowbit.cli.options import (
 )
 from lowbit.cli.output import Output
 from lowbit.cli.source import Source, find_source
-from lowbit.errors import LowbitError, RecipeError
+from lowbit.errors import LowbitError
 from lowbit.progress import progress
 
 if TYPE_CHECKING:
@@ -37,13 +38,19 @@ EXAMPLES = """\
   lowbit evaluate ./small --text moby_dick.txt --against ./SmolLM2-135M
   lowbit evaluate ./SmolLM2-135M --format int3 --text moby_dick.txt --windows 20
   lowbit evaluate ./small --text moby_dick.txt --json | jq .perplexity"""
+USUAL_WINDOW = 512
 _WINDOW = number(int, 2, 1 << 31, "a number from 2 up (a token is predicted from those before it)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="a text in UTF-8")
-    parser.add_argument("--window", type=_WINDOW, default=512, metavar="N", help="tokens per window (default: 512)")
+    parser.add_argument(
+        "--window",
+        type=_WINDOW,
+        metavar="N",
+        help=f"tokens per window (default: {USUAL_WINDOW}, or all that the model reads at once if that is less)",
+    )
     parser.add_argument("--windows", type=COUNT, metavar="N", help="only the first N windows (default: the whole text)")
     parser.add_argument("--against", metavar="ORIGINAL", help="a model to compare with: the one it was made from")
     add_json(parser)
@@ -57,15 +64,17 @@ def run(options: argparse.Namespace) -> int:
     from lowbit.cli.engines import open_session
 
     session = open_session(source, load, options.threads)
-    tokens = tokens_of(session, text, options)
-    facts: dict[str, Any] = {"model": options.model, "text": str(options.text), "window": options.window}
-    if original is None:
-        measured = measure_perplexity(session, tokens, options)
-        print_perplexity(output, measured)
+    other = load_original(session, original, load, options.model) if original else None
+    window = choose_window(options.window, contexts_of(session, other), output)
+    rows = rows_of(session.plain_tokens(text), window, options)
+    facts: dict[str, Any] = {"model": options.model, "text": str(options.text), "window": window}
+    if other is None:
+        measured = measure_perplexity(session, rows)
+        print_perplexity(output, measured, window)
         output.result(facts | perplexity_facts(measured))
         return 0
-    distance = measure_distance(session, original, tokens, options)
-    print_perplexity(output, distance.perplexity)
+    distance = measure_distance(session, other, rows)
+    print_perplexity(output, distance.perplexity, window)
     print_distance(output, distance)
     output.result(
         facts | perplexity_facts(distance.perplexity) | {"against": distance_facts(distance, options.against)}
@@ -73,39 +82,68 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def tokens_of(session: AnySession, text: str, options: argparse.Namespace) -> Any:
-    """The text as windows of tokens [windows, window]."""
-    try:
-        return _measures().cut_windows(session.plain_tokens(text), options.window, options.windows)
-    except RecipeError as error:
-        raise LowbitError(f"{options.text}: {error}") from None
+def contexts_of(session: AnySession, original: Any | None) -> list[int | None]:
+    """How many tokens each model reads at once."""
+    if original is None:
+        return [session.context_length]
+    from lowbit.cli.session import context_of
+
+    return [session.context_length, context_of(original)]
 
 
-def measure_perplexity(session: AnySession, tokens: Any, options: argparse.Namespace) -> Perplexity | Measured:
-    with progress("predicting", len(tokens)) as advance:
-        measured: Perplexity | Measured = _measures().perplexity(
-            session.model, tokens, window=options.window, progress=advance
+def choose_window(asked: int | None, contexts: Iterable[int | None], output: Output) -> int:
+    """The window that was asked for, or the usual one, unless a model reads less at once."""
+    wanted = asked or USUAL_WINDOW
+    longest = min((context for context in contexts if context), default=wanted)
+    if longest >= wanted:
+        return wanted
+    if asked is not None:
+        raise LowbitError(
+            f"the model reads {longest} tokens at once, less than --window {asked}: take {longest} or fewer"
         )
+    output.note(f"lowbit: windows of {longest} tokens, not {USUAL_WINDOW}: the model reads no more at once")
+    return longest
+
+
+def rows_of(tokens: list[int], window: int, options: argparse.Namespace) -> list[list[int]]:
+    """The text as windows of tokens [windows, window]; what is left at its end is not measured on."""
+    whole, asked = len(tokens) // window, options.windows
+    held = f"{options.text} has {len(tokens)} tokens"
+    if len(tokens) < 2:
+        raise LowbitError(f"{held}, and nothing can be predicted from that: name a longer text")
+    if not whole:
+        raise LowbitError(f"{held}, less than one window of {window}: name a longer text, or --window {len(tokens)}")
+    if asked is not None and asked > whole:
+        raise LowbitError(f"{held}, which make {whole} windows of {window}: leave --windows out, or take {whole}")
+    return [tokens[i * window : (i + 1) * window] for i in range(asked or whole)]
+
+
+def measure_perplexity(session: AnySession, rows: list[list[int]]) -> Perplexity | Measured:
+    """In torch, or in numpy where torch is absent."""
+    measures = importlib.import_module("lowbit.evaluate" if is_installed("torch") else "lowbit.cli.engine_evaluate")
+    with progress("predicting", len(rows)) as advance:
+        measured: Perplexity | Measured = measures.perplexity(session.model, rows, progress=advance)
     return measured
 
 
-def _measures() -> Any:
-    """Where perplexity is measured: in torch, or in numpy where torch is absent."""
-    return importlib.import_module("lowbit.evaluate" if is_installed("torch") else "lowbit.cli.engine_evaluate")
-
-
-def measure_distance(session: AnySession, source: Source, tokens: Any, options: argparse.Namespace) -> Divergence:
-    """Both models side by side on the same tokens. The original is loaded as it is, whatever --format says."""
+def load_original(session: AnySession, source: Source, load: LoadOptions, name: str) -> Any:
+    """The model to compare with, as it is, whatever --format says."""
     from lowbit.cli.session import load_model
-    from lowbit.evaluate import divergence
 
-    plain = LoadOptions(None, options.dtype, options.device, options.allow_pickle, options.trust_remote_code)
+    plain = LoadOptions(None, load.dtype, load.device, load.allow_pickle, load.trust_remote_code)
     original = load_model(source, plain).eval()
     ours, theirs = session.vocabulary, original.config.get_text_config().vocab_size
     if ours != theirs:
-        raise LowbitError(f"{options.model} knows {ours} tokens and {source.name} {theirs}: they cannot be compared")
-    with progress("comparing", len(tokens)) as advance:
-        return divergence(session.model, original, tokens, window=options.window, progress=advance)
+        raise LowbitError(f"{name} knows {ours} tokens and {source.name} {theirs}: they cannot be compared")
+    return original
+
+
+def measure_distance(session: AnySession, original: Any, rows: list[list[int]]) -> Divergence:
+    """Both models side by side on the same tokens."""
+    from lowbit.evaluate import divergence
+
+    with progress("comparing", len(rows)) as advance:
+        return divergence(session.model, original, rows, progress=advance)
 
 
 def perplexity_facts(measured: Perplexity | Measured) -> dict[str, Any]:
@@ -128,13 +166,13 @@ def distance_facts(distance: Divergence, name: str) -> dict[str, Any]:
     }
 
 
-def print_perplexity(output: Output, measured: Perplexity | Measured) -> None:
+def print_perplexity(output: Output, measured: Perplexity | Measured, window: int) -> None:
     # The error of exp(nll), to first order.
     error = measured.ppl * measured.standard_error
     output.facts(
         [
             ("perplexity", f"{measured.ppl:.4f} +- {error:.4f}"),
-            ("measured on", f"{measured.tokens} tokens in {measured.windows} windows"),
+            ("measured on", f"{measured.tokens} tokens in {measured.windows} windows of {window}"),
         ]
     )
 

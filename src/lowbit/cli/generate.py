@@ -72,12 +72,16 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def read_text(path: Path) -> str:
+    """A text that has something in it."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}): convert it first"
         ) from None
+    if not text.strip():
+        raise CheckpointError(f"{path} is empty: name a file with some text in it")
+    return text
 
 
 def speed_line(session: AnySession, answer: Answer) -> str:

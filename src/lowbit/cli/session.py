@@ -92,7 +92,7 @@ class Session:
     @property
     def context_length(self) -> int | None:
         """How many tokens the model was made for."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self.model)
 
     @property
     def vocabulary(self) -> int:
@@ -183,6 +183,11 @@ class Session:
             end = self.model.generation_config.eos_token_id
             arguments["pad_token_id"] = end[0] if isinstance(end, list) else end
         return arguments
+
+
+def context_of(model: Any) -> int | None:
+    """How many tokens a model was made for, if its configuration says it."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(source: Source, options: LoadOptions) -> Any:
