@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -133,6 +134,60 @@ def test_ctrl_c_is_130() -> None:
     with process:
         assert process.wait(timeout=60) == INTERRUPTED
         assert process.stderr is not None and process.stderr.read() == "\nlowbit: stopped\n"
+
+
+TIDY = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from lowbit.cli import doctor, main
+
+class Slow:
+    def __del__(self):
+        if DURING_DELETION:
+            os.kill(os.getpid(), NUMBER)
+
+def run(options):
+    print("begun", flush=True)
+    try:
+        if DURING_DELETION:
+            Slow()
+        else:
+            os.kill(os.getpid(), NUMBER)
+        time.sleep(60)
+    finally:
+        print("tidied up", flush=True)
+
+doctor.run = run
+sys.exit(main(["doctor"]))
+"""
+
+
+@pytest.mark.parametrize("during_deletion", [False, True], ids=["anywhere", "in a __del__"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_whatever_ends_a_command_unwinds_it(number: signal.Signals, code: int, during_deletion: bool) -> None:
+    program = TIDY.replace("NUMBER", str(int(number))).replace("DURING_DELETION", str(during_deletion))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout) == (code, "begun\ntidied up\n")
+    assert done.stderr == "\nlowbit: stopped\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_empty_ones(closed: str, tmp_path: Path) -> None:
+    """A file that takes the number of a closed stream would be written to."""
+    program = (
+        f"import os, sys; from lowbit.cli import main; code = main(['help']); f = open({str(tmp_path / 'f')!r}, 'w'); \
+print('seen', file=sys.stderr); sys.exit(code if f.fileno() > 2 and sys.stdin.read() == '' else 9)"
+    )
+    command = f'exec "$0" -c "$1" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, program],
+        input="",
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (done.returncode, (tmp_path / "f").read_text()) == (OK, "")
 
 
 def test_missing_torch_is_one_sentence_with_the_remedy(tmp_path: Path) -> None:

@@ -6,27 +6,26 @@ A command is one file with `DESCRIPTION`, `EXAMPLES`, `add_arguments` and `run`,
 imports neither torch nor rich, and no command does so before its arguments have been read: help and usage errors come
 at once.
 
-Exit codes: 0 done, 1 a failure that is said in one line on stderr, 2 wrong usage, 130 stopped by Ctrl-C, 141 the reader
-of our output has gone. A traceback is a bug of ours, never an answer to what the user did.
+Exit codes: 0 done, 1 a failure that is said in one line on stderr, 2 wrong usage, 130 stopped by Ctrl-C (129 or 143 by
+SIGHUP or SIGTERM), 141 the reader of our output has gone. A traceback is a bug of ours, never an answer to what the user did.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import io
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, TextIO, cast
+from typing import NoReturn, Protocol, cast
 
 import lowbit
 from lowbit.cli.failures import explain_failure
-from lowbit.errors import LowbitError, nearest, one_line
+from lowbit.cli.process import Ended, forget_stdout, say_stopped, well_behaved
+from lowbit.errors import LowbitError, nearest
 
 OK, FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+_SIGNALLED = 128  # and the number of the signal, as shells count
 
 
 class CommandModule(Protocol):
@@ -81,9 +80,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    _never_fail_on_characters()
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+    with well_behaved():
         return _exit_code(words)
 
 
@@ -93,10 +90,13 @@ def _exit_code(words: list[str]) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("\nlowbit: stopped", file=sys.stderr)
+        say_stopped()
         return INTERRUPTED
+    except Ended as end:
+        say_stopped()
+        return _SIGNALLED + end.number
     except BrokenPipeError:
-        _forget_stdout()
+        forget_stdout()
         return PIPE_CLOSED
     except (LowbitError, OSError, ImportError, RuntimeError, MemoryError) as error:
         sentence = explain_failure(error)
@@ -152,27 +152,3 @@ def _help() -> str:
     ]
     lines += ["commands:"] + [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", EXAMPLES]) + "\n"
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """A warning as one line: where in the code it was raised says nothing to the person at the keyboard."""
-    print(f"lowbit: warning: {one_line(str(message))}", file=sys.stderr)
-
-
-def _never_fail_on_characters() -> None:
-    """A model may say any character, a terminal may know only a few: the others become question marks."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def _forget_stdout() -> None:
-    """Nobody reads stdout any more (`lowbit inspect ... | head`): let the flush at exit go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
