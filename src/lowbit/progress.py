@@ -1,9 +1,16 @@
-"""Progress on long work: a bar that appears only once the work has taken two seconds. The one place that imports rich's bars."""
+"""Progress on long work: a bar that appears only once the work has taken two seconds. The one place that imports rich.
+
+    with progress("packing", 272) as advance:        a bar, with the time left as soon as it is known
+        ...; advance("model.layers.0.mlp.up_proj")
+    with progress("starting torch"):                 work that has no steps: a sign of life and the time so far
+
+A timer draws it, not a step: where the first step takes a minute there is a bar for most of that minute.
+"""
 
 from __future__ import annotations
 
 import sys
-import time
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -15,11 +22,11 @@ Item = TypeVar("Item")
 
 @contextmanager
 def progress(
-    label: str, total: int, show: bool | None = None, clock: Callable[[], float] = time.monotonic
+    label: str, total: int | None = None, show: bool | None = None, patience: float = PATIENCE_SECONDS
 ) -> Iterator[Advance]:
     """Yields `advance(what)`, to be called after each of `total` steps. Draws on stderr, and only on a terminal unless told to."""
     drawing = sys.stderr.isatty() if show is None else show
-    bar = _Bar(label, total, clock) if drawing else None
+    bar = _Bar(label, total, patience) if drawing else None
     try:
         yield bar.advance if bar else _silent
     finally:
@@ -28,10 +35,10 @@ def progress(
 
 
 def counted(
-    items: Collection[Item], label: str, show: bool | None = None, clock: Callable[[], float] = time.monotonic
+    items: Collection[Item], label: str, show: bool | None = None, patience: float = PATIENCE_SECONDS
 ) -> Iterator[Item]:
     """The items one after another, with a bar that counts them."""
-    with progress(label, len(items), show, clock) as advance:
+    with progress(label, len(items), show, patience) as advance:
         for item in items:
             yield item
             advance("")
@@ -42,38 +49,55 @@ def _silent(what: str) -> None:
 
 
 class _Bar:
-    """A rich bar with the time left, started late so that quick work prints nothing."""
+    """A rich bar, started late so that quick work prints nothing."""
 
-    def __init__(self, label: str, total: int, clock: Callable[[], float]) -> None:
-        self.label, self.total, self.done = label, total, 0
-        self.clock, self.start = clock, clock()
+    def __init__(self, label: str, total: int | None, patience: float) -> None:
+        self.label, self.total, self.done, self.what = label, total, 0, ""
+        self.patience, self.lock = patience, threading.Lock()
+        self.closed = False
         self.stop: Callable[[], None] | None = None
-        self.update: Callable[[str], None] | None = None
+        self.update: Callable[[], None] | None = None
+        self.timer = threading.Timer(patience, self._draw)
+        self.timer.daemon = True
+        self.timer.start()
 
     def advance(self, what: str) -> None:
-        self.done += 1
-        if self.update is None and self.clock() - self.start > PATIENCE_SECONDS:
-            self._draw()
+        self.done, self.what = self.done + 1, what
         if self.update is not None:
-            self.update(what)
+            self.update()
 
     def _draw(self) -> None:
+        """Called by the timer, in its own thread."""
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[what]}"),
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
         )
-        drawn = Progress(*columns, console=Console(stderr=True), transient=True)
-        task = drawn.add_task(self.label, total=self.total, completed=self.done, what="")
-        drawn.start()
-        self.stop = drawn.stop
-        self.update = lambda what: drawn.update(task, completed=self.done, what=what)
+
+        label, what = TextColumn("{task.description}"), TextColumn("{task.fields[what]}")
+        columns: tuple[ProgressColumn, ...] = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), what)
+        if self.total is None:
+            columns = (SpinnerColumn(), label, TimeElapsedColumn())
+        drawn = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+        task = drawn.add_task(self.label, total=self.total, completed=self.done, what=self.what)
+        drawn.tasks[0].start_time = drawn.get_time() - self.patience
+        with self.lock:
+            if self.closed:
+                return
+            self.stop = drawn.stop
+            self.update = lambda: drawn.update(task, completed=self.done, what=self.what)
+            drawn.start()
+            self.update()  # a step that ended meanwhile
 
     def close(self) -> None:
-        if self.stop is not None:
-            self.stop()
+        self.timer.cancel()
+        with self.lock:
+            self.closed = True
+            if self.stop is not None:
+                self.stop()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 import lowbit
 from lowbit.checkpoint.loading_bar import weights_bar
-from lowbit.progress import PATIENCE_SECONDS, counted, progress
+from lowbit.progress import _Bar, counted, progress
 from unit.checkpoint_cases import EVEN, make
 
 
@@ -33,46 +34,55 @@ class Terminal(io.StringIO):
         return True
 
 
-class Clock:
-    """Time that passes only when it is told to: `step` seconds at every look."""
-
-    def __init__(self, step: float) -> None:
-        self.now, self.step = 0.0, step
-
-    def __call__(self) -> float:
-        self.now += self.step
-        return self.now
-
-
 @contextlib.contextmanager
 def terminal() -> Iterator[Terminal]:
     with contextlib.redirect_stderr(Terminal()) as stream:
         yield stream
 
 
+def wait_for(text: str, stream: Terminal) -> None:
+    """Until a text is drawn; a bar that never comes ends the test."""
+    end = time.monotonic() + 60
+    while text not in stream.getvalue():
+        assert time.monotonic() < end, f"{text} is not in {stream.getvalue()[-200:]!r}"
+        time.sleep(0.01)
+
+
 def test_quick_work_draws_nothing() -> None:
-    with terminal() as stream, progress("packing", 3, clock=Clock(0.5)) as advance:
+    with terminal() as stream, progress("packing", 3) as advance:
         for name in "abc":
             advance(name)
     assert stream.getvalue() == ""
 
 
-def test_bar_appears_once_two_seconds_have_passed() -> None:
-    clock = Clock(0.0)
-    with terminal() as stream, progress("packing", 3, clock=clock) as advance:
-        clock.now = PATIENCE_SECONDS
+def test_bar_appears_by_itself_in_the_middle_of_the_first_step() -> None:
+    with terminal() as stream, progress("packing", 3, patience=0.01) as advance:
+        wait_for("0/3", stream)
         advance("first")
-        assert stream.getvalue() == ""
-        clock.now = PATIENCE_SECONDS + 0.1
-        advance("second")
-        assert "packing" in stream.getvalue() and "2/3" in stream.getvalue()
+        wait_for("1/3", stream)
+        wait_for("first", stream)
+        assert "packing" in stream.getvalue()
+
+
+def test_work_without_steps_shows_that_it_goes_on() -> None:
+    with terminal() as stream, progress("starting torch", patience=0.01):
+        wait_for("starting torch", stream)
+        wait_for("0:00:0", stream)
+
+
+def test_a_bar_that_comes_too_late_is_not_drawn() -> None:
+    with terminal() as stream:
+        bar = _Bar("packing", 3, patience=3600)
+        bar.close()
+        bar._draw()
+        assert stream.getvalue() == "" and bar.stop is None
 
 
 def test_no_bar_where_nobody_looks_or_wants_one() -> None:
     with contextlib.redirect_stderr(io.StringIO()) as file:
-        assert list(counted("abc", "packing", clock=Clock(9))) == list("abc")
+        assert list(counted("abc", "packing", patience=0)) == list("abc")
     with terminal() as stream:
-        assert list(counted("abc", "packing", show=False, clock=Clock(9))) == list("abc")
+        assert list(counted("abc", "packing", show=False, patience=0)) == list("abc")
     assert file.getvalue() == stream.getvalue() == ""
 
 
