@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def cut(file: Path) -> None:
     [
         ("gpt2", "fp16", None, "made with another model: name another file, or remove it"),
         ("llama", "int8", None, "made with another cache type"),
-        ("llama", "fp16", foreign, "is damaged"),
-        ("llama", "fp16", cut, "is damaged"),
+        ("llama", "fp16", foreign, "is no prompt cache, or a damaged one"),
+        ("llama", "fp16", cut, "is no prompt cache, or a damaged one"),
     ],
 )
 def test_other_files_are_refused(
@@ -98,6 +99,27 @@ def test_other_files_are_refused(
         model.generate(PROMPT, prompt_cache=file, **PLAIN)
     assert file.read_bytes() == before
     assert len(model.generate(PROMPT, **PLAIN).tokens) == 10
+
+
+def test_places_where_no_cache_can_be(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Told before the prompt is read, but for a disk that turns out to be full."""
+    model, file = load(folders["llama"]), tmp_path / "notes.txt"
+    file.write_text("mine")
+    for path, sentence in (
+        (tmp_path, "is a folder: name a file"),
+        (file / "below", "cannot be written: name a file in a"),
+    ):
+        with pytest.raises(CheckpointError, match=sentence):
+            model.generate(PROMPT, prompt_cache=path, **PLAIN)
+    assert file.read_text() == "mine" and len(model.slots[0].tokens) == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="was not written: "):
+            model.generate(PROMPT, prompt_cache=tmp_path / "prompt.cache", **PLAIN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_context_that_is_too_short_is_said(folders: dict[str, Path], tmp_path: Path) -> None:

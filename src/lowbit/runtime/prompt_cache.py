@@ -46,8 +46,18 @@ class PromptCache:
         self._held: Tokens = np.empty(0, np.int32)
 
     def read(self, slot: Slot, prompt: Tokens) -> None:
-        """Bring a slot to what the file holds of a prompt, where that is more than it has."""
+        """Bring a slot to what the file holds of a prompt, where that is more than it has.
+
+        What can be known to fail when the file is written, after the whole prompt was read, fails here.
+        """
+        if self.path.is_dir():
+            raise CheckpointError(f"{self.path} is a folder: name a file for the prompt cache")
         if not self.path.exists():
+            above = next(parent for parent in self.path.absolute().parents if parent.exists())
+            if not (above.is_dir() and os.access(above, os.W_OK)):
+                raise CheckpointError(
+                    f"the prompt cache {self.path} cannot be written: name a file in a folder of yours"
+                )
             return
         engine = _saving(slot)
         tokens, cache = self._load(engine.identity)
@@ -74,6 +84,8 @@ class PromptCache:
         try:
             save_file({"tokens": np.ascontiguousarray(prompt, np.int32), "cache": cache}, name, about)
             Path(name).replace(self.path)
+        except SafetensorError as error:  # its name for whatever the disk refuses
+            raise CheckpointError(f"the prompt cache {self.path} was not written: {error}") from None
         finally:
             Path(name).unlink(missing_ok=True)
 
@@ -93,7 +105,9 @@ class PromptCache:
         except (SafetensorError, OSError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"the prompt cache {self.path} is damaged ({error}): remove it") from None
+            raise CheckpointError(
+                f"{self.path} is no prompt cache, or a damaged one ({error}): name another file, or remove it"
+            ) from None
 
 
 def _saving(slot: Slot) -> SavingEngine:
