@@ -88,12 +88,13 @@ bool Task::pairs_with(const View& other, const Form* other_form) const {
            (!view.header || view.header->block_bytes == other.header->block_bytes);
 }
 
-// Large parts first; the last of them, one for each thread, are cut into the smallest, so that threads end together.
+// Large parts first; the last of them, two for each thread (which claims one ahead), are cut into the smallest, so that threads end
+// together.
 void Task::cut(int64_t count, int64_t unit_bytes, int team) {
     units = count;
     large = std::max<int64_t>(std::clamp(count * unit_bytes / (team * kPartsPerThread), kLeastPart, kMostPart) / unit_bytes, 1);
     small = std::max<int64_t>(std::min(kLeastPart / unit_bytes, large), 1);
-    large_items = std::max<int64_t>(count / large - team, 0);
+    large_items = std::max<int64_t>(count / large - 2 * team, 0);
     items = large_items + divide_up(count - large_items * large, small);
 }
 
@@ -109,6 +110,11 @@ void Task::plan(int team) {
     else items = form->items(*view.header);
 }
 
+const uint8_t* Task::begin_of(int64_t item) const {
+    if (!view.header) return static_cast<const uint8_t*>(view.data) + span(item).begin * kPlainRows * view.cols * dtype_bytes(view.dtype);
+    return form->few ? block_at(*view.header, span(item).begin) : nullptr;
+}
+
 namespace {
 
 Piece run_plain(const Task& task, const View& view, float* y, int64_t item) {
@@ -119,8 +125,9 @@ Piece run_plain(const Task& task, const View& view, float* y, int64_t item) {
     return {0, task.input->tokens, begin, end};
 }
 
-Piece run_prepared(const Task& task, const View& view, const Form& form, float* y, int64_t item) {
-    const ProductJob job = job_of(view, form, y, task.y_stride);
+Piece run_prepared(const Task& task, const View& view, const Form& form, float* y, int64_t item, const uint8_t* next) {
+    ProductJob job = job_of(view, form, y, task.y_stride);
+    job.next = next;
     const int64_t blocks = view.header->blocks, tokens = form.activations.tokens;
     if (form.few) {
         const Task::Span span = task.span(item);
@@ -133,20 +140,23 @@ Piece run_prepared(const Task& task, const View& view, const Form& form, float* 
     return {token, std::min(token + form.token_block, tokens), row, std::min(row + form.panel_blocks * kBlockRows, view.rows)};
 }
 
-Piece run_one(const Task& task, const View& view, const Form* form, float* y, int64_t item) {
-    return form ? run_prepared(task, view, *form, y, item) : run_plain(task, view, y, item);
+Piece run_one(const Task& task, const View& view, const Form* form, float* y, int64_t item, const uint8_t* next) {
+    return form ? run_prepared(task, view, *form, y, item, next) : run_plain(task, view, y, item);
 }
 
 }  // namespace
 
-Piece Task::run(int64_t item) const {
-    const Piece piece = run_one(*this, view, form, y, item);
-    if (second) run_one(*this, second, second_form, z, item);
-    if (!mlp) return piece;
+Piece Task::run(int64_t item, const uint8_t* next) const {
+    const uint8_t* other = second && form && form->few ? block_at(*second.header, span(item).begin) : next;
+    const Piece piece = run_one(*this, view, form, y, item, other);
+    if (second) run_one(*this, second, second_form, z, item, next);
+    const bool capped = multiplier != 1.0f || soft_cap > 0.0f;
+    if (!mlp && !capped) return piece;
     const int64_t count = piece.row_end - piece.row_begin;
     for (int64_t t = piece.token_begin; t < piece.token_end; ++t) {
         const int64_t place = t * y_stride + piece.row_begin;
-        engine_isa().activate(*mlp, y + place, second ? z + place : nullptr, count, y + place);
+        if (mlp) engine_isa().activate(*mlp, y + place, second ? z + place : nullptr, count, y + place);
+        if (capped) engine_isa().cap(y + place, multiplier, soft_cap, count);
     }
     return piece;
 }

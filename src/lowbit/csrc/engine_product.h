@@ -53,6 +53,7 @@ struct Task {
     float *y = nullptr, *z = nullptr;
     int64_t y_stride = 0;
     const lowbit_mlp* mlp = nullptr;
+    float multiplier = 1.0f, soft_cap = 0.0f;  // of logits
     int64_t items = 0;
     // Decoding: blocks (of plain matrices groups of rows) of large items, which come first, and of small ones.
     int64_t units = 0, large = 1, small = 1, large_items = 0;
@@ -64,7 +65,10 @@ struct Task {
     void plan(int team);
     void cut(int64_t count, int64_t unit_bytes, int team);
     Span span(int64_t item) const;
-    Piece run(int64_t item) const;
+    // Where the weights of an item begin that is read front to back, else NULL.
+    const uint8_t* begin_of(int64_t item) const;
+    // `next`: the weights that the same thread reads after these, if it is known.
+    Piece run(int64_t item, const uint8_t* next = nullptr) const;
     bool pairs_with(const View& other, const Form* other_form) const;
 };
 

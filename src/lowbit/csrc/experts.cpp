@@ -37,9 +37,9 @@ void Step::sparse_mlp(Member& me, int64_t layer) {
         tasks[count++] = task_of(me, plan.shared_up, work_.shared_up.get(), model_.shared.size);
         tasks[count++] = task_of(me, plan.shared_router, work_.shared_router.get(), 1);
     }
-    run_tasks(me, tasks, count);
+    run_tasks(me, tasks, count, {});
     mark(me, LOWBIT_PART_MLP);
-    work_.team.meet([&] { route(layer); });
+    work_.team.meet([&] { route(layer); }, [](int) {});
     mark(me, LOWBIT_PART_BARRIER);
     expert_products(me, layer);
     if (plan.shared_gate) {
@@ -50,7 +50,7 @@ void Step::sparse_mlp(Member& me, int64_t layer) {
             engine_isa().activate(model_.shared, work_.shared_gate.get() + place, work_.shared_up.get() + place, model_.shared.size, to);
         });
         Task down = task_of(me, plan.shared_down, work_.shared_out.get(), size);
-        run_tasks(me, &down, 1);
+        run_tasks(me, &down, 1, {});
         meet(me, LOWBIT_PART_MLP);
     }
     me.pending = {sequential ? -1 : layer, layer};

@@ -27,6 +27,10 @@ struct Activations {
     int64_t tile_bytes;
 };
 
+// How far ahead of the codes being read a decoding product asks memory for more. int4 g64 on one Zen 5 core: 12 GB/s without, 20 at
+// 2 KiB, 26 at 4 KiB and at 8 KiB; SmolLM2, whose ranges are short, is 5% faster with 4 than with 8.
+constexpr int kAhead = 4096;
+
 struct ProductJob {
     Activations activations;
     ZeroPlan zeros;
@@ -35,6 +39,7 @@ struct ProductJob {
     int y_dtype;
     int64_t y_stride;
     int64_t token_block;  // tokens of a panel item
+    const uint8_t* next = nullptr;  // decoding: what the thread reads after this range; NULL: what lies behind it
 };
 
 }  // namespace lowbit

@@ -80,6 +80,11 @@ void Step::meet(Member& me, lowbit_profile_part part, bool may_stop) {
     work_.team.meet([&] {
         if (engine_.checking) inspect(me, part, may_stop);
         if (may_stop && engine_.cancelled.load(std::memory_order_relaxed)) stopped_ = true;
+    }, [&](int waited) {
+        if (!me.coming || waited >= kIdleFetches) return;
+        const uint8_t* ahead = me.coming + kAhead + 2 * waited * kVector;
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + kVector);
     });
     mark(me, LOWBIT_PART_BARRIER);
 }
@@ -98,7 +103,7 @@ void Step::embed(Member& me) {
     if (plans_.embedding_in) {
         ready(me, {work_.narrow.get(), model_.embedding_width}, count_, {&plans_.embedding_in}, [](int64_t, float*) {});
         Task task = task_of(me, plans_.embedding_in, work_.hidden.get(), hidden);
-        run_tasks(me, &task, 1);
+        run_tasks(me, &task, 1, {});
         meet(me, LOWBIT_PART_EMBED);
         work_.team.share(count_, 1, [&](int64_t begin, int64_t end) {
             for (int64_t token = begin; token < end; ++token) finish_embedding(me, token);
@@ -196,18 +201,60 @@ Task Step::task_of(Member& me, const View& view, float* y, int64_t y_stride) {
     return task;
 }
 
-void Step::run_tasks(Member& me, Task* tasks, int count) {
-    (void)me;
+// With few tokens memory decides. Everybody then begins with the item of its own number and claims the next one before it works, so
+// that the weights which come next are always known, and asked for, while these are read.
+void Step::run_tasks(Member& me, Task* tasks, int count, const Following& after) {
     int64_t total = 0;
     for (int i = 0; i < count; ++i) {
         tasks[i].plan(work_.team.size());
         total += tasks[i].items;
     }
-    work_.team.share(total, 1, [&](int64_t item, int64_t) {
+    struct Place {
+        const Task* task = nullptr;
+        int64_t item = 0;
+    };
+    const auto place_of = [&](int64_t item) {
         int i = 0;
         for (; item >= tasks[i].items; ++i) item -= tasks[i].items;
-        tasks[i].run(item);
-    });
+        Place place;
+        place.task = &tasks[i];
+        place.item = item;
+        return place;
+    };
+    if (count_ > kFewTokens) {
+        work_.team.share(total, 1, [&](int64_t item, int64_t) {
+            const Place here = place_of(item);
+            here.task->run(here.item);
+        });
+        return;
+    }
+    me.coming = first_part(me, after);
+    for (int64_t item = me.index; item < total;) {
+        const int64_t next = work_.team.size() + work_.team.claim(1);
+        const Place here = place_of(item);
+        const Place there = next < total ? place_of(next) : Place{};
+        here.task->run(here.item, there.task ? there.task->begin_of(there.item) : me.coming);
+        item = next;
+    }
+}
+
+const uint8_t* Step::first_part(const Member& me, const Following& after) const {
+    if (!after.view) return nullptr;
+    Form form{};
+    form.few = true;
+    Task task;
+    task.view = after.view;
+    task.second = after.second;
+    task.form = &form;
+    task.plan(work_.team.size());
+    return me.index < task.items ? task.begin_of(me.index) : nullptr;
+}
+
+// The first matrix that a layer multiplies with, or the head behind the last one.
+const View& Step::first_of(int64_t layer) const {
+    if (layer == model_.layer_count) return plans_.head_in ? plans_.head_in : plans_.head;
+    const LayerPlan& plan = plans_.plans[static_cast<size_t>(layer)];
+    return plan.qkv ? plan.qkv : plan.q;
 }
 
 // --- the branches ---
@@ -233,7 +280,7 @@ void Step::attention(Member& me, int64_t layer) {
         tasks[count++] = task_of(me, plan.k, qkv + plans_.q_size, width);
         tasks[count++] = task_of(me, plan.v, qkv + plans_.q_size + plans_.kv_size, width);
     }
-    run_tasks(me, tasks, count);
+    run_tasks(me, tasks, count, {plan.o, {}});
     meet(me, LOWBIT_PART_QKV);
     if (!decoding_) {
         work_.team.share(count_, 4, [&](int64_t begin, int64_t end) {
@@ -254,7 +301,7 @@ void Step::attention(Member& me, int64_t layer) {
         if (split) merge_splits(me, layer, token, to);
     });
     Task output = task_of(me, plan.o, work_.branches[0].get(), size);
-    run_tasks(me, &output, 1);
+    run_tasks(me, &output, 1, plan.gate_up ? Following{plan.gate_up, {}} : plan.gate ? Following{plan.gate, plan.up} : Following{plan.up, {}});
     meet(me, LOWBIT_PART_OUTPUT, true);
     me.pending = {layer, -1};
 }
@@ -293,7 +340,7 @@ void Step::dense_mlp(Member& me, int64_t layer) {
             tasks[0].mlp = &mlp;
         }
     }
-    run_tasks(me, tasks, count);
+    run_tasks(me, tasks, count, {plan.down, {}});
     meet(me, LOWBIT_PART_MLP);
     Rows rows = {work_.gate.get(), mlp.size};
     if (!activated) rows.data = own_rows(me).data;
@@ -303,7 +350,7 @@ void Step::dense_mlp(Member& me, int64_t layer) {
         engine_isa().activate(mlp, both, plan.gate_up ? both + mlp.size : work_.up.get() + token * mlp.size, mlp.size, to);
     });
     Task down = task_of(me, plan.down, work_.branches[1].get(), size);
-    run_tasks(me, &down, 1);
+    run_tasks(me, &down, 1, {first_of(layer + 1), {}});
     me.pending = {sequential ? -1 : layer, layer};
     meet(me, LOWBIT_PART_MLP, true);
 }
@@ -324,18 +371,14 @@ void Step::head(Member& me) {
     });
     if (plans_.head_in) {
         Task task = task_of(me, plans_.head_in, work_.narrow.get(), model_.embedding_width);
-        run_tasks(me, &task, 1);
+        run_tasks(me, &task, 1, {});
         meet(me, LOWBIT_PART_HEAD);
         ready(me, {work_.narrow.get(), model_.embedding_width}, count, {&plans_.head}, [](int64_t, float*) {});
     }
     Task task = task_of(me, plans_.head, logits_, vocab);
-    task.plan(work_.team.size());
-    const bool capped = model_.head_multiplier != 1.0f || model_.head_soft_cap > 0.0f;
-    work_.team.share(task.items, 1, [&](int64_t item, int64_t) {
-        const Piece piece = task.run(item);
-        for (int64_t t = piece.token_begin; capped && t < piece.token_end; ++t)
-            engine_isa().cap(logits_ + t * vocab + piece.row_begin, model_.head_multiplier, model_.head_soft_cap, piece.row_end - piece.row_begin);
-    });
+    task.multiplier = model_.head_multiplier;
+    task.soft_cap = model_.head_soft_cap;
+    run_tasks(me, &task, 1, {});
     mark(me, LOWBIT_PART_HEAD);
 }
 

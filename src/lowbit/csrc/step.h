@@ -35,6 +35,11 @@ private:
         Input input;
         std::chrono::steady_clock::time_point last;
         int64_t layer = -1;  // -1: outside the layers
+        const uint8_t* coming = nullptr;  // weights that this thread reads first in the next products
+    };
+    // The matrices of the products that come next.
+    struct Following {
+        View view, second;
     };
     struct Rows {
         float* data;
@@ -81,7 +86,10 @@ private:
     template <class Fill>
     void ready(Member& me, Rows rows, int64_t tokens, std::initializer_list<const View*> views, const Fill& fill);
     Task task_of(Member& me, const View& view, float* y, int64_t y_stride);
-    void run_tasks(Member& me, Task* tasks, int count);
+    // `after`: the products that come next, whose weights are asked for in time.
+    void run_tasks(Member& me, Task* tasks, int count, const Following& after);
+    const View& first_of(int64_t layer) const;
+    const uint8_t* first_part(const Member& me, const Following& after) const;
     Rows own_rows(Member& me) const;
     void meet(Member& me, lowbit_profile_part part, bool may_stop = false);
     void mark(Member& me, lowbit_profile_part part);
@@ -134,5 +142,6 @@ void Step::ready(Member& me, Rows rows, int64_t tokens, std::initializer_list<co
 constexpr int64_t kTileRows = 48;       // rows of queries that pass over the keys together
 constexpr int64_t kSplitKeys = 64;      // keys below which splitting them over threads does not pay
 constexpr int64_t kItemsPerThread = 4;
+constexpr int kIdleFetches = 128;       // of two lines each: what a waiting thread may ask for of the next weights
 
 }  // namespace lowbit

@@ -58,9 +58,9 @@ public:
         for (int64_t begin = claim(grain); begin < items; begin = claim(grain)) body(begin, std::min(begin + grain, items));
     }
 
-    // Wait for everybody; the counter of items starts again at 0.
-    template <class Serial>
-    void meet(const Serial& serial) {
+    // Wait for everybody; the counter of items starts again at 0. `idle` is told how often it was called while waiting.
+    template <class Serial, class Idle>
+    void meet(const Serial& serial, const Idle& idle) {
         const uint32_t generation = generation_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
             serial();
@@ -74,11 +74,9 @@ public:
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
+            idle(spins);
             if (spins > kPatience) sleep_while(generation);
         }
-    }
-    void meet() {
-        meet([] {});
     }
 
 private:
