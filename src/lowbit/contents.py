@@ -15,7 +15,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,11 @@ _NUMBERS = (
 _LENGTH = struct.Struct("<Q")
 # A header is JSON of names and offsets; one of more than this is a file of another kind (the safetensors library's limit).
 _LONGEST_HEADER = 100_000_000
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "pytorch_model.bin.index.json")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", "pytorch_model.bin.index.json")
 # `name` or `owner/name`, as the hub spells them.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# How much of a name must be the same, of 1, for it to be offered in the place of one that does not exist.
+_SIMILAR = 0.7
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,12 @@ def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder; those that its index names are all there."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
+        raise CheckpointError(f"{folder} is not a folder" if folder.exists() else missing(folder))
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     names = sorted(set(_weight_map(folder).values())) or sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
-        raise CheckpointError(no_weights(folder))
+        raise CheckpointError(no_weights(folder, file_names(folder)))
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise CheckpointError(
@@ -189,23 +191,28 @@ def read_tensors(folder: Path) -> list[StoredTensor]:
     return tensors
 
 
-def has_only_pickles(folder: Path) -> bool:
-    """Whether a folder's weights are pickles and nothing else."""
-    return not list(folder.glob("*.safetensors")) and not (folder / INDEX).exists() and bool(_pickles(folder))
+def file_names(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    return [entry.name for entry in folder.iterdir()]
 
 
-def _pickles(folder: Path) -> list[str]:
-    return sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+def pickles_alone(names: Iterable[str]) -> list[str]:
+    """The pickles among a model's files, if there are no safetensors beside them."""
+    names = sorted(names)
+    if any(name.endswith((".safetensors", INDEX)) for name in names):
+        return []
+    return [name for name in names if name.endswith(_PICKLES)]
 
 
-def no_weights(folder: Path) -> str:
-    """The sentence for a folder without safetensors."""
-    if has_only_pickles(folder):
+def no_weights(model: str | Path, names: Iterable[str]) -> str:
+    """The sentence for a model whose files hold no safetensors."""
+    pickles = pickles_alone(names)
+    if pickles:
         return (
-            f"the weights in {folder} are pickles ({_pickles(folder)[0]}), which can run code when they are loaded; "
+            f"the weights in {model} are pickles ({pickles[0]}), which can run code when they are loaded; "
             "convert them to safetensors, or pass allow_pickle=True (--allow-pickle) if you trust their source"
         )
-    return f"{folder} holds no weights: there is neither {WEIGHTS} nor {INDEX}"
+    return f"{model} holds no weights: there is neither {WEIGHTS} nor {INDEX}"
 
 
 def read_header(path: Path) -> list[StoredTensor]:
@@ -268,29 +275,19 @@ def is_hub_name(text: str) -> bool:
     return _HUB_NAME.fullmatch(text) is not None and Path(text).suffix not in (".gguf", ".safetensors")
 
 
-def may_be_on_hub(text: str) -> bool:
-    """Whether a word for which nothing is here is more likely a name on the hub than a mistyped path."""
-    path = Path(text)
-    if not is_hub_name(text):
-        return False
-    owner_is_folder = "/" in text and path.parent.is_dir()
-    owner = Path(text.partition("/")[0])
-    return not owner_is_folder and _similar_neighbour(path) is None and _similar_neighbour(owner) is None
-
-
 def missing(path: Path) -> str:
     """The sentence for a path that does not exist."""
     first_absent = next((p for p in (*reversed(path.parents), path) if not p.exists()), path)
-    close = _similar_neighbour(first_absent)
-    if close is not None:
-        return f"there is no file or folder {path}: did you mean {close}?"
+    close = _similar_neighbours(first_absent)
+    if close:
+        return f"there is no file or folder {path} (did you mean {' or '.join(map(str, close))}?)"
     parent = next((p for p in path.parents if p.exists()), Path())
     return f"there is no file or folder {path} (the path is right up to {parent.resolve()})"
 
 
-def _similar_neighbour(path: Path) -> Path | None:
-    """Something that exists beside the path and is called nearly like it."""
+def _similar_neighbours(path: Path) -> list[Path]:
+    """What exists beside the path and is called nearly like it, the nearest first."""
     if not path.parent.is_dir():
-        return None
-    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.7)
-    return path.parent / close[0] if close else None
+        return []
+    names = {entry.name.lower(): entry for entry in path.parent.iterdir()}
+    return [names[name] for name in difflib.get_close_matches(path.name.lower(), names, cutoff=_SIMILAR)]

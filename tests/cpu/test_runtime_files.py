@@ -267,7 +267,7 @@ def test_a_file_cut_off_under_the_map_is_said(folder: Path, tmp_path: Path) -> N
 
 
 def test_paths_that_are_no_model_are_said(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no folder or file"):
+    with pytest.raises(CheckpointError, match="there is no file or folder"):
         load(tmp_path / "absent")
     (tmp_path / "file.txt").write_text("x")
     with pytest.raises(CheckpointError, match=r"no model folder and no \.gguf file"):

@@ -124,7 +124,7 @@ def test_folder_that_is_not_a_model(folders: Path, tmp_path: Path) -> None:
     assert "not valid JSON" in refused(tmp_path, load_in_4bit=True)
     with pytest.raises(lowbit.CheckpointError, match="full precision"):
         Auto.load_low_bit(folders / "dense")
-    with pytest.raises(lowbit.CheckpointError, match="there is no folder"):
+    with pytest.raises(lowbit.CheckpointError, match="there is no file or folder"):
         Auto.load_low_bit(tmp_path / "nowhere")
 
 
@@ -134,6 +134,15 @@ def test_pickles_only_where_they_are_trusted(folders: Path, tmp_path: Path) -> N
     (folder / "model.safetensors").unlink()
     assert "allow_pickle=True" in refused(folder, load_in_4bit=True)
     assert "allow_pickle=True" in refused(folder)
+    assert Auto.from_pretrained(folder, load_in_4bit=True, allow_pickle=True).lowbit_report.layers
+
+
+def test_a_pickle_beside_safetensors_of_another_name_stays_where_it_is(folders: Path, tmp_path: Path) -> None:
+    folder = copy_of(folders, "dense", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    assert "allow_pickle=True" in refused(folder, use_safetensors=False)
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    assert "model.safetensors" in refused(folder, load_in_4bit=True)
     assert Auto.from_pretrained(folder, load_in_4bit=True, allow_pickle=True).lowbit_report.layers
 
 

@@ -18,7 +18,7 @@ from lowbit.cli import COMMANDS, FAILED, INTERRUPTED, OK, PIPE_CLOSED, USAGE, do
 from lowbit.cli.failures import explain_failure
 from lowbit.cli.options import COUNT, SHARE
 from lowbit.cli.output import Output, count_text, plain_table, seconds_text, size_text
-from lowbit.cli.source import Source, find_source
+from lowbit.cli.source import find_source
 from lowbit.errors import LONGEST_SENTENCE, CheckpointError, one_line
 
 HEAVY = ("torch", "rich", "transformers", "numpy")
@@ -237,14 +237,14 @@ def test_wrong_paths_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "out").exists()
 
 
-def test_names_of_the_hub_and_mistyped_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistyped_paths_that_are_no_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "smollm2").mkdir()
-    for name in ("gpt2", "Qwen/Qwen3-0.6B"):
-        assert find_source(name) == Source("hub", name)
-    for name in ("smolm2", "smollm2/deep", "smolm2/deep", "model.gguf", "./gpt2", "a/b/c", "two words"):
+    (tmp_path / "SmolLM2").mkdir()
+    for name in ("./smollm", "model.gguf", "./gpt2", "a/b/c", "two words"):
         with pytest.raises(CheckpointError, match="there is no file or folder"):
             find_source(name)
+    with pytest.raises(CheckpointError, match=r"did you mean SmolLM2\?"):
+        find_source("./smollm")
 
 
 def test_targets_in_use_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

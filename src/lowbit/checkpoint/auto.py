@@ -13,6 +13,7 @@ Keywords that belong to transformers go on to it untouched.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,11 +27,12 @@ from lowbit.checkpoint.devices import check_device_map
 from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
 from lowbit.checkpoint.gguf_source import gguf_file, lazy_tensors
 from lowbit.checkpoint.hf import Job, LowBitConfig, reads
+from lowbit.checkpoint.hub import find_model
 from lowbit.checkpoint.keywords import CHOICES, Choices, as_dtype, build_recipe, cast_of
 from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.verdict import check_account, check_method, one_sentence
-from lowbit.contents import CONFIG, has_only_pickles, is_hub_name, missing, read_config
+from lowbit.contents import CONFIG, file_names, read_config
 from lowbit.errors import CheckpointError
 from lowbit.interop.gguf import open_gguf
 from lowbit.recipe import Recipe
@@ -127,33 +129,32 @@ class _AutoBase:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Any:
         """Load a model, packing it on the way in if a low-bit keyword asks for it."""
-        source = Path(pretrained_model_name_or_path)
         request = _Request.take(kwargs)
         check_device_map(kwargs.get("device_map"))
-        gguf = gguf_file(source, kwargs.pop("gguf_file", None))
+        found = find_model(pretrained_model_name_or_path, kwargs)
+        gguf = gguf_file(found.path, kwargs.pop("gguf_file", None))
         if gguf is not None:
             return cls._from_gguf(gguf, request, *model_args, **kwargs)
-        folder = source / (kwargs.get("subfolder") or "")
-        if not source.exists() and not is_hub_name(str(pretrained_model_name_or_path)):
-            raise CheckpointError(missing(source))
-        if source.exists():
+        name = str(pretrained_model_name_or_path if found.is_on_hub else found.path)
+        folder = found.path / (kwargs.get("subfolder") or "")
+        if not found.is_on_hub:
             check_folder(folder)
-            check_method(folder)
-            _refuse_untrusted_code(folder, kwargs)
-            _admit_pickles(folder, request, kwargs)
-            if request.recipe is not None and _is_low_bit(folder):
-                warnings.warn(
-                    f"{source} is low-bit already and is loaded as it is; the format asked for is ignored", stacklevel=2
-                )
-                request = _Request(None, request.dtype, request.choices)
+        check_method(folder)
+        _refuse_untrusted_code(folder, name, kwargs)
+        _admit_pickles(name, file_names(folder) if found.files is None else found.files, request, kwargs)
+        if request.recipe is not None and _is_low_bit(folder):
+            warnings.warn(
+                f"{name} is low-bit already and is loaded as it is; the format asked for is ignored", stacklevel=2
+            )
+            request = _Request(None, request.dtype, request.choices)
         if request.recipe is not None:
             kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=request.job())
         wants_account = kwargs.pop("output_loading_info", False)
-        with one_sentence(str(source), source.exists()), request.bar():
+        with one_sentence(name, not found.is_on_hub), request.bar():
             model, account = cls.transformers_class.from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **request.with_dtype(kwargs)
+                name, *model_args, output_loading_info=True, **request.with_dtype(kwargs)
             )
-        check_account(str(source), model, account, kwargs)
+        check_account(name, model, account, kwargs)
         model.save_low_bit = partial(save_low_bit, model)
         return (model, account) if wants_account else model
 
@@ -211,23 +212,32 @@ def _is_low_bit(folder: Path) -> bool:
     return fields is not None and reads(fields)
 
 
-def _refuse_untrusted_code(folder: Path, kwargs: dict[str, Any]) -> None:
+def _refuse_untrusted_code(folder: Path, name: str, kwargs: dict[str, Any]) -> None:
     """Code of the folder's own runs only where the caller trusts it; where transformers has its own, that one runs."""
     config = read_config(folder) if (folder / CONFIG).exists() else {}
     own = config.get("auto_map")
     if own and not kwargs.get("trust_remote_code") and config["model_type"] not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
-            f"{folder} brings its own code for a model of type {config['model_type']!r} (the Python files in the folder): "
+            f"{name} brings its own code for a model of type {config['model_type']!r} (the Python files beside it): "
             "look at it, and pass trust_remote_code=True (--trust-remote-code) if you trust it"
         )
 
 
-def _admit_pickles(folder: Path, request: _Request, kwargs: dict[str, Any]) -> None:
-    """Pickles only where the caller trusts them, and then nothing but tensors out of them."""
-    if has_only_pickles(folder):
-        if not request.allow_pickle:
-            refuse_pickles(folder)
+def _admit_pickles(name: str, files: Iterable[str], request: _Request, kwargs: dict[str, Any]) -> None:
+    """Pickles only where the caller trusts them, and then nothing but tensors out of them.
+
+    Where they are not trusted transformers is told to look for safetensors alone: it would take a pickle that lies beside
+    safetensors of another name.
+    """
+    if request.allow_pickle:
         kwargs["weights_only"] = True
+        return
+    refuse_pickles(name, files)
+    if kwargs.get("use_safetensors") is False:
+        raise CheckpointError(
+            "use_safetensors=False asks for pickles: pass allow_pickle=True if you trust their source"
+        )
+    kwargs["use_safetensors"] = True
 
 
 class AutoModel(_AutoBase):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from lowbit.contents import (
     CONFIG,
     OWN_CONFIG,
     REPORT,
-    has_only_pickles,
+    file_names,
+    missing,
     no_weights,
+    pickles_alone,
     quantization_config,
     read_config,
     read_generation_config,
@@ -45,18 +47,18 @@ def quantization_fields(folder: Path) -> dict[str, Any] | None:
 def check_folder(folder: Path) -> None:
     """Refuse a folder that is not a model, or whose safetensors are not whole."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
+        raise CheckpointError(f"{folder} is not a folder" if folder.exists() else missing(folder))
     if (folder / CONFIG).exists() or not (folder / OWN_CONFIG).exists():
         read_config(folder)
     read_generation_config(folder)
-    if not has_only_pickles(folder):
+    if not pickles_alone(file_names(folder)):
         read_tensors(folder)
 
 
-def refuse_pickles(folder: Path) -> None:
-    """Refuse a folder whose weights are pickles."""
-    if has_only_pickles(folder):
-        raise CheckpointError(no_weights(folder))
+def refuse_pickles(model: str | Path, names: Iterable[str]) -> None:
+    """Refuse a model whose weights are pickles, by the names of its files."""
+    if pickles_alone(names := list(names)):
+        raise CheckpointError(no_weights(model, names))
 
 
 @contextmanager

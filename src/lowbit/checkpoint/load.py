@@ -29,7 +29,7 @@ from lowbit.checkpoint.layout import dense_tensors, held_weights
 from lowbit.checkpoint.plain_save import attach_saving
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.sites import Reading
-from lowbit.contents import REPORT, read_json, weight_files
+from lowbit.contents import REPORT, file_names, read_json, weight_files
 from lowbit.errors import CheckpointError
 from lowbit.layers import prepare_
 from lowbit.methods import OWN_METHOD
@@ -43,7 +43,7 @@ def load_low_bit(model: nn.Module, folder: str | Path) -> nn.Module:
     """Fill a model with a saved low-bit one's weights, in place; returns it."""
     path = Path(folder)
     check_folder(path)
-    refuse_pickles(path)
+    refuse_pickles(path, file_names(path))
     fields = quantization_fields(path)
     if fields is None:
         raise CheckpointError(

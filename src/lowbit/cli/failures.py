@@ -27,6 +27,7 @@ _SYSTEM_ERRORS = {
 _OPTIONAL = {
     "torch": ("running a model", "torch"),
     "transformers": ("running a model", "torch"),
+    "huggingface_hub": ("loading a model of the hub", "torch"),
     "accelerate": ("loading a model piece by piece", "torch"),
     "gguf": ("reading a GGUF file", "gguf"),
     "peft": ("fine-tuning", "finetune"),

@@ -15,12 +15,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError
 from jinja2 import TemplateError
 from transformers.generation import BaseStreamer
 
@@ -30,16 +28,12 @@ from lowbit.checkpoint.verdict import one_sentence
 from lowbit.cli.answer import ONE_TEXT, Answer, Emit, Message
 from lowbit.cli.options import LoadOptions, Sampling
 from lowbit.cli.source import Source
-from lowbit.contents import CONFIG
 from lowbit.core.library import library_path
 from lowbit.core.threads import set_threads
 from lowbit.errors import BareErrors, CheckpointError, LowbitError, one_line
 from lowbit.interop.gguf import open_gguf
 from lowbit.runtime.text import TextPieces
 
-_HUB_SECONDS = 5
-# The errors of whichever HTTP library the hub's client stands on, and the system's.
-_HUB_ERRORS = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, ValueError))
 # Files that say a folder has a tokenizer, of whatever kind.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tokenization*.py")
 
@@ -200,23 +194,8 @@ def load_model(source: Source, options: LoadOptions) -> Any:
         arguments["recipe"] = options.recipe
     # Asked for by name, since the bars of transformers are switched off.
     arguments["progress"] = sys.stderr.isatty()
-    if source.kind == "hub":
-        _check_hub(source.name)
     with one_sentence(source.name):
         return lowbit.AutoModelForCausalLM.from_pretrained(source.name, allow_pickle=options.allow_pickle, **arguments)
-
-
-def _check_hub(name: str) -> None:
-    """One short question to the hub: transformers asks for half a minute before it says that nobody answers."""
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, CONFIG), str):
-        return
-    try:
-        huggingface_hub.model_info(name, timeout=_HUB_SECONDS)
-    except _HUB_ERRORS as error:
-        raise CheckpointError(
-            f"there is no file or folder {name} here, and the hub has no such model for you or does not answer: "
-            f"{one_line(str(error))}"
-        ) from None
 
 
 def _refuse_low_bit(source: Source) -> None:

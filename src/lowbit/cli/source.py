@@ -1,6 +1,7 @@
 """Where a model comes from: a Hugging Face folder, a GGUF file, or a name on the hub.
 
-`find_source` only looks: nothing is read but names, so a mistyped path is told before torch is imported.
+`find_source` only looks: nothing is read but names, and the hub is asked whether it has the model, so a mistyped path is
+told before torch is imported.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit.contents import CONFIG, may_be_on_hub, missing, read_config
+from lowbit.contents import CONFIG, is_hub_name, missing, read_config
 from lowbit.errors import CheckpointError
 
 
@@ -36,8 +37,11 @@ def find_source(text: str) -> Source:
         return _file_source(path)
     if path.is_dir():
         return _folder_source(path)
-    if may_be_on_hub(text):
-        return Source("hub", text)
+    if is_hub_name(text):
+        from lowbit.checkpoint.hub import look_up
+
+        found = look_up(text)
+        return Source("hub", text) if found.is_on_hub else Source("folder", str(found.path))
     raise CheckpointError(missing(path))
 
 

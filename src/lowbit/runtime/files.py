@@ -22,6 +22,7 @@ import numpy as np
 
 from lowbit.contents import (
     CONFIG,
+    missing,
     quantization_config,
     read_config,
     read_generation_config,
@@ -116,11 +117,7 @@ class FolderFiles:
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise CheckpointError(
-                f"{path} is no model folder and no .gguf file"
-                if path.exists()
-                else f"there is no folder or file {path}"
-            )
+            raise CheckpointError(f"{path} is no model folder and no .gguf file" if path.exists() else missing(path))
         self.path = path
         self.notes: list[str] = []
         stored = read_config(path)

@@ -1,0 +1,158 @@
+"""Names of the hub, asked of a hub that runs here: what is found, what is not, and what is done when nobody answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from unit.checkpoint_cases import EVEN, make
+
+pytestmark = [pytest.mark.transformers, pytest.mark.slow]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SCRIPT = """
+import lowbit
+from lowbit.cli.source import find_source
+from lowbit.errors import CheckpointError
+
+def said(name, **keywords):
+    try:
+        lowbit.AutoModelForCausalLM.from_pretrained(name, **keywords)
+    except (CheckpointError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+"""
+PRINT = "import json\nprint(json.dumps(told))"
+# A port that no server listens on.
+NOBODY = "http://127.0.0.1:9"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as its client asks for: whether a model is there, and its files."""
+
+    root: Path
+
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/api/models/").partition("?")[0]
+        if name != self.path and (self.root / name).is_dir():
+            files = [{"rfilename": path.name} for path in (self.root / name).iterdir()]
+            return self.answer(json.dumps({"id": name, "sha": COMMIT, "siblings": files}).encode())
+        name, _, rest = self.path.removeprefix("/").partition("/resolve/")
+        file = self.root / name / rest.partition("/")[2]
+        if rest and file.is_file():
+            return self.answer(file.read_bytes())
+        kind = "EntryNotFound" if rest and (self.root / name).is_dir() else "RepoNotFound"
+        self.send_response(404)
+        self.send_header("X-Error-Code", kind)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
+
+    do_HEAD = do_GET
+
+    def answer(self, body: bytes) -> None:
+        self.send_response(200)
+        for header, value in {
+            "ETag": f'"{len(body)}"',
+            "X-Repo-Commit": COMMIT,
+            "Content-Length": str(len(body)),
+        }.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    root = tmp_path_factory.mktemp("hub")
+    make("llama", root / "owner" / "tiny", **EVEN)
+    make("llama", root / "owner" / "pickled", **EVEN)
+    (root / "owner" / "pickled" / "model.safetensors").rename(root / "owner" / "pickled" / "pytorch_model.bin")
+    (root / "tiny").symlink_to(root / "owner" / "tiny")
+    handler = type("HubHere", (Hub,), {"root": root})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def run(script: str, endpoint: str, home: Path) -> dict[str, str]:
+    """What a script prints, in a process of its own: the hub's client reads its address when it is imported."""
+    home.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT + script + PRINT],
+        cwd=home,
+        env={"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "cache"), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def fetched(hub: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
+    """What was said while the hub answered, and the folder of the process that asked."""
+    home = tmp_path_factory.mktemp("home")
+    # What lies here under a similar name hides no model of the hub.
+    for name in ("Tiny-4bit", "tiny2", "owner"):
+        (home / name).mkdir()
+    script = """
+told = {
+    "packed": said("owner/tiny", load_in_4bit=True),
+    "one word": said("tiny", load_in_4bit=True),
+    "source": str(find_source("owner/tiny")),
+    "mistyped": said("tiny-4bits"),
+    "another": said("owner/large"),
+    "no file": said("owner/tiny", gguf_file="tiny.gguf"),
+    "pickled": said("owner/pickled", load_in_4bit=True),
+}
+"""
+    return run(script, hub, home), home
+
+
+def test_names_of_the_hub_are_found_whatever_lies_here(fetched: tuple[dict[str, str], Path]) -> None:
+    told, _ = fetched
+    assert told["packed"] == told["one word"] == "loaded"
+    assert told["source"] == "Source(kind='hub', name='owner/tiny')"
+
+
+def test_what_the_hub_does_not_have_is_one_sentence_with_what_lies_here(fetched: tuple[dict[str, str], Path]) -> None:
+    told, home = fetched
+    assert told["mistyped"].startswith("CheckpointError: there is no file or folder tiny-4bits (did you mean Tiny-4bit")
+    assert "and the hub has no such model for you: 404" in told["mistyped"]
+    assert f"(the path is right up to {home / 'owner'}), and the hub has no such model" in told["another"]
+    assert told["no file"] == "CheckpointError: the hub's owner/tiny has no file tiny.gguf"
+
+
+def test_pickles_of_the_hub_are_refused(fetched: tuple[dict[str, str], Path]) -> None:
+    assert "weights in owner/pickled are pickles (pytorch_model.bin)" in fetched[0]["pickled"]
+
+
+def test_where_nobody_answers_what_was_fetched_is_taken(fetched: tuple[dict[str, str], Path]) -> None:
+    script = """
+told = {
+    "again": said("owner/tiny", load_in_4bit=True),
+    "source": find_source("owner/tiny").kind,
+    "mistyped": said("tiny-4bits"),
+    "not to be asked": said("owner/large", local_files_only=True),
+}
+"""
+    told = run(script, NOBODY, fetched[1])
+    assert (told["again"], told["source"]) == ("loaded", "folder")
+    assert "did you mean Tiny-4bit" in told["mistyped"] and "and the hub does not answer: " in told["mistyped"]
+    assert "was not to be asked (local_files_only)" in told["not to be asked"]
