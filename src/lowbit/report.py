@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from lowbit.errors import CheckpointError, one_line
+
+_DAMAGED = "the report of this model (lowbit_report.json) is damaged, and can be removed: the model loads without it"
+# What a field may hold, by its annotation.
+_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "list[int]": (list,)}
+Row = TypeVar("Row")
+
+
+def _read_row(kind: type[Row], fields: Any, **unsaid: Any) -> Row:
+    """A dataclass from JSON, every field of which is of the type that it should be; `unsaid` stands for what is null."""
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{_DAMAGED} ({fields!r} is no line of it)")
+    types = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(kind) if str(field.type) in _TYPES}  # type: ignore[arg-type]
+    known = unsaid | {name: value for name, value in fields.items() if name in types and value is not None}
+    for name, value in known.items():
+        numbers = value if isinstance(value, list) else []
+        if type(value) not in types[name] or not all(type(number) is int for number in numbers):
+            raise CheckpointError(f"{_DAMAGED} (it says {name} = {value!r})")
+    try:
+        return kind(**known)
+    except TypeError as error:
+        raise CheckpointError(f"{_DAMAGED} ({one_line(str(error))})") from None
 
 
 @dataclass
 class LayerReport:
-    """One packed weight. `error` is |w - w^| / |w| over the whole weight."""
+    """One packed weight. `error` is |w - w^| / |w| over the whole weight; not a number where nobody measured it."""
 
     path: str
     role: str
@@ -83,16 +108,23 @@ class Report:
             "bits_per_weight": round(self.bits_per_weight, 4),
             "formats": self.formats(),
         }
-        return asdict(self) | totals
+        found = asdict(self) | totals
+        for row in found["layers"]:  # JSON has no word for what is not a number
+            row["error"] = None if math.isnan(row["error"]) else row["error"]
+        return found
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Report:
-        own = {k: fields[k] for k in ("recipe", "other_bytes", "other_weights", "seconds") if k in fields}
-        layers = [LayerReport(**row) for row in fields.get("layers", ())]
-        return cls(**own, layers=layers, skipped=[Skipped(**row) for row in fields.get("skipped", ())])
+        """What `to_dict` made; anything else was damaged on the way."""
+        own = {name: fields.get(name, ()) for name in ("layers", "skipped")}
+        if not all(isinstance(rows, list | tuple) for rows in own.values()):
+            raise CheckpointError(f"{_DAMAGED} (its layers are no list)")
+        layers = [_read_row(LayerReport, row, error=math.nan) for row in own["layers"]]
+        skipped = [_read_row(Skipped, row) for row in own["skipped"]]
+        return dataclasses.replace(_read_row(cls, fields), layers=layers, skipped=skipped)
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1)
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def __str__(self) -> str:
         lines = [

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from lowbit.cli import FAILED, OK, main
+from lowbit.report import LayerReport, Report
 
 Arrays = dict[str, NDArray[Any]]
 OUT, IN = 96, 128
@@ -178,7 +179,8 @@ def test_shape_of_a_padded_row_comes_from_the_report(tmp_path: Path, capsys: pyt
     tensors = {"p.packed_weight.codes": zeros(OUT, 13), "p.packed_weight.scales": zeros(OUT, 2, dtype="float16")}
     folder_of(tmp_path, tensors, own("nf4")[1])
     assert only_layer(inspected(tmp_path, capsys))["shape"] == [OUT, 104]
-    (tmp_path / "lowbit_report.json").write_text(json.dumps({"layers": [{"path": "p", "shape": [OUT, 100]}]}))
+    row = LayerReport("p", "linear", "nf4", [OUT, 100], 2 * OUT * 100, OUT * 56, 0.1)
+    (tmp_path / "lowbit_report.json").write_text(Report(layers=[row]).to_json())
     assert only_layer(inspected(tmp_path, capsys))["shape"] == [OUT, 100]
 
 
@@ -275,6 +277,29 @@ def test_other_files_are_refused_with_the_reason(tmp_path: Path, capsys: pytest.
     for path, sentence in told.items():
         assert main(["inspect", str(path)]) == FAILED
         assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("quantization", "report"),
+    [
+        ({"quant_method": "gptq", "bits": "four"}, None),
+        ({"quant_method": "gptq", "config_groups": {"group_0": "all"}}, None),
+        ({"quant_method": "lowbit", "layers": {"int4": 5}}, None),
+        ({"quant_method": "gptq", "bits": 0}, None),
+        ({"quant_method": "gptq"}, {"layers": [{"path": "p"}]}),
+    ],
+    ids=["bits", "groups", "layers", "zero", "report"],
+)
+def test_settings_of_another_kind_are_one_sentence(
+    quantization: dict[str, Any], report: dict[str, Any] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {"p.qweight": zeros(IN // 8, OUT), "p.scales": zeros(2, OUT, dtype="float16")}
+    folder = folder_of(tmp_path / "model", tensors, quantization)
+    if report is not None:
+        (folder / "lowbit_report.json").write_text(json.dumps(report))
+    assert main(["inspect", str(folder)]) == FAILED
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "damaged" in lines[0] and lines[0].startswith("lowbit: error: ")
 
 
 def gguf_file(path: Path) -> Path:

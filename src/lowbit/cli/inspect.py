@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from lowbit.contents import (
     read_json,
     read_tensors,
 )
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, LowbitError, one_line
+from lowbit.report import Report
 
 DESCRIPTION = """\
 List what lies in a checkpoint: layers, formats, sizes. Only headers are read, so it takes no memory and no torch.
@@ -156,11 +158,28 @@ def _quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]
 
 
 def _hints(folder: Path, quantization: dict[str, Any]) -> Hints:
-    return hints_from(quantization, read_json(folder / REPORT) if (folder / REPORT).is_file() else {})
+    report = Report.from_dict(read_json(folder / REPORT)) if (folder / REPORT).is_file() else Report()
+    with _understood(folder):
+        return hints_from(quantization, report)
 
 
 def _checkpoint(path: Path, facts: dict[str, Any], tensors: list[StoredTensor], hints: Hints) -> Checkpoint:
-    return Checkpoint(path, facts, list_weights(tensors, hints), len({tensor.file for tensor in tensors}))
+    with _understood(path):
+        weights = list_weights(tensors, hints)
+    return Checkpoint(path, facts, weights, len({tensor.file for tensor in tensors}))
+
+
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Settings of a method may be of any kind; which one is odd, only the code that fell over it knows."""
+    try:
+        yield
+    except LowbitError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: what it says of its quantisation is damaged ({one_line(str(error))})"
+        ) from error
 
 
 def print_checkpoint(output: Output, checkpoint: Checkpoint, everything: bool) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from lowbit.contents import StoredTensor
 from lowbit.errors import FormatError
 from lowbit.formats import format_from_name
+from lowbit.report import Report
 
 WORD_BITS = 32
 _DENSE_NAMES = {
@@ -91,11 +92,11 @@ class Hints:
         return int(self.config.get("bits", self.config.get("w_bit", 4)))
 
 
-def hints_from(config: dict[str, Any], report: dict[str, Any]) -> Hints:
+def hints_from(config: dict[str, Any], report: Report) -> Hints:
     """The hints of a quantization_config and of the report that lowbit leaves beside it."""
     layers = config.get("layers")
     formats = {path: name for name, paths in layers.items() for path in paths} if isinstance(layers, dict) else {}
-    shapes = {row["path"]: tuple(row["shape"]) for row in report.get("layers", ())}
+    shapes = {row.path: tuple(row.shape) for row in report.layers}
     return Hints(config, formats, shapes)
 
 
