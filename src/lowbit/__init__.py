@@ -33,7 +33,8 @@ _HOMES = {
     "recipe": ("RECIPES", "Recipe"),
     "report": ("Report",),
     "optimize": ("explain", "optimize_model"),
-    "checkpoint": ("load_low_bit", "low_memory_init", "save_low_bit"),
+    "checkpoint.load": ("load_low_bit", "low_memory_init"),
+    "checkpoint.save": ("save_low_bit",),
     "checkpoint.auto": (
         "AutoModel",
         "AutoModelForCausalLM",

@@ -247,6 +247,16 @@ def test_mistyped_paths_that_are_no_names_of_the_hub(tmp_path: Path, monkeypatch
         find_source("./smollm")
 
 
+def test_a_mistyped_name_is_told_without_torch() -> None:
+    code, heavy, said = imported_by(
+        ["generate", "no-such-model-here", "--prompt", "Hello"], missing="torch transformers"
+    )
+    assert (code, heavy & {"torch", "transformers"}) == (FAILED, set())
+    assert said.startswith("lowbit: error: there is no file or folder no-such-model-here") and "\n" not in said
+    with pytest.raises(CheckpointError, match="the name of the model is empty"):
+        find_source("")
+
+
 def test_targets_in_use_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, other, model, file = (tmp_path / name for name in ("source", "other", "model", "file"))
     for folder in (source, other, model):

@@ -32,6 +32,10 @@ class Source:
 
 def find_source(text: str) -> Source:
     """What a user's word for a model means."""
+    if not text.strip():
+        raise CheckpointError(
+            "the name of the model is empty: name a Hugging Face folder, a .gguf file, or a model of the hub"
+        )
     path = Path(text).expanduser()
     if path.is_file():
         return _file_source(path)
