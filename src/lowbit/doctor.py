@@ -53,7 +53,7 @@ PACKAGES = (
     Package("safetensors", "reading and writing weights", "0.5"),
     Package("tokenizers", "text to tokens", "0.21"),
     Package("jinja2", "chat templates", "3.1"),
-    Package("rich", "tables and progress bars", "13"),
+    Package("rich", "progress bars", "13"),
     Package("torch", "quantising, saving, fine-tuning", "2.9", _TORCH),
     Package("transformers", "models that lowbit's engine does not run", "5.0", _TORCH),
     Package("accelerate", "models spread over devices", "1.0", _TORCH),

@@ -17,7 +17,7 @@ from lowbit.checkpoint.folder import unwritten
 from lowbit.cli import COMMANDS, FAILED, INTERRUPTED, OK, PIPE_CLOSED, USAGE, doctor, main
 from lowbit.cli.failures import explain_failure
 from lowbit.cli.options import COUNT, SHARE
-from lowbit.cli.output import Output, count_text, plain_table, seconds_text, size_text
+from lowbit.cli.output import Output, count_text, seconds_text, size_text, table_lines
 from lowbit.cli.source import find_source
 from lowbit.errors import LONGEST_SENTENCE, CheckpointError, one_line
 
@@ -344,12 +344,26 @@ def test_json_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plain_table_aligns_numbers_to_the_right() -> None:
-    assert plain_table(("name", "size"), [("a", "10.0 MB"), ("long name", "1 B")], right=("size",)) == [
+    assert table_lines(("name", "size"), [("a", "10.0 MB"), ("long name", "1 B")], right=("size",)) == [
         "name          size",
         "a          10.0 MB",
         "long name      1 B",
     ]
-    assert plain_table(("name",), []) == ["name"]
+    assert table_lines(("name",), []) == ["name"]
+
+
+def test_long_names_are_folded_to_fit_a_terminal() -> None:
+    table = ("weight", "size"), [("model.layers.*.self_attn.q_proj", "1 B"), ("lm_head", "12.0 MB")]
+    assert table_lines(*table, right=("size",), width=33) == [
+        "weight                       size",
+        "model.layers.*.               1 B",
+        "self_attn.q_proj",
+        "lm_head                   12.0 MB",
+    ]
+    # Where too little would be left of the names, the terminal may break the lines.
+    assert table_lines(*table, right=("size",), width=12) == table_lines(*table, right=("size",))
+    word = table_lines(("weight",), [("abcdefghijklmnopqrstuvwxyz",)], width=20)
+    assert word == ["weight", "abcdefghijklmnopqrst", "uvwxyz"]
 
 
 def test_numbers_for_people() -> None:

@@ -1,19 +1,22 @@
 """What commands print: text and tables for people, JSON for scripts.
 
 People read stdout. With `--json`, stdout carries one JSON value and nothing else, and what people would have read goes
-to stderr. On a terminal a table is drawn by rich; into a file or a pipe it is plain aligned columns that `grep` and
-`awk` can read. The one file of the command line that imports rich.
+to stderr. Tables are plain aligned columns, which `grep` and `awk` can read too; on a terminal long names are folded to
+fit it.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _GAP = "  "
+# How narrow a column of names may become.
+_LEGIBLE = 16
 
 
 class Output:
@@ -47,11 +50,8 @@ class Output:
 
     def table(self, headers: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
         """Rows under headers; the columns named in `right` hold numbers and are aligned to the right."""
-        cells = [list(row) for row in rows]
-        if self.stream.isatty():
-            _draw_table(headers, cells, right, self.stream)
-        else:
-            self.say("\n".join(plain_table(headers, cells, right)))
+        width = shutil.get_terminal_size().columns if self.stream.isatty() else None
+        self.say("\n".join(table_lines(headers, list(rows), right, width)))
 
     def result(self, value: Any) -> None:
         """What a script reads: printed with `--json` only."""
@@ -59,31 +59,45 @@ class Output:
             print(json.dumps(value, indent=1), file=sys.stdout, flush=True)
 
 
-def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> list[str]:
-    """A table as lines of aligned columns."""
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+def table_lines(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), width: int | None = None
+) -> list[str]:
+    """A table as lines of aligned columns. To fit a width its widest column of names is folded, if that leaves it legible."""
+    columns = [list(column) for column in zip(headers, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    excess = sum(widths) + len(_GAP) * (len(widths) - 1) - (width or sys.maxsize)
+    names = [index for index, header in enumerate(headers) if header not in right]
+    if excess > 0 and names:
+        widest = max(names, key=lambda index: widths[index])
+        if widths[widest] - excess >= _LEGIBLE:
+            widths[widest] -= excess
 
-    def line(cells: Sequence[str]) -> str:
-        placed = (c.rjust(w) if h in right else c.ljust(w) for c, w, h in zip(cells, widths, headers, strict=True))
-        return _GAP.join(placed).rstrip()
+    def lines(cells: Sequence[str]) -> list[str]:
+        folded = [_fold(cell, size) for cell, size in zip(cells, widths, strict=True)]
+        placed = [
+            [text.rjust(size) if header in right else text.ljust(size) for text in texts]
+            for texts, size, header in zip(folded, widths, headers, strict=True)
+        ]
+        blank = [" " * size for size in widths]
+        return [_GAP.join(row).rstrip() for row in _rows_of(placed, blank)]
 
-    return [line(headers), *map(line, rows)]
+    return [line for cells in (headers, *rows) for line in lines(cells)]
 
 
-def _draw_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], stream: TextIO) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _rows_of(columns: list[list[str]], blank: list[str]) -> list[list[str]]:
+    """Folded cells, side by side as lines of a table."""
+    height = max(map(len, columns), default=0)
+    return [[c[i] if i < len(c) else empty for c, empty in zip(columns, blank, strict=True)] for i in range(height)]
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in headers:
-        table.add_column(
-            header, justify="right" if header in right else "left", no_wrap=header in right, overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(file=stream).print(table)
+
+def _fold(text: str, width: int) -> list[str]:
+    """A text in pieces that are no longer than a width, cut behind a dot or a space, else behind an underscore, else anywhere."""
+    pieces = []
+    while len(text) > width:
+        cut = max(text.rfind(".", 0, width), text.rfind(" ", 0, width)) + 1 or text.rfind("_", 0, width) + 1 or width
+        pieces.append(text[:cut])
+        text = text[cut:]
+    return [*pieces, text]
 
 
 def size_text(count: float) -> str:
