@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from lowbit.core import calls, threads
+from lowbit.core.arena import weight_memory
 from lowbit.core.library import library_path
 from lowbit.formats import Format
 from lowbit.packing import PackedTensor, empty_buffers
@@ -29,7 +30,7 @@ def prepare(packed: PackedTensor) -> dict[str, torch.Tensor]:
     rows, cols = packed.shape[-2:]
     size = calls.prepared_bytes(packed.format, rows, cols)
     experts = _experts(packed)
-    prepared = torch.empty(size * len(experts), dtype=torch.uint8)
+    prepared = torch.from_numpy(weight_memory(size * len(experts)))
     for index, expert in enumerate(experts):
         tensors = {name: tensor.contiguous() for name, tensor in expert.tensors().items()}
         place = prepared.data_ptr() + index * size

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit.core import calls
+from lowbit.core.arena import ALIGNMENT, weight_memory
 from lowbit.errors import WeightError
 from lowbit.models.spec import DecoderSpec, Located
 from lowbit.packing import PackedTensor
@@ -25,7 +26,6 @@ from lowbit.runtime.abi import LAYER_MATRICES, OUTER_MATRICES, PLAIN, PREPARED
 Floats = NDArray[np.float32]
 Key = tuple[str, int | None]
 MATRIX_ROLES = frozenset((*LAYER_MATRICES, *OUTER_MATRICES))
-ALIGNMENT = 64  # bytes; what the wide loads of the products ask for
 _SAMPLE = 256  # bytes of a weight at each of three places: another model differs in some of them
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -64,13 +64,6 @@ class EngineWeights:
         return sum(bytes_at(matrix).size for matrix in seen.values())
 
 
-def aligned(size: int) -> NDArray[np.uint8]:
-    """An uninitialised buffer on a 64-byte boundary."""
-    buffer = np.empty(size + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + size]
-
-
 def plain(array: NDArray[Any], dtype: str | None = None, bias: Floats | None = None) -> Matrix:
     """A dense weight [out, in] or [experts, out, in] where it lies; bf16 comes as uint16 with dtype="bfloat16"."""
     name = dtype or str(array.dtype)
@@ -91,7 +84,7 @@ def prepared(packed: PackedTensor, bias: Floats | None = None) -> Matrix:
     size = calls.prepared_bytes(packed.format, rows, cols)
     if size % ALIGNMENT and len(experts) > 1:
         raise WeightError(f"prepared experts of {size} bytes do not lie on {ALIGNMENT}-byte boundaries")
-    buffer = aligned(size * len(experts))
+    buffer = weight_memory(size * len(experts))
     for index, expert in enumerate(experts):
         arrays = {name: np.ascontiguousarray(array) for name, array in expert.tensors().items()}
         addresses = {name: array.ctypes.data for name, array in arrays.items()}
