@@ -10,6 +10,7 @@ therefore measured on other drafts of the model too, moved off the grid by other
 
     python benchmarks/default_format.py                                2 cores, some 30 minutes: a look, written to build/
     python benchmarks/default_format.py --windows 48 --device cuda     what results/default_format.md was made with
+    python benchmarks/default_format.py --only "int4_g64, tied int5_g32"   rows of the kept table again, beside the first
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import common
+import measured_again
 import torch
 from safetensors.torch import load_file
 from selection import caveats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowbit.algorithms.rtn import round_weight
+from lowbit.errors import nearest
 from lowbit.evaluate import Divergence, Perplexity, divergence, standard_error, token_ids
 from lowbit.formats import as_format
 from lowbit.grid import unpack
@@ -40,6 +43,7 @@ from lowbit_assets import chunks, move_scales, reference_model, text
 BUDGET = 4.6
 WINDOW = 512
 WINDOWS = 48
+LOOK = 6
 TEXTS = ("sqlite_valid", "moby_dick")
 NUMBERS = "default_format.json"
 REFERENCE_SEED = 2026
@@ -153,14 +157,15 @@ class Row:
 
 
 class Bench:
-    """The model, its original weights, and what the original predicts."""
+    """The model, its original weights, and what the original predicts: on `windows` of each text, or the first of them."""
 
-    def __init__(self, plain: Path, device: str, windows: int) -> None:
+    def __init__(self, plain: Path, device: str, windows: int, first: int | None = None) -> None:
         self.plain = plain
         self.model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).to(device).eval()
         self.targets = find_targets(self.model)
         tokenizer = AutoTokenizer.from_pretrained(plain)
-        self.ids = {name: torch.tensor(chunks(token_ids(tokenizer, text(name)), WINDOW, windows)) for name in TEXTS}
+        cut = {name: chunks(token_ids(tokenizer, text(name)), WINDOW, windows) for name in TEXTS}
+        self.ids = {name: torch.tensor(rows[:first]) for name, rows in cut.items()}
         self.move_off_grid(REFERENCE_SEED)
         self.original = self.remember()
 
@@ -279,6 +284,7 @@ def report(data: dict[str, Any]) -> str:
     )
     may_be_default = {c.name for c in all_candidates().values() if offered(c)}
     parts.append(caveats(data, against, rows, may_be_default.__contains__, BUDGET))
+    parts += measured_again.section(data)
     if data["seeds"]:
         parts.append(f"## The same on other drafts of the model, KL over both texts\n\n{seeds_table(data['seeds'])}\n")
     return "\n".join(parts)
@@ -322,8 +328,9 @@ def row_from(found: dict[str, Any]) -> Row:
 
 def measure_all(chosen: argparse.Namespace) -> Path:
     """Measure every row; the numbers are written after each, so that a run that is cut short is not lost."""
-    bench = Bench(chosen.reference or reference_model("plain"), chosen.device, chosen.windows)
-    data: dict[str, Any] = {"machine": common.machine(chosen.device, chosen.commit), "windows": chosen.windows}
+    windows = chosen.windows or LOOK
+    bench = Bench(chosen.reference or reference_model("plain"), chosen.device, windows)
+    data: dict[str, Any] = {"machine": common.machine(chosen.device, chosen.commit), "windows": windows}
     data |= {"rows": [], "seeds": []}
     numbers: Path = chosen.results / NUMBERS
     # In this order most weights of a row are in the model already.
@@ -333,33 +340,52 @@ def measure_all(chosen: argparse.Namespace) -> Path:
     for seed in range(1, chosen.seeds + 1):
         bench.move_off_grid(seed)
         for candidate in SEEDED:
-            data["seeds"].append({"seed": seed} | asdict(bench.measure(candidate, min(24, chosen.windows))))
+            data["seeds"].append({"seed": seed} | asdict(bench.measure(candidate, min(24, windows))))
             numbers.write_text(json.dumps(data))
     return numbers
 
 
-def home_of(windows: int, again: bool) -> Path:
+def measure_again(chosen: argparse.Namespace) -> Path:
+    """Measure some rows of the kept table once more, on its windows; they are kept beside the first."""
+    known = all_candidates()
+    unknown = next((name for name in chosen.only if name not in known), None)
+    if unknown is not None:
+        raise SystemExit(f"no recipe of the table is called {unknown!r}: {nearest(unknown, known)}")
+    numbers: Path = chosen.results / NUMBERS
+    data = json.loads(numbers.read_text())
+    windows = min(chosen.windows or data["windows"], data["windows"])
+    bench = Bench(chosen.reference or reference_model("plain"), chosen.device, data["windows"], windows)
+    rows = measured_again.add_run(data, common.machine(chosen.device, chosen.commit), windows)
+    for name in chosen.only:
+        rows.append(asdict(bench.measure(known[name])))
+        numbers.write_text(json.dumps(common.rounded(data)) + "\n")
+    return numbers
+
+
+def home_of(windows: int, kept: bool) -> Path:
     """Where a run is written: one of few windows is a look, not the table that the choice of the default rests on."""
-    return common.RESULTS if again or windows >= WINDOWS else common.SCRATCH
+    return common.RESULTS if kept or windows >= WINDOWS else common.SCRATCH
 
 
 def main() -> None:
     options = common.parser(__doc__.splitlines()[0])
     options.add_argument("--device", default="cpu")
     options.add_argument(
-        "--windows", type=int, default=6, help=f"windows of each text, {WINDOWS} for the table that is kept"
+        "--windows", type=int, help=f"windows of each text (default: {LOOK}; {WINDOWS} for the table that is kept)"
     )
     options.add_argument(
         "--seeds", type=int, default=0, help="other drafts of the model to measure the best recipes on"
     )
     options.add_argument("--reference", type=Path, help="a folder with the plain reference model, if not in the cache")
     options.add_argument("--again", action="store_true", help="write the report again from the numbers of the last run")
+    options.add_argument("--only", nargs="+", metavar="RECIPE", help="measure these rows of the kept table once more")
     options.add_argument("--remark", action="append", default=[], help="a remark on the run, kept with its numbers")
     options.set_defaults(results=None)
     chosen = options.parse_args()
-    chosen.results = chosen.results or home_of(chosen.windows, chosen.again)
+    chosen.results = chosen.results or home_of(chosen.windows or LOOK, chosen.again or bool(chosen.only))
     chosen.results.mkdir(parents=True, exist_ok=True)
-    numbers = chosen.results / NUMBERS if chosen.again else measure_all(chosen)
+    measure = measure_again if chosen.only else measure_all
+    numbers = chosen.results / NUMBERS if chosen.again else measure(chosen)
     data = json.loads(numbers.read_text())
     data["remarks"] = [*data.get("remarks", ()), *chosen.remark]
     common.write_results(chosen.results, numbers.stem, report(data), data)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import common
+import measured_again
 
 # What decides the figures of a row: the rounding, its search, and the recipe that is called the default.
 DECIDES = (
@@ -93,6 +94,11 @@ def _age(data: dict[str, Any]) -> list[str]:
     if not changed:
         return []
     names = ", ".join(f"`{name}`" for name in changed)
-    return [
-        f"**Age.** Of what decides a row, these files have changed since {commit}: {names}. The rows were not measured again."
-    ]
+    again = [row["name"] for run in data.get(measured_again.AGAIN, ()) for row in run["rows"]]
+    so = "The rows were not measured again."
+    if again:
+        so = (
+            f"{len(set(again))} of the {len(data['rows'])} rows were measured again (see below), and differ by "
+            f"{measured_again.largest_difference(data):.4f} at most; the others were not."
+        )
+    return [f"**Age.** Of what decides a row, these files have changed since {commit}: {names}. {so}"]

@@ -1,5 +1,6 @@
 """What a page of results says of itself: the tree that ran, and how far its figures carry."""
 
+import argparse
 import importlib
 import json
 import re
@@ -56,11 +57,9 @@ def test_a_tree_that_differs_from_its_commit_is_marked(tmp_path: Path, load: obj
 def test_a_small_run_leaves_the_kept_table_alone(load: object) -> None:
     common: ModuleType = load("common")  # type: ignore[operator]
     default_format: ModuleType = load("default_format")  # type: ignore[operator]
-    assert default_format.home_of(windows=6, again=False) == common.SCRATCH
+    assert default_format.home_of(windows=6, kept=False) == common.SCRATCH
     assert (
-        default_format.home_of(windows=48, again=False)
-        == default_format.home_of(windows=6, again=True)
-        == common.RESULTS
+        default_format.home_of(windows=48, kept=False) == default_format.home_of(windows=6, kept=True) == common.RESULTS
     )
     assert (
         common.SCRATCH not in (common.RESULTS, *common.RESULTS.parents) and common.RESULTS not in common.SCRATCH.parents
@@ -85,3 +84,30 @@ def test_the_page_of_the_default_says_how_far_it_carries(load: object) -> None:
     for line in page.splitlines():
         if line.startswith("| int"):
             assert line in made
+
+
+def test_rows_measured_again_stand_beside_the_first(load: object) -> None:
+    default_format: ModuleType = load("default_format")  # type: ignore[operator]
+    measured_again: ModuleType = load("measured_again")  # type: ignore[operator]
+    data = json.loads((BENCHMARKS / "results" / "default_format.json").read_text())
+    data.pop(measured_again.AGAIN, None)
+    assert measured_again.section(data) == []
+    machine = data["machine"] | {"commit": "later"}
+    for shift in (0.5, 0.001):  # the second run of a commit takes the place of the first
+        rows = measured_again.add_run(data, machine, windows=2)
+        row = json.loads(json.dumps(data["rows"][0]))
+        for numbers in row["texts"].values():
+            numbers["windows_kl"] = [kl + shift for kl in numbers["windows_kl"][:2]]
+        rows.append(row)
+    page = default_format.report(data)
+    found = page.partition("## Measured again")[2].partition("\n## ")[0]
+    (line,) = (line for line in found.splitlines() if line.startswith("| int"))
+    assert line.startswith(f"| {row['name']} | {row['bits']:.3f} | {row['bits']:.3f} |")
+    assert line.endswith("| +0.0010 | 0.0010 |") and "the first 2 of the 48 windows of each text" in page
+    assert f"1 of the {len(data['rows'])} rows were measured again (see below), and differ by 0.0010 at most" in page
+
+
+def test_an_unknown_row_is_told_with_the_nearest(load: object) -> None:
+    default_format: ModuleType = load("default_format")  # type: ignore[operator]
+    with pytest.raises(SystemExit, match="did you mean int4_g64, tied int5_g32"):
+        default_format.measure_again(argparse.Namespace(only=["int4_g64, tied int5_g3"]))
