@@ -22,11 +22,19 @@ Item = TypeVar("Item")
 
 @contextmanager
 def progress(
-    label: str, total: int | None = None, show: bool | None = None, patience: float = PATIENCE_SECONDS
+    label: str,
+    total: int | None = None,
+    show: bool | None = None,
+    patience: float | None = None,
+    still: bool = False,
 ) -> Iterator[Advance]:
-    """Yields `advance(what)`, to be called after each of `total` steps. Draws on stderr, and only on a terminal unless told to."""
+    """Yields `advance(what)`, to be called after each of `total` steps. Draws on stderr, and only on a terminal unless told to.
+
+    A `still` bar is there from the start and moves with the steps alone: work that is being timed is not disturbed.
+    """
     drawing = sys.stderr.isatty() if show is None else show
-    bar = _Bar(label, total, patience) if drawing else None
+    wait = PATIENCE_SECONDS if patience is None else patience
+    bar = _Bar(label, total, 0 if still else wait, still) if drawing else None
     try:
         yield bar.advance if bar else _silent
     finally:
@@ -35,7 +43,7 @@ def progress(
 
 
 def counted(
-    items: Collection[Item], label: str, show: bool | None = None, patience: float = PATIENCE_SECONDS
+    items: Collection[Item], label: str, show: bool | None = None, patience: float | None = None
 ) -> Iterator[Item]:
     """The items one after another, with a bar that counts them."""
     with progress(label, len(items), show, patience) as advance:
@@ -51,12 +59,16 @@ def _silent(what: str) -> None:
 class _Bar:
     """A rich bar, started late so that quick work prints nothing."""
 
-    def __init__(self, label: str, total: int | None, patience: float) -> None:
+    def __init__(self, label: str, total: int | None, patience: float, still: bool = False) -> None:
         self.label, self.total, self.done, self.what = label, total, 0, ""
-        self.patience, self.lock = patience, threading.Lock()
+        self.patience, self.still, self.lock = patience, still, threading.Lock()
         self.closed = False
         self.stop: Callable[[], None] | None = None
         self.update: Callable[[], None] | None = None
+        self.timer: threading.Timer | None = None
+        if patience <= 0:
+            self._draw()
+            return
         self.timer = threading.Timer(patience, self._draw)
         self.timer.daemon = True
         self.timer.start()
@@ -67,7 +79,7 @@ class _Bar:
             self.update()
 
     def _draw(self) -> None:
-        """Called by the timer, in its own thread."""
+        """Called by the timer, in its own thread, or at the start."""
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -84,19 +96,22 @@ class _Bar:
         columns: tuple[ProgressColumn, ...] = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), what)
         if self.total is None:
             columns = (SpinnerColumn(), label, TimeElapsedColumn())
-        drawn = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+        drawn = Progress(
+            *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, auto_refresh=not self.still
+        )
         task = drawn.add_task(self.label, total=self.total, completed=self.done, what=self.what)
         drawn.tasks[0].start_time = drawn.get_time() - self.patience
         with self.lock:
             if self.closed:
                 return
             self.stop = drawn.stop
-            self.update = lambda: drawn.update(task, completed=self.done, what=self.what)
+            self.update = lambda: drawn.update(task, completed=self.done, what=self.what, refresh=self.still)
             drawn.start()
             self.update()  # a step that ended meanwhile
 
     def close(self) -> None:
-        self.timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
         with self.lock:
             self.closed = True
             if self.stop is not None:

@@ -114,12 +114,12 @@ def test_conversation_is_saved_as_json(session: Session, tmp_path: Path, capsys:
 class InterruptedSession(Session):
     """A session whose user presses Ctrl-C once some text has come."""
 
-    def chat(self, messages, sampling, emit=None):  # type: ignore[no-untyped-def]
+    def generate(self, prompt, sampling, emit=None):  # type: ignore[no-untyped-def]
         def stop(piece: str) -> None:
             emit(piece)
             raise KeyboardInterrupt
 
-        return super().chat(messages, sampling, stop)
+        return super().generate(prompt, sampling, stop)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(

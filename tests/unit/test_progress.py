@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 import lowbit
 from lowbit.checkpoint.loading_bar import weights_bar
+from lowbit.cli import OK, main
 from lowbit.progress import _Bar, counted, progress
 from unit.checkpoint_cases import EVEN, make
 
@@ -70,6 +72,14 @@ def test_work_without_steps_shows_that_it_goes_on() -> None:
         wait_for("0:00:0", stream)
 
 
+def test_a_still_bar_moves_with_the_steps_alone() -> None:
+    with terminal() as stream, progress("timing", 3, still=True) as advance:
+        assert "0/3" in stream.getvalue()
+        advance("warm")
+        assert "1/3" in stream.getvalue() and "warm" in stream.getvalue()
+        assert not [thread for thread in threading.enumerate() if type(thread).__module__.startswith("rich")]
+
+
 def test_a_bar_that_comes_too_late_is_not_drawn() -> None:
     with terminal() as stream:
         bar = _Bar("packing", 3, patience=3600)
@@ -84,6 +94,33 @@ def test_no_bar_where_nobody_looks_or_wants_one() -> None:
     with terminal() as stream:
         assert list(counted("abc", "packing", show=False, patience=0)) == list("abc")
     assert file.getvalue() == stream.getvalue() == ""
+
+
+def commands(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """For each command that may take long: its arguments, and what it shows while it works."""
+    (folder / "text.txt").write_text("Call me Ishmael. " * 20)
+    dense, low, text = str(folder / "dense"), str(folder / "low"), str(folder / "text.txt")
+    answer = ["--prompt", "Hi", "--max-new-tokens", "2"]
+    return {
+        "quantize": (["quantize", dense, low], ["starting torch", "packing", "saving"]),
+        "generate": (["generate", low, *answer], ["loading", "reading"]),
+        "generate, packing": (["generate", dense, "--format", "int4", *answer], ["packing", "reading"]),
+        "generate, in torch": (["generate", dense, *answer], ["starting torch", "loading", "reading"]),
+        "chat": (["chat", low, "--max-new-tokens", "2"], ["loading", "reading"]),
+        "evaluate": (["evaluate", low, "--text", text, "--against", dense], ["starting torch", "loading", "comparing"]),
+        "bench": (["bench", low, "--new-tokens", "2", "--rounds", "1", "--profile"], ["timing", "1/2", "profiling"]),
+    }
+
+
+@pytest.mark.transformers
+def test_every_long_step_of_a_command_shows_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("llama", tmp_path / "dense", **EVEN)
+    monkeypatch.setattr("lowbit.progress.PATIENCE_SECONDS", 0)
+    for name, (words, shown) in commands(tmp_path).items():
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+        with terminal() as stream:
+            assert main(words) == OK, stream.getvalue()[-400:]
+        assert [label for label in shown if label not in stream.getvalue()] == [], name
 
 
 hooked = pytest.mark.skipif(

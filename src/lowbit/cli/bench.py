@@ -75,12 +75,13 @@ def run(options: argparse.Namespace) -> int:
         session.forget()
         return session.generate(prompt, Sampling(new_tokens, temperature=0, ignore_end=True)).token_seconds
 
-    with progress("timing", options.rounds + 1) as advance:
+    with progress("timing", options.rounds + 1, still=True) as advance:
         timings = measure(generate, len(prompt), options.new_tokens, options.rounds, advance)
     facts = timings.to_dict() | {"load_seconds": session.load_seconds, "peak_bytes": session.peak_memory()}
     print_timings(output, timings, session.load_seconds, session.peak_memory())
     if isinstance(session, EngineSession) and options.profile:
-        reading, later = session.profile(prompt, options.new_tokens)
+        with progress("profiling"):
+            reading, later = session.profile(prompt, options.new_tokens)
         print_profile(output, reading, later)
         facts |= {"profile": {"prompt": reading, "later": later}}
     output.result({"model": options.model} | facts)

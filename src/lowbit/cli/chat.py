@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowbit.cli.generate import answer_aloud
 from lowbit.cli.options import (
     Sampling,
     add_model,
@@ -144,7 +145,7 @@ class Chat:
 
         self.messages.append({"role": "user", "content": text})
         try:
-            self.session.chat(self.messages, self.sampling, emit)
+            answer_aloud(self.session, self.session.encode_chat(self.messages), self.sampling, emit)
         except KeyboardInterrupt:
             self.output.note(" [stopped]")
         except LowbitError as error:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit.cli.generate import answer_facts, speed_line
+from lowbit.cli.generate import answer_aloud, answer_facts, speed_line
 from lowbit.cli.options import COUNT, LoadOptions, Sampling, add_json
 from lowbit.cli.output import Output, seconds_text, size_text
 from lowbit.cli.quantize import check_target, folder_bytes, quantize_and_save
@@ -86,6 +86,6 @@ def _load_and_answer(options: argparse.Namespace, output: Output) -> dict[str, o
     output.say(f"   loaded again in {seconds_text(session.load_seconds)}\n")
     output.say(f"4. asked: {options.prompt}\n")
     sampling = Sampling(options.max_new_tokens, temperature=0)
-    answer = session.generate(session.encode(options.prompt), sampling, emit=output.write)
+    answer = answer_aloud(session, session.encode(options.prompt), sampling, output.write)
     output.say(f"\n\n{speed_line(session, answer)}")
     return answer_facts(session, answer)

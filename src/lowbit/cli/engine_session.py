@@ -98,10 +98,6 @@ class EngineSession:
         engine.reset()
         return reading, later
 
-    def chat(self, messages: list[Message], sampling: Sampling, emit: Emit | None = None) -> Answer:
-        """Answer the last message of a conversation."""
-        return self.generate(self.encode_chat(messages), sampling, emit)
-
 
 def _settings(sampling: Sampling) -> dict[str, Any]:
     """What a user asked for, under the engine's names; what was left open stays the model's own."""

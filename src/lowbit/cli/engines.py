@@ -15,6 +15,7 @@ from lowbit.cli.source import Source
 from lowbit.core import calls
 from lowbit.core.library import library_path
 from lowbit.errors import LowbitError, MissingPackageError
+from lowbit.progress import progress
 
 if TYPE_CHECKING:
     from lowbit.cli.engine_session import EngineSession
@@ -96,7 +97,15 @@ def _through_transformers(source: Source, options: LoadOptions, threads: int | N
         raise LowbitError(
             "--check looks into lowbit's own engine, and this model runs through transformers: add --engine lowbit"
         )
-    from lowbit.cli.session import Session, prepare_torch
+    start_torch(threads)
+    from lowbit.cli.session import Session
 
-    prepare_torch(threads)
     return Session.load(source, options)
+
+
+def start_torch(threads: int | None = None) -> None:
+    """Import and set up torch and transformers, which takes seconds, at the first time of a day many."""
+    with progress("starting torch"):
+        from lowbit.cli.session import prepare_torch
+
+        prepare_torch(threads)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.cli.engines import is_installed
+from lowbit.cli.engines import is_installed, start_torch
 from lowbit.cli.generate import read_text
 from lowbit.cli.options import (
     COUNT,
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from lowbit.cli.engines import open_session
 
     session = open_session(source, load, options.threads)
-    other = load_original(session, original, load, options.model) if original else None
+    other = load_original(session, original, load, options.model, options.threads) if original else None
     window = choose_window(options.window, contexts_of(session, other), output)
     rows = rows_of(session.plain_tokens(text), window, options)
     facts: dict[str, Any] = {"model": options.model, "text": str(options.text), "window": window}
@@ -126,11 +126,12 @@ def measure_perplexity(session: AnySession, rows: list[list[int]]) -> Perplexity
     return measured
 
 
-def load_original(session: AnySession, source: Source, load: LoadOptions, name: str) -> Any:
+def load_original(session: AnySession, source: Source, load: LoadOptions, name: str, threads: int | None = None) -> Any:
     """The model to compare with, as it is, whatever --format says."""
+    plain = LoadOptions(None, load.dtype, load.device, load.allow_pickle, load.trust_remote_code)
+    start_torch(threads)
     from lowbit.cli.session import load_model
 
-    plain = LoadOptions(None, load.dtype, load.device, load.allow_pickle, load.trust_remote_code)
     original = load_model(source, plain).eval()
     ours, theirs = session.vocabulary, original.config.get_text_config().vocab_size
     if ours != theirs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,13 @@ from lowbit.cli.options import (
 )
 from lowbit.cli.output import Output, seconds_text, size_text
 from lowbit.cli.source import find_source
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, LowbitError
+from lowbit.progress import progress
 
 if TYPE_CHECKING:
-    from lowbit.cli.answer import Answer
+    from lowbit.cli.answer import Answer, Emit
     from lowbit.cli.engines import AnySession
+    from lowbit.cli.options import Sampling
 
 DESCRIPTION = """\
 Answer one prompt. The text appears as it is made; the speed is said on stderr at the end.
@@ -57,18 +60,32 @@ def run(options: argparse.Namespace) -> int:
 
     session = open_session(source, load, options.threads)
     tokens = session.encode(prompt, options.system, options.raw)
-    answer = session.generate(tokens, sampling_from(options), emit=output.write)
+    answer = answer_aloud(session, tokens, sampling_from(options), output.write)
     output.say()
     output.note(speed_line(session, answer))
     output.result(answer_facts(session, answer))
     return 0
 
 
+def answer_aloud(session: AnySession, tokens: list[int], sampling: Sampling, emit: Emit) -> Answer:
+    """An answer, handed to `emit` as it comes; until it begins there is a sign that the prompt is being read."""
+    with contextlib.ExitStack() as reading:
+        reading.enter_context(progress(f"reading {len(tokens)} tokens"))
+
+        def begin(piece: str) -> None:
+            reading.close()
+            emit(piece)
+
+        return session.generate(tokens, sampling, begin)
+
+
 def read_prompt(options: argparse.Namespace) -> str:
     if options.prompt_file is not None:
         return read_text(options.prompt_file)
-    prompt: str = options.prompt
-    return sys.stdin.read() if prompt == "-" else prompt
+    prompt: str = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not prompt.strip():
+        raise LowbitError("the prompt is empty: give the model some text to answer")
+    return prompt
 
 
 def read_text(path: Path) -> str:

@@ -91,15 +91,16 @@ def quantize_and_save(
     source: Source, out: Path, load: LoadOptions, output: Output, threads: int | None = None, compact: bool = False
 ) -> Report:
     """Load a model low-bit, save it, return the report."""
-    import lowbit
-    from lowbit.cli.session import load_model, load_tokenizer, prepare_torch
+    from lowbit.cli.engines import start_torch
 
-    prepare_torch(threads)
+    start_torch(threads)
+    from lowbit.cli.session import load_model, load_tokenizer
+
     model = load_model(source, load)
     tokenizer = load_tokenizer(source, load)
     if tokenizer is None:
         output.note("lowbit: the source has no tokenizer, so none is saved")
-    lowbit.save_low_bit(model, out, tokenizer=tokenizer, compact=compact)
+    model.save_low_bit(out, tokenizer=tokenizer, compact=compact)
     report: Report = model.lowbit_report
     return report
 

@@ -145,10 +145,6 @@ class Session:
     def forget(self) -> None:
         """Nothing of earlier prompts is kept between calls."""
 
-    def chat(self, messages: list[Message], sampling: Sampling, emit: Emit | None = None) -> Answer:
-        """Answer the last message of a conversation."""
-        return self.generate(self.encode_chat(messages), sampling, emit)
-
     def _check_room(self, prompt_tokens: int) -> None:
         if not prompt_tokens:
             raise LowbitError("the prompt is empty: give the model some text to answer")
@@ -239,7 +235,11 @@ def _gguf_tokenizer(source: Source) -> Any:
 
 
 def prepare_torch(threads: int | None) -> None:
-    """Settings for the whole process: threads, and no chatter of transformers between our lines."""
+    """Settings for the whole process: threads, and no chatter of transformers between our lines.
+
+    What transformers imports when it is first used is imported here, where the user is told what he waits for.
+    """
+    _ = lowbit.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.GenerationMixin
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if threads is not None:

@@ -37,6 +37,7 @@ from lowbit.interop.gguf import GgufTensor, open_gguf
 from lowbit.models.families import spec_from_config
 from lowbit.models.spec import DecoderSpec, Located
 from lowbit.packing import PackedTensor
+from lowbit.progress import progress
 from lowbit.recipe import Recipe
 from lowbit.runtime.gguf_blocks import NEAREST, packed_blocks
 from lowbit.runtime.mapped import MappedFile, release_pages
@@ -251,17 +252,22 @@ def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = N
         )
     places = spec.locate(files.names)
     _account_for_rest(files, spec, {name for place in places.values() for name in place.all_names})
-    for (role, layer), located in places.items():
-        weight = _assemble(files, located)
-        if recipe is not None and role in _RECIPE_ROLES:
-            weight = _round(weight, _formats(recipe, located, spec))
-        bias = None
-        if located.bias is not None:
-            stored = files.read(located.bias, 0)
-            bias = Dense(stored.float32() if isinstance(stored, Dense) else dequantize(stored).array, "float32")
-        yield Loaded(role, layer, weight, bias)
-        for name in (name for names in located.names for name in names):
-            files.release(name)
+    with progress("packing" if recipe else "loading", len(places)) as advance:
+        for (role, layer), located in places.items():
+            weight = _assemble(files, located)
+            if recipe is not None and role in _RECIPE_ROLES:
+                weight = _round(weight, _formats(recipe, located, spec))
+            yield Loaded(role, layer, weight, _bias(files, located.bias))
+            for name in (name for names in located.names for name in names):
+                files.release(name)
+            advance("")
+
+
+def _bias(files: ModelFiles, name: str | None) -> Dense | None:
+    if name is None:
+        return None
+    stored = files.read(name, 0)
+    return Dense(stored.float32() if isinstance(stored, Dense) else dequantize(stored).array, "float32")
 
 
 def _account_for_rest(files: ModelFiles, spec: DecoderSpec, used: Collection[str]) -> None:
