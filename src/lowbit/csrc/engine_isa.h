@@ -50,6 +50,7 @@ struct DenseJob {
     const float* bias;
     float* y;
     int64_t y_stride;
+    const uint8_t* next;  // what this thread reads after these rows, or NULL
 };
 
 struct EngineIsa {

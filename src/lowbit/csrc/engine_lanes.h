@@ -123,8 +123,18 @@ inline F32 load_weight(const void* weight, int64_t index) {
     return kDtype == LOWBIT_BF16 ? load_brain(halves) : load_half(halves);
 }
 
-constexpr int kDenseRows = 4, kDenseTokens = 4;
+constexpr int kDenseRows = 4, kDenseTokens = 4, kCacheLine = 64;
 constexpr int64_t kDenseBlock = 32;  // tokens whose activations stay in the second-level cache while rows pass
+
+// While rows pass for the first time, memory is asked for those that come after them: four streams out of a mapped file are more than
+// the processor follows by itself from page to page (26 GB/s of 40 on two cores).
+template <int kDtype, int kRows>
+inline const uint8_t* rows_ahead(const DenseJob& job, int64_t row, int64_t token) {
+    if (token > 0) return nullptr;
+    constexpr int64_t kSize = kDtype == LOWBIT_FP32 ? 4 : 2;
+    const bool inside = row + 2 * kRows <= job.row_end;
+    return inside ? static_cast<const uint8_t*>(job.weight) + (row + kRows) * job.cols * kSize : job.next;
+}
 
 template <int kDtype, int kRows, int kTokens>
 inline void dense_tile(const DenseJob& job, int64_t row, int64_t token) {
@@ -133,7 +143,12 @@ inline void dense_tile(const DenseJob& job, int64_t row, int64_t token) {
         for (int t = 0; t < kTokens; ++t) total[r][t] = splat(0.0f);
     const float* x = job.x + token * job.x_stride;
     const int64_t whole = job.cols / kLane * kLane;
+    constexpr int64_t kSize = kDtype == LOWBIT_FP32 ? 4 : 2;
+    const uint8_t* ahead = rows_ahead<kDtype, kRows>(job, row, token);
     for (int64_t k = 0; k < whole; k += kLane) {
+        if (ahead && k * kSize % kCacheLine == 0)
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + (r * job.cols + k) * kSize, 0, 2);
         F32 w[kRows];
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) w[r] = load_weight<kDtype>(job.weight, (row + r) * job.cols + k);

@@ -110,18 +110,18 @@ void Task::plan(int team) {
     else items = form->items(*view.header);
 }
 
-const uint8_t* Task::begin_of(int64_t item) const {
-    if (!view.header) return static_cast<const uint8_t*>(view.data) + span(item).begin * kPlainRows * view.cols * dtype_bytes(view.dtype);
-    return form->few ? block_at(*view.header, span(item).begin) : nullptr;
+const uint8_t* Task::begin_of(const View& of, int64_t item) const {
+    if (!of.header) return static_cast<const uint8_t*>(of.data) + span(item).begin * kPlainRows * of.cols * dtype_bytes(of.dtype);
+    return form->few ? block_at(*of.header, span(item).begin) : nullptr;
 }
 
 namespace {
 
-Piece run_plain(const Task& task, const View& view, float* y, int64_t item) {
+Piece run_plain(const Task& task, const View& view, float* y, int64_t item, const uint8_t* next) {
     const Task::Span units = task.span(item);
     const int64_t begin = units.begin * kPlainRows, end = std::min(units.end * kPlainRows, view.rows);
     engine_isa().dense({task.input->rows, task.input->stride, task.input->tokens, view.data, view.dtype, view.cols, begin, end, view.bias, y,
-                        task.y_stride});
+                        task.y_stride, next});
     return {0, task.input->tokens, begin, end};
 }
 
@@ -141,13 +141,13 @@ Piece run_prepared(const Task& task, const View& view, const Form& form, float* 
 }
 
 Piece run_one(const Task& task, const View& view, const Form* form, float* y, int64_t item, const uint8_t* next) {
-    return form ? run_prepared(task, view, *form, y, item, next) : run_plain(task, view, y, item);
+    return form ? run_prepared(task, view, *form, y, item, next) : run_plain(task, view, y, item, next);
 }
 
 }  // namespace
 
 Piece Task::run(int64_t item, const uint8_t* next) const {
-    const uint8_t* other = second && form && form->few ? block_at(*second.header, span(item).begin) : next;
+    const uint8_t* other = second ? begin_of(second, item) : next;
     const Piece piece = run_one(*this, view, form, y, item, other);
     if (second) run_one(*this, second, second_form, z, item, next);
     const bool capped = multiplier != 1.0f || soft_cap > 0.0f;

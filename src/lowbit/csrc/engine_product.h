@@ -66,7 +66,7 @@ struct Task {
     void cut(int64_t count, int64_t unit_bytes, int team);
     Span span(int64_t item) const;
     // Where the weights of an item begin that is read front to back, else NULL.
-    const uint8_t* begin_of(int64_t item) const;
+    const uint8_t* begin_of(const View& of, int64_t item) const;
     // `next`: the weights that the same thread reads after these, if it is known.
     Piece run(int64_t item, const uint8_t* next = nullptr) const;
     bool pairs_with(const View& other, const Form* other_form) const;

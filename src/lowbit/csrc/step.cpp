@@ -233,7 +233,7 @@ void Step::run_tasks(Member& me, Task* tasks, int count, const Following& after)
         const int64_t next = work_.team.size() + work_.team.claim(1);
         const Place here = place_of(item);
         const Place there = next < total ? place_of(next) : Place{};
-        here.task->run(here.item, there.task ? there.task->begin_of(there.item) : me.coming);
+        here.task->run(here.item, there.task ? there.task->begin_of(there.task->view, there.item) : me.coming);
         item = next;
     }
 }
@@ -247,7 +247,7 @@ const uint8_t* Step::first_part(const Member& me, const Following& after) const 
     task.second = after.second;
     task.form = &form;
     task.plan(work_.team.size());
-    return me.index < task.items ? task.begin_of(me.index) : nullptr;
+    return me.index < task.items ? task.begin_of(task.view, me.index) : nullptr;
 }
 
 // The first matrix that a layer multiplies with, or the head behind the last one.
