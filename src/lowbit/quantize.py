@@ -6,6 +6,7 @@ go before the next is read: the room needed is that of one weight.
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 
@@ -20,7 +21,7 @@ from lowbit.layers import PackedWeight, prepare_
 from lowbit.models.walk import Target, dense_weights, find_targets, is_router
 from lowbit.packing import PackedTensor
 from lowbit.progress import progress
-from lowbit.recipe import Choice, Recipe
+from lowbit.recipe import OVERRIDES_OF_RECIPES, Choice, Recipe
 from lowbit.report import LayerReport, Report, Skipped
 from lowbit.swap import low_bit_module, replace_module
 
@@ -51,7 +52,7 @@ def quantize_(model: nn.Module, recipe: Recipe, show_progress: bool | None = Non
             advance(target.path)
     if not report.layers:
         raise RecipeError(_nothing_to_do(report))
-    warn_about_idle_skips([target.path for target in targets], recipe)
+    warn_about_idle_exceptions([target.path for target in targets], recipe)
     finish(model, report, prepare)
     report.seconds = time.perf_counter() - start
     return report
@@ -78,12 +79,22 @@ def finish(model: nn.Module, report: Report, prepare: bool = True) -> None:
     model.lowbit_report = report  # type: ignore[assignment]
 
 
-def warn_about_idle_skips(paths: list[str], recipe: Recipe) -> None:
-    """A name to be left out that no weight has is a slip of the pen."""
+def warn_about_idle_exceptions(paths: list[str], recipe: Recipe) -> None:
+    """A name to be left out that no weight has, or an override that meets none, is a slip of the pen.
+
+    Overrides that named recipes bring along are made for many families, and not every one has such weights.
+    """
     idle = [name for name in recipe.skip if not any(name in path for path in paths)]
     if idle:
         warnings.warn(
             f"no weight of this model has {', '.join(map(repr, idle))} in its path, so nothing is left out for it",
+            stacklevel=2,
+        )
+    given = [pattern for pattern, _ in recipe.overrides if pattern not in OVERRIDES_OF_RECIPES]
+    lost = [pattern for pattern in given if not any(re.search(pattern, path) for path in paths)]
+    if lost:
+        warnings.warn(
+            f"no path of this model matches the override {', '.join(map(repr, lost))}, so it changes nothing",
             stacklevel=2,
         )
 

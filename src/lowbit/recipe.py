@@ -111,6 +111,10 @@ VALUES = (
 FUSED_VALUES = (
     r"(^|\.)(query_key_value|qkv_proj|qkv|[wW]qkv|W_pack|c_attn|att_proj|to_qkv|kv_proj|kv_b_proj|key_value|to_kv)$"
 )
+# The weights to which the old systems' mixtures give more bits.
+_HURT = r"(v_proj|down_proj)$"
+# Patterns that recipes bring along by themselves.
+OVERRIDES_OF_RECIPES = (VALUES, _HURT)
 _FUSED_NOTE = (
     "values share this weight with queries or keys, so they have its format and not the 6 bit that int4 gives them"
 )
@@ -144,7 +148,7 @@ def recipe_named(name: str | Format | Recipe) -> Recipe:
         return Recipe(first, head=first, alternatives=(second,), name=key)
     if key in MIXTURES:
         most, head, hurt = (as_format(f) for f in MIXTURES[key])
-        return Recipe(most, head=head, overrides=((r"(v_proj|down_proj)$", hurt),), name=key)
+        return Recipe(most, head=head, overrides=((_HURT, hurt),), name=key)
     if key in CASTS:
         raise FormatError(f"{name} packs nothing, it is a plain type: ask for dtype {CASTS[key]} instead of a format")
     format = as_format(key)

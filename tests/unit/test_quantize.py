@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -230,3 +231,20 @@ def test_weights_of_unknown_kinds_are_named() -> None:
     assert "LSTM" in reasons["lstm.weight_ih_l0"] and "norm.weight" not in reasons
     before = sum(p.nbytes for p in nn.ModuleDict({"a": nn.MultiheadAttention(64, 4), "l": nn.LSTM(8, 8)}).parameters())
     assert report.bytes_before == before + 2 * 64 * 4
+
+
+def test_exceptions_that_meet_nothing_are_told() -> None:
+    nowhere = recipe_named("int4").replace(skip=("nowhere",), overrides=((r"q_proj$", None), (r"qq_proj$", None)))
+    with pytest.warns(UserWarning) as caught:
+        quantize_(model_of("llama"), nowhere)
+    assert [str(warning.message).partition(",")[0] for warning in caught] == [
+        "no weight of this model has 'nowhere' in its path",
+        "no path of this model matches the override 'qq_proj$'",
+    ]
+    fused = nn.Sequential(
+        nn.Linear(64, 64), nn.Linear(64, 64)
+    )  # has none of the weights that recipes make exceptions of
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for name in ("int4", "gguf_q4k_m"):
+            quantize_(copy.deepcopy(fused), recipe_named(name))

@@ -31,7 +31,7 @@ from lowbit.layers import LowBitLinear, PackedWeight
 from lowbit.methods import OWN_METHOD
 from lowbit.models.walk import Target, dense_weights, find_targets, stored_order, up_name
 from lowbit.packing import BUFFERS, PackedTensor
-from lowbit.quantize import pack_weight, plan, warn_about_idle_skips
+from lowbit.quantize import pack_weight, plan, warn_about_idle_exceptions
 from lowbit.recipe import Choice, Recipe
 from lowbit.report import Report, Skipped
 from lowbit.swap import low_bit_module, replace_module
@@ -113,7 +113,7 @@ class Packing(Sites):
         self.recipe = recipe
         self.report = Report(recipe=recipe.name or recipe.linear.name)
         self.choices: dict[str, Choice] = {t.path: plan(t, self.targets, recipe) for t in self.targets}
-        warn_about_idle_skips([target.path for target in self.targets], recipe)
+        warn_about_idle_exceptions([target.path for target in self.targets], recipe)
 
     def wants(self, name: str) -> bool:
         site = self.by_name.get(name)
