@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 from lowbit.checkpoint.folder import unwritten
-from lowbit.cli import COMMANDS, FAILED, INTERRUPTED, OK, PIPE_CLOSED, USAGE, doctor, main
+from lowbit.cli import COMMANDS, FAILED, INTERRUPTED, OK, PIPE_CLOSED, USAGE, command_parser, doctor, main
 from lowbit.cli.failures import explain_failure
 from lowbit.cli.options import COUNT, SHARE
 from lowbit.cli.output import Output, count_text, seconds_text, size_text, table_lines
@@ -73,6 +74,16 @@ def test_help_of_a_command_has_examples_of_it(name: str, capsys: pytest.CaptureF
     assert f"  lowbit {name}" in text.partition("examples:")[2]
     assert main(["help", name]) == OK
     assert capsys.readouterr().out == text
+
+
+def test_one_option_has_one_meaning_in_every_command() -> None:
+    """Whatever two commands call alike takes the same values."""
+    seen: dict[str, tuple[str | None, object]] = {}
+    for name, command in COMMANDS.items():
+        for action in command_parser(name, importlib.import_module(command.module))._actions:
+            for word in action.option_strings:
+                shown = seen.setdefault(word, (action.metavar, action.type))
+                assert (action.metavar, action.type) == shown, f"{word} of {name}"
 
 
 def test_module_runs_as_a_program() -> None:
@@ -255,6 +266,21 @@ def test_a_mistyped_name_is_told_without_torch() -> None:
     assert said.startswith("lowbit: error: there is no file or folder no-such-model-here") and "\n" not in said
     with pytest.raises(CheckpointError, match="the name of the model is empty"):
         find_source("")
+
+
+def test_home_is_known_without_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = command_parser("quantize", importlib.import_module("lowbit.cli.quantize"))
+    assert parser.parse_args(["./model", "~/small"]).out == tmp_path / "small"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert find_source("~/model").path == tmp_path / "model"
+
+
+def test_a_mount_point_is_no_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["quantize", str(tmp_path), "/"]) == FAILED
+    assert "/ is a mount point, which cannot be replaced by a folder: name one below it, /model" in error_line(capsys)
 
 
 def test_targets_in_use_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from lowbit.cli.session import Session
 from lowbit.cli.source import find_source
 from lowbit.errors import LowbitError
 from lowbit.recipe import recipe_named
+from lowbit.runtime.loading import LONGEST_DEFAULT_CONTEXT
 from lowbit_assets import tiny_model, tiny_model_in_memory
 from lowbit_assets.tiny import write_byte_tokenizer
 
@@ -102,6 +103,27 @@ def test_commands_take_the_engine(small: Path, plain: Path, tmp_path: Path, caps
     assert "waiting for other threads" in printed.err
     assert main([*words, "--engine", "transformers"]) == 1
     assert "leave out --profile" in capsys.readouterr().err
+
+
+def test_a_context_of_ones_own(small: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(small), "--raw", "--max-new-tokens", "99", "--temperature", "0", "--prompt"]
+    assert main([*words, "x" * 20, "--context", "24", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] <= 4
+    for length, remedy in (
+        (60, "shorten it, or load the model with a longer one, up to 128 (context=, --context)"),
+        (200, "shorten it"),
+    ):
+        assert main([*words, "x" * length, "--context", "40"]) == 1
+        assert capsys.readouterr().err.endswith(
+            f"has {length} tokens and leaves no room for an answer in a context of 40: {remedy}\n"
+        )
+    assert main([*words, "x", "--context", "129"]) == 1
+    assert "context=129 is out of range; this model was made for 1 to 128 tokens" in capsys.readouterr().err
+    for option in (["--context", "40"], ["--check"]):
+        assert main(["generate", str(plain), "--prompt", "x", *option]) == 1
+        assert f"{option[0]} belongs to lowbit's own engine" in capsys.readouterr().err
+    assert main(["bench", "--help"]) == 0
+    assert f"at most {LONGEST_DEFAULT_CONTEXT}" in capsys.readouterr().out
 
 
 def test_commands_run_without_torch(small: Path, plain: Path) -> None:

@@ -143,7 +143,7 @@ def command_parser(name: str, module: CommandModule) -> argparse.ArgumentParser:
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS)) + 2
+    width = len("-V, --version") + 2
     lines = [
         "usage: lowbit COMMAND ...",
         "",
@@ -151,4 +151,5 @@ def _help() -> str:
         "",
     ]
     lines += ["commands:"] + [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
+    lines += ["", "options:", f"  {'-h, --help':<{width}}this text", f"  {'-V, --version':<{width}}the version"]
     return "\n".join([*lines, "", EXAMPLES]) + "\n"

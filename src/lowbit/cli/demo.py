@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.cli.generate import answer_aloud, answer_facts, speed_line
-from lowbit.cli.options import COUNT, LoadOptions, Sampling, add_json
+from lowbit.cli.options import COUNT, FORMAT_NAMES, THREADS, LoadOptions, Sampling, add_json, path
 from lowbit.cli.output import Output, seconds_text, size_text
 from lowbit.cli.quantize import check_target, folder_bytes, quantize_and_save
 from lowbit.cli.source import Source
@@ -36,13 +36,13 @@ NEW_TOKENS = 96
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out",
-        metavar="FOLDER",
-        type=Path,
+        metavar="OUT",
+        type=path,
         nargs="?",
         default=Path("lowbit-demo"),
         help="where to save (default: ./lowbit-demo)",
     )
-    parser.add_argument("--format", default="int4", metavar="F", help="int4, nf4, q4_k, ... (default: int4)")
+    parser.add_argument("--format", default="int4", metavar="F", help=f"{FORMAT_NAMES} (default: int4)")
     parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help=f"what to ask (default: {QUESTION})")
     parser.add_argument(
         "--max-new-tokens",
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"length of the answer (default: {NEW_TOKENS})",
     )
-    parser.add_argument("--threads", type=COUNT, metavar="N", help="threads on the CPU (default: all cores)")
+    parser.add_argument("--threads", type=THREADS, metavar="N", help="threads on the CPU (default: all cores)")
     add_json(parser)
 
 

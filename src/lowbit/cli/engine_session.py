@@ -29,7 +29,7 @@ class EngineSession:
         start = time.perf_counter()
         if threads is not None:
             set_threads(threads)
-        model = load_files(files, options.recipe)
+        model = load_files(files, options.recipe, options.context)
         model.settings = model.settings.change(check=options.check)
         return cls(model, time.perf_counter() - start)
 

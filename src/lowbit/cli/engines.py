@@ -93,10 +93,11 @@ def is_installed(name: str) -> bool:
 def _through_transformers(source: Source, options: LoadOptions, threads: int | None) -> Session:
     if _missing():
         raise MissingPackageError(_missing()[0], "running a model through transformers", "torch")
-    if options.check:
-        raise LowbitError(
-            "--check looks into lowbit's own engine, and this model runs through transformers: add --engine lowbit"
-        )
+    for option, given in (("--check", options.check), ("--context", options.context is not None)):
+        if given:
+            raise LowbitError(
+                f"{option} belongs to lowbit's own engine, and this model runs through transformers: add --engine lowbit"
+            )
     start_torch(threads)
     from lowbit.cli.session import Session
 

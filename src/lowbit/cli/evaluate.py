@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.cli.engines import is_installed, start_torch
@@ -17,6 +16,7 @@ from lowbit.cli.options import (
     add_model,
     loading_from,
     number,
+    path,
 )
 from lowbit.cli.output import Output
 from lowbit.cli.source import Source, find_source
@@ -44,7 +44,7 @@ _WINDOW = number(int, 2, 1 << 31, "a number from 2 up (a token is predicted from
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="a text in UTF-8")
+    parser.add_argument("--text", type=path, required=True, metavar="FILE", help="a text in UTF-8")
     parser.add_argument(
         "--window",
         type=_WINDOW,

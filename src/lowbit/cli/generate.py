@@ -14,9 +14,10 @@ from lowbit.cli.options import (
     add_prompt_cache,
     add_sampling,
     loading_from,
+    path,
     sampling_from,
 )
-from lowbit.cli.output import Output, seconds_text, size_text
+from lowbit.cli.output import Output, count_of, seconds_text, size_text
 from lowbit.cli.source import find_source
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.progress import progress
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; '-' reads it from stdin")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds the prompt")
+    prompt.add_argument("--prompt-file", type=path, metavar="FILE", help="a file that holds the prompt")
     parser.add_argument("--system", metavar="TEXT", help="how the model shall behave, for chat templates that know it")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without a chat template")
     add_sampling(parser, DEFAULT_NEW_TOKENS)
@@ -102,10 +103,10 @@ def read_text(path: Path) -> str:
 
 
 def speed_line(session: AnySession, answer: Answer) -> str:
+    speed = f", {answer.tokens_per_second:.1f} tokens/s" if answer.new_tokens > 1 else ""
     return (
-        f"[{answer.prompt_tokens} tokens read, first token after {seconds_text(answer.first_token_seconds)}; "
-        f"{answer.new_tokens} tokens written, {answer.tokens_per_second:.1f} tokens/s; "
-        f"peak memory {size_text(session.peak_memory())}]"
+        f"[{count_of(answer.prompt_tokens, 'token')} read, first token after {seconds_text(answer.first_token_seconds)}; "
+        f"{count_of(answer.new_tokens, 'token')} written{speed}; peak memory {size_text(session.peak_memory())}]"
     )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.cli.listing import Hints, StoredWeight, hints_from, list_weights
-from lowbit.cli.options import add_json
-from lowbit.cli.output import Output, count_text, size_text
+from lowbit.cli.options import add_json, path
+from lowbit.cli.output import Output, count_of, count_text, size_text
 from lowbit.contents import (
     CONFIG,
     REPORT,
@@ -87,14 +87,14 @@ class Checkpoint:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a folder, a .safetensors file or a .gguf file")
+    parser.add_argument("model", metavar="MODEL", type=path, help="a folder, a .safetensors file or a .gguf file")
     parser.add_argument("--all", action="store_true", help="one line for every weight")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     output = Output(options.json)
-    checkpoint = read_checkpoint(options.model.expanduser())
+    checkpoint = read_checkpoint(options.model)
     print_checkpoint(output, checkpoint, options.all)
     output.result(checkpoint.to_dict())
     return 0
@@ -187,7 +187,7 @@ def print_checkpoint(output: Output, checkpoint: Checkpoint, everything: bool) -
     kind = " ".join(str(facts[key]) for key in ("architecture", "model_type") if facts.get(key))
     output.facts(
         [
-            ("checkpoint", f"{checkpoint.path} ({checkpoint.files} file{'s' if checkpoint.files != 1 else ''})"),
+            ("checkpoint", f"{checkpoint.path} ({count_of(checkpoint.files, 'file')})"),
             ("model", kind or "unknown: there is no config.json"),
             ("quantised by", str(facts.get("quant_method") or "nothing")),
             ("weights", f"{count_text(checkpoint.count)} in {size_text(checkpoint.nbytes)}"),

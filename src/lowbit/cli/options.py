@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAVE = "none"
 ENGINES = ("auto", "lowbit", "transformers")
+FORMAT_NAMES = "int4, nf4, q4_k, ...; lowbit doctor lists them"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class LoadOptions:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     engine: str = "auto"
+    context: int | None = None
     check: bool = False
 
 
@@ -66,39 +68,54 @@ SHARE = number(float, 1e-9, 1, "a number between 0 and 1")
 PENALTY = number(float, 1e-3, 100, "a number above 0")
 
 
+def path(text: str) -> Path:
+    """A type for argparse: a path, in which ~ is the home folder even where no shell has put it in (`--text=~/a.txt`)."""
+    return Path(text).expanduser()
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON, everything else on stderr")
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every command that loads a model."""
+def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Arguments of every command that loads a model; returns their group."""
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="what the model computes in (default: what it was saved in)"
     )
-    group.add_argument("--device", help="where it runs: cpu, cuda, cuda:1, xpu (default: cpu)")
+    group.add_argument("--device", metavar="D", help="where it runs: cpu, cuda, cuda:1, xpu (default: cpu)")
     group.add_argument("--threads", type=THREADS, metavar="N", help="threads on the CPU (default: all cores)")
     group.add_argument(
         "--allow-pickle", action="store_true", help="also read .bin weights, which may run code of their author"
     )
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python files that come with the model")
+    return group
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Arguments of every command that runs a model: which, made low-bit or not, loaded how, run by whom."""
     parser.add_argument("model", metavar="MODEL", help="a folder (low-bit or not), a .gguf file, or a name on the hub")
-    parser.add_argument(
-        "--format", metavar="F", help="make the model low-bit while it loads: int4, nf4, q4_k, ... (default: as it is)"
+    group = add_loading(parser)
+    group.add_argument(
+        "--format",
+        metavar="F",
+        help=f"make the model low-bit while it loads: {FORMAT_NAMES} (default: as it is)",
     )
-    add_loading(parser)
-    parser.add_argument(
+    group.add_argument(
         "--engine",
         choices=ENGINES,
         default="auto",
         help="who runs it: lowbit's own engine (CPU, without torch) or transformers (default: the engine for low-bit models)",
     )
-    parser.add_argument(
-        "--check", action="store_true", help="if a number overflows, say in which layer of the engine (slower)"
+    group.add_argument(
+        "--context",
+        type=COUNT,
+        metavar="N",
+        help="tokens that a prompt and its answer may have together (default: what the model was made for, at most 8192; "
+        "lowbit's own engine)",
+    )
+    group.add_argument(
+        "--check", action="store_true", help="if a number overflows, say in which layer (slower; lowbit's own engine)"
     )
 
 
@@ -106,7 +123,7 @@ def add_prompt_cache(parser: argparse.ArgumentParser) -> None:
     """Where the state after a prompt is kept between runs."""
     parser.add_argument(
         "--prompt-cache",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="keep what was read of the prompt in FILE, and do not read it again (lowbit's own engine)",
     )
@@ -156,5 +173,6 @@ def loading_from(options: argparse.Namespace) -> LoadOptions:
         options.allow_pickle,
         options.trust_remote_code,
         options.engine,
-        getattr(options, "check", False),
+        options.context,
+        options.check,
     )

@@ -118,6 +118,11 @@ def count_text(count: float) -> str:
     raise AssertionError("unreachable: the last unit takes every number")
 
 
+def count_of(count: int, thing: str) -> str:
+    """So many of a thing: 1 token, 2 tokens."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def seconds_text(seconds: float) -> str:
     """A duration for people: 12.3 ms, 4.56 s."""
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

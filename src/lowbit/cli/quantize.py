@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit.cli.options import LEAVE, LoadOptions, add_json, add_loading
+from lowbit.cli.options import LEAVE, LoadOptions, add_json, add_loading, path
 from lowbit.cli.output import Output, size_text
 from lowbit.cli.source import Source, find_source
 from lowbit.contents import CONFIG
@@ -36,13 +36,13 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="Hugging Face folder, .gguf file, or name on the hub")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument("out", metavar="OUT", type=path, help="the folder to write")
     group = parser.add_argument_group("recipe")
     group.add_argument(
         "--format",
         default="int4",
         metavar="F",
-        help="int2 .. int8, nf4, fp8_e4m3, mxfp4, q4_k, ... with suffixes (default: int4)",
+        help="int2 .. int8, nf4, fp8_e4m3, mxfp4, q4_k, ... with suffixes; lowbit doctor lists them (default: int4)",
     )
     group.add_argument("--head", metavar="F", help=f"the format of the output head, or '{LEAVE}'")
     group.add_argument("--embedding", metavar="F", help=f"the format of the embedding, or '{LEAVE}'")
@@ -145,6 +145,10 @@ def check_target(out: Path, source: Source, force: bool) -> None:
     """Refuse, before any work, to write where something else lies."""
     if out.exists() and not out.is_dir():
         raise LowbitError(f"{out} is a file: name a folder that does not exist yet")
+    if out.is_mount():
+        raise LowbitError(
+            f"{out} is a mount point, which cannot be replaced by a folder: name one below it, {out / 'model'}"
+        )
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise LowbitError(f"{out} cannot be written: {above} is {'read-only for you' if above.is_dir() else 'a file'}")

@@ -70,7 +70,7 @@ class Model:
         """A prompt as tokens that the engine takes."""
         self.check_files()
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return check_prompt(tokens, self.spec.vocab_size, self.context)
+        return check_prompt(tokens, self.spec.vocab_size, self.context, self.spec.max_positions)
 
     def stream(
         self, prompt: Prompt, *, draft: Model | None = None, prompt_cache: str | Path | None = None, **settings: Any

@@ -134,8 +134,11 @@ class Slot:
         return tokens[same:]
 
 
-def check_prompt(tokens: Sequence[int] | Tokens, vocabulary: int, context: int) -> Tokens:
-    """A prompt as the engine takes it, or the sentence that says what is wrong with it."""
+def check_prompt(tokens: Sequence[int] | Tokens, vocabulary: int, context: int, longest: int | None = None) -> Tokens:
+    """A prompt as the engine takes it, or the sentence that says what is wrong with it.
+
+    `longest` is the longest context that the model could be loaded with.
+    """
     prompt = np.asarray(tokens)
     if prompt.ndim == 2 and len(prompt) == 1:
         prompt = prompt[0]
@@ -151,8 +154,9 @@ def check_prompt(tokens: Sequence[int] | Tokens, vocabulary: int, context: int) 
             f"token {int(outside[0])} is outside the vocabulary of {vocabulary}: is the tokenizer that of another model?"
         )
     if len(prompt) >= context:
+        longer = longest is not None and longest > len(prompt)
         raise LowbitError(
             f"the prompt has {len(prompt)} tokens and leaves no room for an answer in a context of {context}: "
-            "shorten it, or load the model with a longer context"
+            f"shorten it{f', or load the model with a longer one, up to {longest} (context=, --context)' if longer else ''}"
         )
     return prompt.astype(np.int32)
