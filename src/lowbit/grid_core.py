@@ -14,10 +14,9 @@ import torch
 
 from lowbit.core import calls
 from lowbit.core.library import library_path
+from lowbit.core.tensors import DTYPE_NAMES, addresses, as_rows, rows_of
 from lowbit.formats import Format
 from lowbit.packing import PackedTensor, empty_buffers
-
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def core_serves(format: Format, tensor: torch.Tensor) -> bool:
@@ -29,18 +28,18 @@ def core_quantize(
     weight: torch.Tensor, format: Format, ratios: list[float], zero_steps: int, importance: torch.Tensor | None
 ) -> PackedTensor | None:
     """Round a weight [.., out, in] onto the grid of `grid.fit_grid`."""
-    if not core_serves(format, weight) or weight.dtype not in _DTYPE_NAMES or not weight.numel():
+    if not core_serves(format, weight) or weight.dtype not in DTYPE_NAMES or not weight.numel():
         return None
     # One scale for a whole tensor, and a second level of scales, need two passes over it; k-quants are fitted in kquants.py.
     if format.group_size == 0 or format.scale_block or format.kind == "kquant":
         return None
-    rows = _as_rows(weight)
+    rows = as_rows(weight)
     buffers = empty_buffers(format, tuple(weight.shape), torch)
     importance = None if importance is None else importance.float().contiguous()
     calls.quantize(
         format,
-        _rows(rows),
-        _addresses(buffers),
+        rows_of(rows),
+        addresses(buffers),
         ratios,
         zero_steps,
         0 if importance is None else importance.data_ptr(),
@@ -51,23 +50,23 @@ def core_quantize(
 def core_unpack(packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor | None:
     """The weight that a PackedTensor stands for."""
     format, shape = packed.format, packed.shape
-    if not _core_reads(packed) or dtype not in _DTYPE_NAMES:
+    if not _core_reads(packed) or dtype not in DTYPE_NAMES:
         return None
     weight = torch.empty(shape, dtype=dtype)
     if not weight.numel():
         return weight
     contiguous = {name: tensor.contiguous() for name, tensor in packed.tensors().items()}
-    calls.dequantize(format, _addresses(contiguous), _rows(_as_rows(weight)))
+    calls.dequantize(format, addresses(contiguous), rows_of(as_rows(weight)))
     return weight
 
 
 def core_distance(weight: torch.Tensor, packed: PackedTensor) -> tuple[float, float] | None:
     """The sums of (w - w^)^2 and of w^2."""
-    if not _core_reads(packed) or weight.dtype not in _DTYPE_NAMES or not weight.numel():
+    if not _core_reads(packed) or weight.dtype not in DTYPE_NAMES or not weight.numel():
         return None
-    rows = _as_rows(weight)
+    rows = as_rows(weight)
     contiguous = {name: tensor.contiguous() for name, tensor in packed.tensors().items()}
-    return calls.distance(packed.format, _addresses(contiguous), _rows(rows))
+    return calls.distance(packed.format, addresses(contiguous), rows_of(rows))
 
 
 def _core_reads(packed: PackedTensor) -> bool:
@@ -80,17 +79,3 @@ def _core_reads(packed: PackedTensor) -> bool:
         and not float_zeros
         and not stacked_tensor_scale
     )
-
-
-def _as_rows(weight: torch.Tensor) -> torch.Tensor:
-    """A weight as [rows, in] with the numbers of a row side by side."""
-    rows = weight.detach().reshape(-1, weight.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _rows(rows: torch.Tensor) -> calls.Rows:
-    return calls.Rows(rows.data_ptr(), _DTYPE_NAMES[rows.dtype], rows.shape[0], rows.shape[1], rows.stride(0))
-
-
-def _addresses(buffers: dict[str, torch.Tensor]) -> calls.Canonical:
-    return calls.Canonical.of({name: tensor.data_ptr() for name, tensor in buffers.items()})

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit.algorithms.rtn import relative_error
 from lowbit.formats import Format, as_format
 from lowbit.grid import Search, fit_grid, pack, quantize
 
@@ -52,3 +53,17 @@ def test_a_search_keeps_the_scales_of_the_definition(name: str) -> None:
     packed, defined = quantize(weight, format, SEARCHED), pack(weight, format, fit_grid(weight, format, SEARCHED))
     # Sums run in another order, so that of two candidates as good as each other the other one may be taken.
     assert (packed.scales != defined.scales).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("view", ["expanded", "overlapping", "one row", "columns"])
+def test_rows_that_share_memory_are_read_as_they_are(view: str) -> None:
+    made = torch.randn(300, generator=torch.Generator().manual_seed(2))
+    weight = {
+        "expanded": made[:64].expand(5, 64),
+        "overlapping": made.unfold(0, 64, 16),
+        "one row": made[:64].expand(1, 64),
+        "columns": made.view(4, 75)[:, 5:69],
+    }[view]
+    packed, expected = quantize(weight, as_format("int4")), quantize(weight.clone(), as_format("int4"))
+    assert torch.equal(packed.codes, expected.codes) and torch.equal(packed.scales, expected.scales)
+    assert relative_error(weight, packed) == pytest.approx(relative_error(weight.clone(), packed))

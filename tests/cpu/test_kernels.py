@@ -77,10 +77,30 @@ def test_unusual_inputs() -> None:
     transposed = CORE.run(strided, buffers, packed.format, packed.shape, "fp32")
     assert torch.allclose(transposed, strided @ weight.T, atol=1e-4)
     assert CORE.run(torch.empty(0, 96), buffers, packed.format, packed.shape, "auto").shape == (0, 24)
+    # Rows that share memory: repeated, overlapping, and a column of a wider matrix.
+    for shared in (
+        torch.randn(1, 96).expand(5, 96),
+        torch.randn(2, 1, 96).expand(2, 4, 96),
+        torch.randn(200).unfold(0, 96, 32),
+        torch.randn(5, 128)[:, :96],
+    ):
+        assert torch.equal(
+            CORE.run(shared, buffers, packed.format, packed.shape, "fp32"),
+            CORE.run(shared.contiguous(), buffers, packed.format, packed.shape, "fp32"),
+        )
     batch = torch.randn(2, 3, 96, dtype=torch.float64)
     assert torch.allclose(
         CORE.run(batch, buffers, packed.format, packed.shape, "fp32"), batch @ weight.T.double(), atol=1e-4
     )
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    packed = quantize(torch.randn(24, 96), as_format("int4_g32"))
+    for x in (torch.randn(3, 128), torch.randn(4, 48), torch.randn(96, 1)):
+        with pytest.raises(KernelError, match="does not fit a weight"):
+            CORE.run(x, CORE.prepare(packed), packed.format, packed.shape, "auto")
+    with pytest.raises(KernelError, match="x is on meta and the weight is on the CPU"):
+        CORE.run(torch.empty(2, 96, device="meta"), CORE.prepare(packed), packed.format, packed.shape, "auto")
 
 
 def test_zeros_stay_zero_and_large_values_stay_finite() -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from lowbit.core.tensors import DTYPE_NAMES
 from lowbit.errors import LowbitError
-from lowbit.kernels.cpu_rows import DTYPE_NAMES, PREPARED
+from lowbit.kernels.cpu_rows import PREPARED
 from lowbit.layers import LowBitEmbedding, LowBitExperts, LowBitLinear, PackedWeight
 from lowbit.models.families import spec_from_config
 from lowbit.models.spec import DecoderSpec, Located

@@ -12,10 +12,11 @@ import torch
 from lowbit.core import calls, threads
 from lowbit.core.arena import weight_memory
 from lowbit.core.library import library_path
+from lowbit.core.tensors import DTYPE_NAMES, addresses, as_rows, rows_of
+from lowbit.errors import KernelError
 from lowbit.formats import Format
 from lowbit.packing import PackedTensor, empty_buffers
 
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 PREPARED = "prepared"
 
 
@@ -69,19 +70,14 @@ def run(
     x: torch.Tensor, buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...], compute: str
 ) -> torch.Tensor:
     """x [.., in] times a prepared weight [out, in]: [.., out] in the type of x."""
+    _check_input(x, shape)
     prepared = buffers[PREPARED]
     known = x if x.dtype in DTYPE_NAMES else x.float()
-    flat = known.detach().reshape(-1, shape[1])
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
+    flat = as_rows(known)
     y = torch.empty(flat.shape[0], shape[0], dtype=flat.dtype)
     if flat.shape[0]:
         threads.follow(torch.get_num_threads())
-        name = DTYPE_NAMES[flat.dtype]
-        given = calls.Rows(flat.data_ptr(), name, flat.shape[0], shape[1], flat.stride(0))
-        calls.run(
-            prepared.data_ptr(), prepared.numel(), given, calls.Rows(y.data_ptr(), name, *y.shape), compute=compute
-        )
+        calls.run(prepared.data_ptr(), prepared.numel(), rows_of(flat), rows_of(y), compute=compute)
     return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
 
 
@@ -94,21 +90,23 @@ def run_experts(
     compute: str,
 ) -> torch.Tensor:
     """Rows sorted by expert times the expert of each, as in the reference: one call for all of them."""
+    _check_input(x, shape)
     known = (x if x.dtype in DTYPE_NAMES else x.float()).detach().contiguous()
     y = torch.zeros(len(x), shape[-2], dtype=known.dtype)
     threads.follow(torch.get_num_threads())
     edges = begins.to("cpu", torch.int64).contiguous()
-    name, prepared = DTYPE_NAMES[known.dtype], buffers[PREPARED]
+    prepared = buffers[PREPARED]
     stack = calls.Experts(prepared.data_ptr(), prepared.numel() // shape[0], shape[0], edges.data_ptr())
-    calls.run_experts(
-        stack, calls.Rows(known.data_ptr(), name, *known.shape), calls.Rows(y.data_ptr(), name, *y.shape), compute
-    )
+    calls.run_experts(stack, rows_of(known), rows_of(y), compute)
     return y.to(x.dtype)
 
 
-def addresses(tensors: dict[str, torch.Tensor]) -> calls.Canonical:
-    """Where the canonical buffers of a weight lie."""
-    return calls.Canonical.of({name: tensor.data_ptr() for name, tensor in tensors.items()})
+def _check_input(x: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse what the core would read beyond, or could not read at all: it is told an address, not what lies there."""
+    if x.shape[-1] != shape[-1]:
+        raise KernelError(f"x of shape {list(x.shape)} does not fit a weight {list(shape)}: it has {shape[-1]} inputs")
+    if x.device.type != "cpu":
+        raise KernelError(f"x is on {x.device} and the weight is on the CPU: move one to the other")
 
 
 def _experts(packed: PackedTensor) -> list[PackedTensor]:
