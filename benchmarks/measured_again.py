@@ -45,8 +45,8 @@ def _run_section(run: dict[str, Any], data: dict[str, Any]) -> str:
                 f"{now['bits']:.3f}",
                 f"{_mean(before):.4f}",
                 f"{_mean(after):.4f}",
-                f"{_mean(differences):+.4f}",
-                f"{max(map(abs, differences)):.4f}",
+                f"{_mean(differences):+.6f}",
+                f"{max(map(abs, differences)):.6f}",
             )
         )
     place = machine.get("device", machine["processor"])

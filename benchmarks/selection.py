@@ -99,6 +99,6 @@ def _age(data: dict[str, Any]) -> list[str]:
     if again:
         so = (
             f"{len(set(again))} of the {len(data['rows'])} rows were measured again (see below), and differ by "
-            f"{measured_again.largest_difference(data):.4f} at most; the others were not."
+            f"{measured_again.largest_difference(data):.6f} at most; the others were not."
         )
     return [f"**Age.** Of what decides a row, these files have changed since {commit}: {names}. {so}"]

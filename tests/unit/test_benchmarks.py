@@ -103,8 +103,8 @@ def test_rows_measured_again_stand_beside_the_first(load: object) -> None:
     found = page.partition("## Measured again")[2].partition("\n## ")[0]
     (line,) = (line for line in found.splitlines() if line.startswith("| int"))
     assert line.startswith(f"| {row['name']} | {row['bits']:.3f} | {row['bits']:.3f} |")
-    assert line.endswith("| +0.0010 | 0.0010 |") and "the first 2 of the 48 windows of each text" in page
-    assert f"1 of the {len(data['rows'])} rows were measured again (see below), and differ by 0.0010 at most" in page
+    assert line.endswith("| +0.001000 | 0.001000 |") and "the first 2 of the 48 windows of each text" in page
+    assert f"1 of the {len(data['rows'])} rows were measured again (see below), and differ by 0.001000 at most" in page
 
 
 def test_an_unknown_row_is_told_with_the_nearest(load: object) -> None:
