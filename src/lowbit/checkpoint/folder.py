@@ -3,8 +3,8 @@
 `check_folder` reads headers only (`contents` has the reading), so a truncated download is one sentence before anything
 is loaded, not an error from deep inside a loader.
 
-`replace_folder` gives its caller a temporary folder beside the target and renames it at the end. Whatever interrupts
-the writing, the target is either the old folder or the new one.
+`replace_folder` gives its caller a temporary folder beside the target, which takes its name at the end (see
+`exchange.py`). Whatever interrupts the writing, the target is either the old folder or the new one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.exchange import beside
 from lowbit.contents import (
     CONFIG,
     OWN_CONFIG,
@@ -81,7 +82,7 @@ def replace_folder(target: Path) -> Iterator[Path]:
 def update_folder(target: Path, outdated: Callable[[str], bool]) -> Iterator[Path]:
     """The same for a writer that leaves the rest of a folder alone: what `target` holds besides is taken along, unless `outdated`.
 
-    Files are taken along as links to the same bytes, so the price is that of their names.
+    Files are taken along as links to the same bytes, so the price is that of their names where there are links.
     """
     target = target.resolve()
     with _exchanged(target) as temporary:
@@ -90,32 +91,37 @@ def update_folder(target: Path, outdated: Callable[[str], bool]) -> Iterator[Pat
             if (temporary / path.name).exists() or outdated(path.name):
                 continue
             if path.is_dir() and not path.is_symlink():
-                shutil.copytree(path, temporary / path.name, symlinks=True, copy_function=os.link)
+                shutil.copytree(path, temporary / path.name, symlinks=True, copy_function=_take_along)
             else:
-                os.link(path, temporary / path.name, follow_symlinks=False)
+                _take_along(path, temporary / path.name)
+
+
+def _take_along(source: str | Path, target: str | Path) -> None:
+    """A file under a second name; a copy where the file system has no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 @contextmanager
 def _exchanged(target: Path) -> Iterator[Path]:
+    """`exchange.beside`, with the sentence of a save for what the system refuses."""
     if target.is_file():
         raise CheckpointError(f"cannot save to {target}: it is a file")
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.is_mount():
+        raise CheckpointError(
+            f"cannot save to {target}: it is a mount point; name a folder below it, {target / 'model'}"
+        )
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if target.exists():
-            target.rename(aside)
-        temporary.rename(target)
+        with beside(target) as temporary:
+            yield temporary
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(unwritten(target, error)) from error
-    finally:
-        if aside.exists() and not target.exists():  # interrupted between the two renames
-            aside.rename(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def unwritten(target: Path, error: Exception) -> str:
