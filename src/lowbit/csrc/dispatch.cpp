@@ -24,9 +24,11 @@ struct Row {
     bool by_name_only = false;
 };
 
-#if defined(LOWBIT_X86)
+#if defined(LOWBIT_AVX2) || defined(LOWBIT_AVX512)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+#endif
 
+#if defined(LOWBIT_AVX512)
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
@@ -62,7 +64,7 @@ Isa with_tiles(const Isa& base, const char* name, const FoldedProducts& folded) 
 #if defined(LOWBIT_AMX)
 const Isa kAmx = with_tiles(kAvx512, "amx", kAmxProducts);
 #endif
-#if defined(LOWBIT_X86)
+#if defined(LOWBIT_AVX512)
 const Isa kAmxEmulated = with_tiles(kAvx512, "amx_emulated", kEmulatedProducts);
 #endif
 const Isa kAmxPortable = with_tiles(kPortable, "amx_emulated", kPortableTiles);
@@ -72,10 +74,12 @@ const Row kRows[] = {
 #if defined(LOWBIT_AMX)
     {&kAmx, has_amx},
 #endif
-#if defined(LOWBIT_X86)
+#if defined(LOWBIT_AVX512)
     {&kAvx512, has_avx512},
-    {&kAvx2, has_avx2},
     {&kAmxEmulated, has_avx512, true},
+#endif
+#if defined(LOWBIT_AVX2)
+    {&kAvx2, has_avx2},
 #endif
 #if defined(LOWBIT_NEON)
     {&kNeon, has_dot_products},

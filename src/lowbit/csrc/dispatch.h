@@ -27,8 +27,10 @@ struct Isa {
 const Isa& isa();  // the one in use
 
 extern const Isa kPortable;
-#if defined(LOWBIT_X86)
+#if defined(LOWBIT_AVX2)
 extern const Isa kAvx2;
+#endif
+#if defined(LOWBIT_AVX512)
 extern const Isa kAvx512;
 extern const FoldedProducts kEmulatedProducts;
 #endif

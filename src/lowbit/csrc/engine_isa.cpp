@@ -6,8 +6,10 @@ namespace lowbit {
 
 // Sets of products that share their decoding share the engine's lanes too.
 const EngineIsa& engine_isa() {
-#if defined(LOWBIT_X86)
+#if defined(LOWBIT_AVX512)
     if (isa().decode_rows == kAvx512.decode_rows) return kEngineAvx512;
+#endif
+#if defined(LOWBIT_AVX2)
     if (isa().decode_rows == kAvx2.decode_rows) return kEngineAvx2;
 #endif
 #if defined(LOWBIT_NEON)

@@ -71,8 +71,10 @@ struct EngineIsa {
 const EngineIsa& engine_isa();  // follows isa()
 
 extern const EngineIsa kEnginePortable;
-#if defined(LOWBIT_X86)
+#if defined(LOWBIT_AVX2)
 extern const EngineIsa kEngineAvx2;
+#endif
+#if defined(LOWBIT_AVX512)
 extern const EngineIsa kEngineAvx512;
 #endif
 #if defined(LOWBIT_NEON)
