@@ -28,7 +28,12 @@ inline F32 round_even(F32 x) {
     return (clamp(x, -limit, limit) + magic) - magic;
 }
 
+// A scale beyond fp16 would be stored as infinity, and its group read as NaN; clamped, the group saturates.
+constexpr float kLargestFp16 = 65504.0f;
+inline F32 within_fp16(F32 x) { return clamp(x, splat(-kLargestFp16), splat(kLargestFp16)); }
+
 inline F32 round_scales(F32 x, const QuantizeJob& job) {
+    if (job.format.scale_type == LOWBIT_SCALE_FP16) x = within_fp16(x);
     F32 out;
     for (int lane = 0; lane < kLanes; ++lane) {
         const float value = x[lane];
@@ -38,8 +43,10 @@ inline F32 round_scales(F32 x, const QuantizeJob& job) {
             case LOWBIT_SCALE_FP16: rounded = from_fp16(to_fp16(value)); break;
             case LOWBIT_SCALE_E8M0: {
                 const float magnitude = fabsf(value) > 0x1p-127f ? fabsf(value) : 0x1p-127f;
-                const float exponent = nearbyintf(log2f(magnitude));
-                out[lane] = exp2f(exponent > 127.0f ? 127.0f : exponent < -127.0f ? -127.0f : exponent);
+                // The nearest power of two, not the nearest exponent: 1.5 lies midway between 1 and 2.
+                int exponent;
+                if (frexpf(magnitude, &exponent) < 0.75f) --exponent;
+                out[lane] = ldexpf(1.0f, exponent > 127 ? 127 : exponent < -127 ? -127 : exponent);
                 continue;
             }
             case LOWBIT_SCALE_E4M3: {
@@ -57,7 +64,7 @@ inline F32 round_scales(F32 x, const QuantizeJob& job) {
 inline F32 round_scales_wide(F32 x, const QuantizeJob& job) {
 #if defined(__AVX512F__)
     if (job.format.scale_type == LOWBIT_SCALE_FP16) {
-        const F32 rounded = (F32)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, 0));
+        const F32 rounded = (F32)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)within_fp16(x), 0));
         return select(absolute(rounded) < kTinyScale, splat(1.0f), rounded);
     }
 #endif
