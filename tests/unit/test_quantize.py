@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import prune
 
 from lowbit.errors import RecipeError, WeightError
 from lowbit.formats import as_format
@@ -208,6 +209,53 @@ def test_hooks_stay_where_they_were_put() -> None:
     model[0].register_forward_hook(lambda module, inputs, output: output * 0)
     quantize_(model, recipe_named("int4"))
     assert not model(torch.randn(2, 64)).any()
+
+
+def computed_weight(kind: str) -> nn.Module:
+    """A model whose first layer is more than a matrix that stays."""
+    first = nn.Linear(64, 64)
+    if kind == "weight_norm":
+        with pytest.warns(FutureWarning):
+            first = nn.utils.weight_norm(first)
+    elif kind == "pruned":
+        prune.l1_unstructured(first, "weight", 0.5)
+    elif kind == "max_norm":
+        return nn.Sequential(nn.Embedding(9, 64, max_norm=1.0), nn.Linear(64, 64))
+    return nn.Sequential(first, nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("weight_norm", "made anew"), ("pruned", "made anew"), ("max_norm", "looked up")]
+)
+def test_weights_that_are_computed_are_left_and_named(kind: str, said: str) -> None:
+    model = computed_weight(kind)
+    report = quantize_(model, recipe_named("int8").replace(embedding=as_format("int8")))
+    assert [row.path for row in report.layers] == ["1"]
+    assert [row.path for row in report.skipped] == ["0"] and said in report.skipped[0].reason
+    x = torch.arange(9) if kind == "max_norm" else torch.randn(2, 64)
+    assert torch.isfinite(model(x)).all()
+
+
+def test_a_parametrised_weight_is_packed_as_it_comes_out() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 8)), nn.Linear(8, 8))
+    x, dense = torch.randn(3, 64), copy.deepcopy(model)
+    quantize_(model, recipe_named("int8"))
+    assert isinstance(model[0], LowBitLinear) and torch.allclose(model(x), dense(x), atol=0.05)
+
+
+def test_weights_without_a_shape_yet_are_told() -> None:
+    with pytest.raises(RecipeError, match=r"0\.weight takes its shape from the first input"):
+        quantize_(nn.Sequential(nn.LazyLinear(8)), recipe_named("int4"))
+
+
+@pytest.mark.parametrize("size", [1e9, 1e-9])
+def test_numbers_that_scales_do_not_hold_are_told(size: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight.mul_(size)
+    first, second = quantize_(copy.deepcopy(model), recipe_named("int8")).layers
+    assert "_bf16 or _fp32 scales" in first.note and not second.note
+    assert not any(row.note for row in quantize_(model, recipe_named("int8_fp32")).layers)
 
 
 def test_bad_dense_weights_are_named_too() -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 Role = Literal["linear", "head", "embedding", "conv", "experts"]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -58,6 +59,16 @@ def find_targets(model: nn.Module) -> list[Target]:
 def is_router(path: str, module: nn.Module) -> bool:
     """Whether a linear chooses experts."""
     return path.rpartition(".")[2] in _ROUTER_NAMES and getattr(module, "out_features", 1 << 30) <= 1024
+
+
+def keeps_dense(module: nn.Module) -> str:
+    """Why a module of a known kind cannot be packed, because its weight is more than a matrix that stays; else empty."""
+    if getattr(module, "max_norm", None) is not None:
+        return "it shortens its rows as they are looked up (max_norm)"
+    is_kept = "weight" in module._parameters or "weight" in module._buffers or is_parametrized(module, "weight")
+    if hasattr(module, "weight") and not is_kept:
+        return "its weight is made anew before each call (weight norm, pruning): make it permanent first"
+    return ""
 
 
 def dense_weights(target: Target) -> Iterator[tuple[str, torch.Tensor]]:
