@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +41,7 @@ class Hub(BaseHTTPRequestHandler):
     root: Path
 
     def do_GET(self) -> None:
-        name = self.path.removeprefix("/api/models/").partition("?")[0]
+        name = self.path.removeprefix("/api/models/").partition("?")[0].partition("/revision/")[0]
         if name != self.path and (self.root / name).is_dir():
             files = [{"rfilename": path.name} for path in (self.root / name).iterdir()]
             return self.answer(json.dumps({"id": name, "sha": COMMIT, "siblings": files}).encode())
@@ -72,6 +74,16 @@ class Hub(BaseHTTPRequestHandler):
         return None
 
 
+@contextmanager
+def serving(root: Path) -> Iterator[str]:
+    """The address of a hub that has the models in a folder."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHere", (Hub,), {"root": root}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("hub")
@@ -79,15 +91,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     make("llama", root / "owner" / "pickled", **EVEN)
     (root / "owner" / "pickled" / "model.safetensors").rename(root / "owner" / "pickled" / "pytorch_model.bin")
     (root / "tiny").symlink_to(root / "owner" / "tiny")
-    handler = type("HubHere", (Hub,), {"root": root})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(root) as endpoint:
+        yield endpoint
 
 
-def run(script: str, endpoint: str, home: Path) -> dict[str, str]:
+def run(script: str, endpoint: str, home: Path) -> dict[str, Any]:
     """What a script prints, in a process of its own: the hub's client reads its address when it is imported."""
     home.mkdir(exist_ok=True)
     done = subprocess.run(
@@ -100,7 +108,7 @@ def run(script: str, endpoint: str, home: Path) -> dict[str, str]:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -129,6 +137,39 @@ def test_names_of_the_hub_are_found_whatever_lies_here(fetched: tuple[dict[str, 
     told, _ = fetched
     assert told["packed"] == told["one word"] == "loaded"
     assert told["source"] == "Source(kind='hub', name='owner/tiny')"
+
+
+def test_what_belongs_to_a_model_of_the_hub_is_saved_with_it(tmp_path: Path) -> None:
+    folder = make("llama", tmp_path / "hub" / "owner" / "tiny", **EVEN)
+    for name in ("preprocessor_config.json", "LICENSE", "weights.bin"):
+        (folder / name).write_text("{}")
+    script = f"""
+import transformers, warnings
+from pathlib import Path
+from lowbit.checkpoint.hub import _ask
+
+def saved(model, name):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_low_bit(name)
+    return sorted(path.name for path in Path(name).iterdir()), [str(warning.message) for warning in caught]
+
+model = lowbit.AutoModelForCausalLM.from_pretrained("owner/tiny", load_in_4bit=True)
+plain = lowbit.optimize_model(transformers.AutoModelForCausalLM.from_pretrained("owner/tiny"))
+told = {{"packed": saved(model, "packed"), "plain": saved(plain, "plain")}}
+Path({str(folder)!r}).rename("gone")  # from now on the hub knows no such model
+_ask.cache_clear()
+told["gone"] = saved(model, "packed")
+"""
+    with serving(tmp_path / "hub") as endpoint:
+        told = run(script, endpoint, tmp_path / "home")
+    files, warned = told["packed"]
+    assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "LICENSE"} <= set(files)
+    assert not warned and "weights.bin" not in files
+    assert told["plain"] == [files, []]
+    files_then, warned_then = told["gone"]
+    assert files_then == files  # they are in the cache by now
+    assert "beside its weights (tokenizer, processor, code) could not be fetched" in warned_then[0]
 
 
 def test_what_the_hub_does_not_have_is_one_sentence_with_what_lies_here(fetched: tuple[dict[str, str], Path]) -> None:

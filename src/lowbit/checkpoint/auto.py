@@ -156,6 +156,8 @@ class _AutoBase:
             )
         check_account(name, model, account, kwargs)
         model.save_low_bit = partial(save_low_bit, model)
+        if found.is_on_hub:
+            model.lowbit_home = found.path
         return (model, account) if wants_account else model
 
     @classmethod

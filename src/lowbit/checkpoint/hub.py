@@ -13,7 +13,8 @@ must not hide the hub's `gpt2`, nor a folder `Qwen` all models of that owner.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,28 @@ def _ask(name: str, revision: str | None, token: str | bool | None) -> tuple[str
     """The files of a model."""
     info = huggingface_hub.model_info(name, revision=revision, token=token, timeout=_SECONDS)
     return tuple(file.rfilename for file in info.siblings or ())
+
+
+def home_of(name: str) -> Path | None:
+    """The folder in the cache of a model of the hub that was fetched, of its main line."""
+    config = huggingface_hub.try_to_load_from_cache(name, CONFIG) if is_hub_name(name) else None
+    return _folder_of(config, CONFIG) if isinstance(config, str) else None
+
+
+def fetch_companions(name: str, home: Path, wanted: Callable[[str], bool]) -> None:
+    """Fetch those files of a model of the hub that are `wanted` into its folder in the cache, which is called as its commit.
+
+    Where the hub does not answer there is what was fetched with the weights, and a warning.
+    """
+    try:
+        for file in filter(wanted, _ask(name, home.name, None)):
+            huggingface_hub.hf_hub_download(name, file, revision=home.name, cache_dir=home.parents[2])
+    except _ERRORS as error:
+        warnings.warn(
+            f"what belongs to {name} beside its weights (tokenizer, processor, code) could not be fetched to be saved with it: "
+            f"{one_line(str(error))}",
+            stacklevel=4,
+        )
 
 
 def _folder_of(fetched: str, file: str) -> Path:

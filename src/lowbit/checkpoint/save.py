@@ -31,6 +31,7 @@ from torch import nn
 from lowbit.checkpoint.folder import replace_folder, unwritten
 from lowbit.checkpoint.form import ASIDE, Part, SavedForm, packed_aside, parts, saved_form
 from lowbit.checkpoint.hf_names import checkpoint_names, is_transformers_model
+from lowbit.checkpoint.hub import fetch_companions, home_of
 from lowbit.contents import CONFIG, GENERATION_CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.progress import Advance, progress
@@ -52,6 +53,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?")
 # What travels along with a model: everything small that is not weights. These suffixes, and licences whatever they are
 # called.
 _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
+_TEMPLATES = "additional_chat_templates"
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _WRITTEN = (
     CONFIG,
@@ -90,8 +92,9 @@ def save_low_bit(
             write_aside(model, form, temporary)
         except SafetensorError as error:
             raise CheckpointError(unwritten(target, error)) from error
-        if source is not None:
-            _copy_companions(source, temporary)
+        home = source or _home_on_hub(model)
+        if home is not None:
+            _copy_companions(home, temporary)
         if is_transformers_model(model):
             _write_config(model, form, temporary)
         else:
@@ -127,6 +130,15 @@ def source_folder(model: nn.Module) -> Path | None:
     """The local folder, or GGUF file, that a model was read from."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     return Path(name) if name and Path(name).exists() else None
+
+
+def _home_on_hub(model: nn.Module) -> Path | None:
+    """The folder in the hub's cache of a model that came from there, with what travels along."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    home: Path | None = getattr(model, "lowbit_home", None) or home_of(name)
+    if home is not None:
+        fetch_companions(name, home, _travels)
+    return home
 
 
 def refuse_to_replace_source(target: Path, source: Path | None) -> None:
@@ -221,13 +233,18 @@ def _copy_companions(source: Path, folder: Path) -> None:
 
         write_tokenizer(source, folder)
         return
-    for path in sorted(source.iterdir()):
-        licence = path.name.upper().startswith(_LICENCES)
-        if path.is_file() and path.name not in _WRITTEN and (path.suffix in _COMPANIONS or licence):
-            if not path.name.endswith(".safetensors.index.json"):
-                shutil.copyfile(path, folder / path.name)
-        elif path.is_dir() and path.name == "additional_chat_templates":
-            shutil.copytree(path, folder / path.name)
+    for path in (*sorted(source.iterdir()), *sorted(source.glob(f"{_TEMPLATES}/*"))):
+        name = path.relative_to(source)
+        if path.is_file() and _travels(str(name)):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
+
+
+def _travels(name: str) -> bool:
+    """Whether a file of a model goes along when it is saved low-bit: everything small that is not weights."""
+    if name in _WRITTEN or name.endswith(".safetensors.index.json") or Path(name).parent.name not in ("", _TEMPLATES):
+        return False
+    return Path(name).suffix in _COMPANIONS or name.upper().startswith(_LICENCES)
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
