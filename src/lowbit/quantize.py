@@ -29,7 +29,8 @@ from lowbit.swap import low_bit_module, replace_module
 # A weight as far from itself as this is gone; two bits leave 0.6 of a normal distribution.
 _LOST_ERROR = 0.9
 _LOST = (
-    "its numbers are too large or too small for the scales of this format: one with _bf16 or _fp32 scales holds them"
+    "its numbers are lost: too large for fp16 scales (a format with _bf16 scales holds them), or so small that they "
+    "became zeros"
 )
 
 
