@@ -143,6 +143,9 @@ def test_shards_tokenizer_code_and_report_travel_along(tmp_path: Path) -> None:
     folder = make("llama", tmp_path / "dense")
     (folder / "modeling_mine.py").write_text("# remote code\n")
     (folder / "LICENSE.md").write_text("free\n")
+    (folder / "preprocessor_config.json").write_text("{}\n")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     model = Auto.from_pretrained(folder, load_in_4bit=True)
     model.save_low_bit(tmp_path / "low", max_shard_size="40KB")
     names = {path.name for path in (tmp_path / "low").iterdir()}
@@ -152,7 +155,9 @@ def test_shards_tokenizer_code_and_report_travel_along(tmp_path: Path) -> None:
         "modeling_mine.py",
         "LICENSE.md",
         "generation_config.json",
+        "preprocessor_config.json",
     } <= names
+    assert (tmp_path / "low" / "additional_chat_templates" / "tool_use.jinja").is_file()
     assert {"model.safetensors.index.json", "lowbit_report.json"} <= names
     index = json.loads((tmp_path / "low" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {name for name in names if name.endswith(".safetensors")}

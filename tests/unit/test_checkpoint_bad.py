@@ -201,6 +201,31 @@ def test_saving_never_destroys_something_else(folders: Path, tmp_path: Path) -> 
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@WAYS
+def test_home_is_the_same_place_for_saving_and_loading(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    model = Auto.load_low_bit(folders / "own")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    getattr(model, way)("~/low")
+    assert [path.name for path in tmp_path.iterdir()] == ["low"]
+    for again in (Auto.from_pretrained("~/low"), Auto.load_low_bit("~/low"), lowbit.load_low_bit(model, "~/low")):
+        assert again.lowbit_report.layers
+
+
+def test_targets_and_tokenizers_that_are_none(folders: Path, tmp_path: Path) -> None:
+    model, file = Auto.load_low_bit(folders / "own"), tmp_path / "notes.txt"
+    file.write_text("mine")
+    for save in (model.save_low_bit, model.save_pretrained):
+        for target, said in ((file, "it is a file"), (file / "deep" / "low", "notes.txt is a file")):
+            with pytest.raises(lowbit.CheckpointError, match=said):
+                save(target)
+    with pytest.raises(lowbit.CheckpointError, match="give the tokenizer or processor itself"):
+        model.save_low_bit(tmp_path / "low", tokenizer="gpt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_nothing_to_pack_is_said(folders: Path) -> None:
     message = refused(
         folders / "dense", lowbit.RecipeError, load_in_4bit=True, modules_to_not_convert=["model", "lm_head"]

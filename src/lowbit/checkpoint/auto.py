@@ -163,7 +163,7 @@ class _AutoBase:
     @classmethod
     def load_low_bit(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Any:
         """Load a folder that `save_low_bit` wrote."""
-        folder = Path(pretrained_model_name_or_path)
+        folder = Path(pretrained_model_name_or_path).expanduser()
         check_folder(folder)
         if quantization_fields(folder) is None:
             raise CheckpointError(

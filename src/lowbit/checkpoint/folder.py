@@ -109,8 +109,11 @@ def _take_along(source: str | Path, target: str | Path) -> None:
 @contextmanager
 def _exchanged(target: Path) -> Iterator[Path]:
     """`exchange.beside`, with the sentence of a save for what the system refuses."""
-    if target.is_file():
-        raise CheckpointError(f"cannot save to {target}: it is a file")
+    file = next((place for place in (target, *target.parents) if place.is_file()), None)
+    if file is not None:
+        raise CheckpointError(
+            f"cannot save to {target}: {'it' if file == target else file} is a file; name another folder"
+        )
     if target.is_mount():
         raise CheckpointError(
             f"cannot save to {target}: it is a mount point; name a folder below it, {target / 'model'}"

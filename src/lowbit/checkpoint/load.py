@@ -41,7 +41,7 @@ from lowbit.report import Report
 
 def load_low_bit(model: nn.Module, folder: str | Path) -> nn.Module:
     """Fill a model with a saved low-bit one's weights, in place; returns it."""
-    path = Path(folder)
+    path = Path(folder).expanduser()
     check_folder(path)
     refuse_pickles(path, file_names(path))
     fields = quantization_fields(path)

@@ -48,7 +48,7 @@ def save_pretrained(model: Any, save_directory: str | Path, is_main_process: boo
     if not held_weights(model) or not is_main_process or options.get("distributed_checkpoint"):
         own(model, save_directory, is_main_process=is_main_process, **options)
         return
-    target = Path(save_directory)
+    target = Path(save_directory).expanduser()
     refuse_to_replace_source(target, source_folder(model))
     if options.get("push_to_hub"):
         options.setdefault("repo_id", target.name)

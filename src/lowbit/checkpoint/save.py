@@ -78,7 +78,9 @@ def save_low_bit(
 
     `compact` stores every weight once, which only lowbit reads; else other readers' needs come first where they can be met.
     """
-    target = Path(folder)
+    target = Path(folder).expanduser()
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise CheckpointError(f"tokenizer={tokenizer!r} cannot be saved: give the tokenizer or processor itself")
     source = source_folder(model)
     refuse_to_replace_source(target, source)
     if not getattr(model, "lowbit_report", None):
