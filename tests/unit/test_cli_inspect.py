@@ -184,6 +184,25 @@ def test_shape_of_a_padded_row_comes_from_the_report(tmp_path: Path, capsys: pyt
     assert only_layer(inspected(tmp_path, capsys))["shape"] == [OUT, 100]
 
 
+def test_a_torch_module_of_ones_own_says_its_formats_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, quantization = own_nf3()
+    folder_of(tmp_path, tensors)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "lowbit.json").write_text(json.dumps(quantization))
+    found = inspected(tmp_path, capsys)
+    assert (found["quant_method"], only_layer(found)["format"]) == ("lowbit", "nf3")
+    assert main(["generate", str(tmp_path), "--prompt", "Hi"]) == FAILED
+    assert "holds a torch module of yours and no language model: load it in Python" in capsys.readouterr().err
+
+
+def test_one_file_of_a_folder_is_what_the_folder_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_of(tmp_path, *compressed())
+    file, folder = inspected(tmp_path / "model.safetensors", capsys), inspected(tmp_path, capsys)
+    assert {**file, "path": ""} == {**folder, "path": ""} and file["model_type"] == "llama"
+
+
 def test_settings_of_older_tools_lie_in_their_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors, quantization = gptq()
     folder_of(tmp_path, tensors)

@@ -97,6 +97,13 @@ def test_force_replaces_a_model(dense: Path, tmp_path: Path, capsys: pytest.Capt
     assert json_of(capsys, "quantize", dense, out, "--force", "--format", "int8")["formats"].keys() == {"int8"}
 
 
+def test_force_replaces_nothing_of_others(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = Path(shutil.copytree(dense, tmp_path / "other"))
+    for words in (["quantize", dense, other, "--force"], ["demo", other]):
+        assert "it holds a model that lowbit did not write" in failure_of(capsys, *words)
+    assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in dense.iterdir())
+
+
 def test_a_low_bit_model_is_no_source(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is low-bit already (" in failure_of(capsys, "quantize", small, tmp_path / "out")
     assert "is low-bit already" in failure_of(capsys, "generate", small, "--format", "nf4", "--prompt", "Hello")
@@ -247,6 +254,8 @@ def test_bench_measures_what_was_asked(small: Path, capsys: pytest.CaptureFixtur
     assert (found["prompt_tokens"], found["new_tokens"], found["rounds"]) == (7, 5, 2)
     assert found["later_mean"] > 0 and found["later_p90"] <= found["later_p99"]
     assert found["load_seconds"] > 0 and found["peak_bytes"] > 0
+    said = failure_of(capsys, "bench", small, "--prompt-tokens", "100", "--new-tokens", "29")
+    assert said.endswith("prompt and answer have 129 tokens, and the model's context 128: ask for fewer of either")
     assert main(["bench", str(small), "--new-tokens", "4", "--rounds", "1"]) == OK
     text = capsys.readouterr().out
     assert all(word in text for word in ("load", "first token", "P90", "P99", "peak memory"))

@@ -17,7 +17,6 @@ import errno
 import fcntl
 import glob
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ def beside(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` if the block ends well, and vanishes if it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(target)
-    temporary = target.with_name(f"{_stem(target)}{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = target.with_name(f"{_stem(target)}{os.getpid()}-{_unlike_others()}")
     temporary.mkdir()
     lock = _lock(temporary)
     try:
@@ -54,7 +53,7 @@ def beside(target: Path) -> Iterator[Path]:
 def exchange(one: Path, other: Path) -> None:
     """Let two folders change their names."""
     if not _exchange_at_once(one, other):
-        aside = one.with_name(f".{other.name}.old-{secrets.token_hex(4)}")
+        aside = one.with_name(f".{other.name}.old-{_unlike_others()}")
         try:
             other.rename(aside)
             one.rename(other)
@@ -85,6 +84,10 @@ def clear_leftovers(target: Path) -> None:
             if lock is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
+
+
+def _unlike_others() -> str:
+    return os.urandom(4).hex()
 
 
 def _stem(target: Path) -> str:

@@ -66,6 +66,13 @@ def refuse_pickles(model: str | Path, names: Iterable[str]) -> None:
 def replace_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` if the block ends well, and vanishes if it does not."""
     target = target.resolve()  # a link stays a link to the folder that is replaced
+    refuse_to_replace_others(target)
+    with _exchanged(target) as temporary:
+        yield temporary
+
+
+def refuse_to_replace_others(target: Path) -> None:
+    """Refuse a folder that holds something else than a model which lowbit wrote."""
     if target.is_dir() and any(target.iterdir()) and not ((target / CONFIG).exists() or (target / OWN_CONFIG).exists()):
         raise CheckpointError(
             f"cannot save to {target}: it holds files that are not a model; choose a new or empty folder"
@@ -74,8 +81,6 @@ def replace_folder(target: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"cannot save to {target}: it holds a model that lowbit did not write; choose another folder"
         )
-    with _exchanged(target) as temporary:
-        yield temporary
 
 
 @contextmanager

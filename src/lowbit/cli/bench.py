@@ -69,6 +69,11 @@ def run(options: argparse.Namespace) -> int:
     session = open_session(source, load, options.threads)
     if options.profile and not isinstance(session, EngineSession):
         raise LowbitError("only lowbit's own engine counts its parts: leave out --profile, or add --engine lowbit")
+    needed, context = options.prompt_tokens + options.new_tokens, session.context_length
+    if context is not None and needed > context:
+        raise LowbitError(
+            f"prompt and answer have {needed} tokens, and the model's context {context}: ask for fewer of either"
+        )
     prompt = prompt_of(session.encode(_PROMPT, raw=True), options.prompt_tokens)
 
     def generate(new_tokens: int) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from lowbit.cli.options import add_json, path
 from lowbit.cli.output import Output, count_of, count_text, size_text
 from lowbit.contents import (
     CONFIG,
+    OWN_CONFIG,
     REPORT,
     StoredTensor,
     missing,
@@ -109,9 +110,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".gguf":
         metadata, tensors = read_gguf(path)
         facts = {"model_type": metadata.get("general.architecture"), "quant_method": "gguf"}
-        return _checkpoint(path, facts, tensors, Hints())
+        return _checkpoint(path, tensors, facts, Hints())
     if path.suffix == ".safetensors":
-        return _checkpoint(path, {}, read_header(path), _hints(path.parent, _quantization_config(path.parent, {})))
+        return _checkpoint(path, read_header(path), *_about(path.parent))
     raise CheckpointError(f"{path} is no checkpoint: name a folder, a .safetensors file or a .gguf file")
 
 
@@ -128,7 +129,11 @@ def _read_model_folder(folder: Path) -> Checkpoint:
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1 and not (folder / CONFIG).is_file():
         return read_checkpoint(files[0])
-    tensors = read_tensors(folder)
+    return _checkpoint(folder, read_tensors(folder), *_about(folder))
+
+
+def _about(folder: Path) -> tuple[dict[str, Any], Hints]:
+    """What the JSON of a folder says of the weights in it."""
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     quantization = _quantization_config(folder, config)
     facts = {
@@ -136,7 +141,7 @@ def _read_model_folder(folder: Path) -> Checkpoint:
         "architecture": _first(config.get("architectures")),
         "quant_method": quantization.get("quant_method"),
     }
-    return _checkpoint(folder, facts, tensors, _hints(folder, quantization))
+    return facts, _hints(folder, quantization)
 
 
 def _first(names: Any) -> str | None:
@@ -144,12 +149,12 @@ def _first(names: Any) -> str | None:
 
 
 def _quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """How the folder says it was quantised: in its config, or in the file of an older tool."""
-    if not config and (folder / CONFIG).is_file():
-        config = read_json(folder / CONFIG)
+    """How the folder says it was quantised: in its config, in lowbit's own for torch modules, or in the file of an older tool."""
     own = quantization_config(config)
     if own is not None:
         return own
+    if (folder / OWN_CONFIG).is_file():
+        return read_json(folder / OWN_CONFIG)
     old = next((folder / name for name in _OLD_CONFIGS if (folder / name).is_file()), None)
     if old is None:
         return {}
@@ -163,7 +168,7 @@ def _hints(folder: Path, quantization: dict[str, Any]) -> Hints:
         return hints_from(quantization, report)
 
 
-def _checkpoint(path: Path, facts: dict[str, Any], tensors: list[StoredTensor], hints: Hints) -> Checkpoint:
+def _checkpoint(path: Path, tensors: list[StoredTensor], facts: dict[str, Any], hints: Hints) -> Checkpoint:
     with _understood(path):
         weights = list_weights(tensors, hints)
     return Checkpoint(path, facts, weights, len({tensor.file for tensor in tensors}))
@@ -188,7 +193,7 @@ def print_checkpoint(output: Output, checkpoint: Checkpoint, everything: bool) -
     output.facts(
         [
             ("checkpoint", f"{checkpoint.path} ({count_of(checkpoint.files, 'file')})"),
-            ("model", kind or "unknown: there is no config.json"),
+            ("model", kind or f"unknown: there is no {CONFIG}"),
             ("quantised by", str(facts.get("quant_method") or "nothing")),
             ("weights", f"{count_text(checkpoint.count)} in {size_text(checkpoint.nbytes)}"),
             ("bits per weight", f"{checkpoint.bits_per_weight:.2f}"),

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowbit.checkpoint.folder import refuse_to_replace_others
 from lowbit.cli.options import LEAVE, LoadOptions, add_json, add_loading, path
 from lowbit.cli.output import Output, size_text
 from lowbit.cli.source import Source, find_source
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--override", action="append", default=[], metavar="REGEX=F", help=override_help)
     group.add_argument("--rounder", metavar="R", help="rtn searches the scales, plain_rtn does not (default: rtn)")
     add_loading(parser)
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model already")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model that lowbit wrote")
     parser.add_argument(
         "--compact", action="store_true", help="store every weight once, in a form that only lowbit reads"
     )
@@ -160,6 +161,7 @@ def check_target(out: Path, source: Source, force: bool) -> None:
         raise LowbitError(f"{out} is not empty, and what it holds is no model: name a folder that does not exist yet")
     if not force:
         raise LowbitError(f"{out} holds a model already: name another folder, or replace it with --force")
+    refuse_to_replace_others(out)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit.contents import CONFIG, is_hub_name, missing, read_config
+from lowbit.contents import CONFIG, OWN_CONFIG, is_hub_name, missing, read_config
 from lowbit.errors import CheckpointError
 
 
@@ -63,6 +63,10 @@ def _folder_source(path: Path) -> Source:
     files = sorted(path.glob("*.gguf"))
     if files:
         return Source("gguf", str(files[0])) if len(files) == 1 else _ask_which(path, files)
+    if (path / OWN_CONFIG).is_file():
+        raise CheckpointError(
+            f"the folder {path} holds a torch module of yours and no language model: load it in Python with lowbit.load_low_bit"
+        )
     held = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
     raise CheckpointError(
         f"the folder {path} is no model: it has no {CONFIG} ({'it holds ' + held if held else 'it is empty'})"
