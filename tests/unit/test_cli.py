@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -367,6 +368,12 @@ def test_json_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == '{\n "a": 1\n}\n'
     assert captured.err.splitlines() == ["for people", "a  b", "1  2"]
+
+
+def test_json_is_json_whatever_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(as_json=True).result({"ppl": float("inf"), "rows": [{"error": float("nan")}, (1, 2.5, "nan")]})
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found == {"ppl": None, "rows": [{"error": None}, [1, 2.5, "nan"]]}
 
 
 def test_plain_table_aligns_numbers_to_the_right() -> None:

@@ -8,6 +8,7 @@ fit it.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -56,7 +57,16 @@ class Output:
     def result(self, value: Any) -> None:
         """What a script reads: printed with `--json` only."""
         if self.as_json:
-            print(json.dumps(value, indent=1), file=sys.stdout, flush=True)
+            print(json.dumps(_with_null(value), indent=1, allow_nan=False), file=sys.stdout, flush=True)
+
+
+def _with_null(value: Any) -> Any:
+    """A value with null for each number that JSON cannot say: infinity, and what is not a number."""
+    if isinstance(value, dict):
+        return {name: _with_null(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table_lines(
