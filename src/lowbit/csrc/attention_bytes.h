@@ -7,6 +7,8 @@
 // of four bytes serves 16 of them. Keys are kept with 128 added: the product of the processors takes unsigned by signed bytes, and
 // 128 times the sum of the query is taken off once. Probabilities are relative to the largest of their own tile: next to a key that
 // takes nearly everything (the first token often does) the others of later tiles keep all their bits.
+//
+// A query, key or value that holds a NaN or an infinity has no bytes; its scale is NaN, and so is all that looks at it.
 #pragma once
 #include "byte_lanes.h"
 #include "engine_isa.h"
@@ -17,6 +19,7 @@ namespace {
 constexpr int kQueryMost = kQueryPlanes == 1 ? 127 : (63 << kQueryBits) + 31;
 constexpr int kShareBits = 7;
 constexpr float kShareMost = 16383.0f;  // two planes of 7 bits
+constexpr float kLeast = 0x1p-110f;     // vectors without larger numbers count as zeros, whose scale has an inverse
 
 // The room of an item, by row of queries.
 struct ByteRoom {
@@ -108,7 +111,7 @@ inline void round_query(const AttendJob& job, const ByteRoom& room, int64_t r) {
         const F32 x = part(i);
         most = larger(most, larger(x, splat(0.0f) - x));
     }
-    const float largest = largest_of(most), inverse = largest > 0.0f ? kQueryMost / largest : 0.0f;
+    const float largest = largest_of(most), inverse = largest > kLeast ? kQueryMost / largest : 0.0f;
     F32 sum = splat(0.0f);
     int8_t* to = reinterpret_cast<int8_t*>(room.queries + r * kQueryPlanes * job.padded);
     for (int i = 0; i < job.padded; i += kLane) {
@@ -122,8 +125,10 @@ inline void round_query(const AttendJob& job, const ByteRoom& room, int64_t r) {
         store_bytes(to + i, high);
         store_bytes(to + job.padded + i, x - high * splat(1 << kQueryBits));
     }
-    room.query_scales[r] = largest / kQueryMost;
-    room.starts[r] = -128 * static_cast<int32_t>(sum_of(sum));
+    const float whole = sum_of(sum);
+    const bool finite = whole - whole == 0.0f;
+    room.query_scales[r] = finite ? largest / kQueryMost : NAN;
+    room.starts[r] = finite ? -128 * static_cast<int32_t>(whole) : 0;
 }
 
 inline void score_bytes(const AttendJob& job, const ByteRoom& room, int64_t first, int64_t blocks) {
@@ -145,12 +150,14 @@ inline void score_bytes(const AttendJob& job, const ByteRoom& room, int64_t firs
 
 // What a probability is multiplied with to become a whole number, for each key of a tile, and the value of 1 in those numbers.
 inline float plan_shares(const AttendJob& job, int64_t first, int64_t count, float* factors) {
-    F32 most = splat(0.0f);
+    F32 most = splat(0.0f), poison = splat(0.0f);
     for (int64_t i = 0; i < count; i += kLane) {
-        const F32 scale = load(job.value_scales + first + i);
-        most = larger(most, i + kLane <= count ? scale : inside(scale, 0, static_cast<int>(count - i), 0.0f));
+        F32 scale = load(job.value_scales + first + i);
+        if (i + kLane > count) scale = inside(scale, 0, static_cast<int>(count - i), 0.0f);
+        most = larger(most, scale);
+        poison = multiply_add(scale, splat(0.0f), poison);
     }
-    const float largest = largest_of(most);
+    const float largest = largest_of(most) + sum_of(poison);
     for (int64_t i = 0; i < count; i += kLane) {
         const F32 factor = load(job.value_scales + first + i) * splat(largest > 0.0f ? kShareMost / largest : 0.0f);
         store(factors + i, i + kLane <= count ? factor : inside(factor, 0, static_cast<int>(count - i), 0.0f));
@@ -212,27 +219,36 @@ void attend_bytes(const AttendJob& job) {
     }
 }
 
-// The multiplier that brings the largest of `count` numbers to 127, and its inverse for reading.
-inline float byte_scale(const float* x, int count) {
-    float most = 0.0f;
-    for (int i = 0; i < count; ++i) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-    return most / 127.0f;
+// What a byte of these numbers is worth, the largest being 127, and how many bytes a 1 is.
+struct ByteScale {
+    float scale, inverse;
+};
+
+inline ByteScale byte_scale(const float* x, int count) {
+    float most = 0.0f, poison = 0.0f;
+    for (int i = 0; i < count; ++i) {
+        most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+        poison += x[i] * 0.0f;
+    }
+    if (poison != 0.0f) return {NAN, 0.0f};
+    return {most / 127.0f, most > kLeast ? 127.0f / most : 0.0f};
 }
 
 // Bytes of a key or value at [channel / 4][16 keys][channel % 4] or [channel][key % 4].
+inline int byte_of(float x, float inverse) { return inverse > 0.0f ? static_cast<int>(nearbyintf(x * inverse)) : 0; }
+
 inline float store_key_bytes(const float* key, int head_dim, int padded, uint8_t* keys, int64_t position) {
-    const float scale = byte_scale(key, head_dim), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    const ByteScale by = byte_scale(key, head_dim);
     uint8_t* to = keys + position / kKeyBlock * kKeyBlock * padded + position % kKeyBlock * 4;
-    for (int i = 0; i < padded; ++i)
-        to[i / 4 * 4 * kKeyBlock + i % 4] = static_cast<uint8_t>(128 + (i < head_dim ? static_cast<int>(nearbyintf(key[i] * inverse)) : 0));
-    return scale;
+    for (int i = 0; i < padded; ++i) to[i / 4 * 4 * kKeyBlock + i % 4] = static_cast<uint8_t>(128 + (i < head_dim ? byte_of(key[i], by.inverse) : 0));
+    return by.scale;
 }
 
 inline float store_value_bytes(const float* value, int head_dim, int padded, uint8_t* values, int64_t position) {
-    const float scale = byte_scale(value, head_dim), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    const ByteScale by = byte_scale(value, head_dim);
     uint8_t* to = values + position / 4 * 4 * padded + position % 4;
-    for (int i = 0; i < padded; ++i) to[4 * i] = static_cast<uint8_t>(i < head_dim ? static_cast<int>(nearbyintf(value[i] * inverse)) : 0);
-    return scale;
+    for (int i = 0; i < padded; ++i) to[4 * i] = static_cast<uint8_t>(i < head_dim ? byte_of(value[i], by.inverse) : 0);
+    return by.scale;
 }
 
 }  // namespace

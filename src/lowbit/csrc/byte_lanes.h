@@ -125,7 +125,7 @@ inline F32 to_floats(I32 x) {
 }
 inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
     for (int i = 0; i < kLane; ++i) {
-        const int whole = static_cast<int>(nearbyintf(x.v[i]));
+        const int whole = x.v[i] >= 0.0f ? static_cast<int>(nearbyintf(x.v[i])) : 0;
         high[i] = static_cast<uint8_t>(whole >> 7);
         low[i] = static_cast<uint8_t>(whole & 127);
     }

@@ -68,7 +68,7 @@ inline F32 activation_of(int activation, F32 x) {
             const F32 inner = splat(0.79788456f) * multiply_add(x * x * x, splat(0.044715f), x);
             return splat(0.5f) * x * (splat(1.0f) + hyperbolic_tangent(inner));
         }
-        default: return larger(x, splat(0.0f));
+        default: return larger(splat(0.0f), x);
     }
 }
 
@@ -76,7 +76,7 @@ void activate(const lowbit_mlp& mlp, const float* gate, const float* up, int64_t
     sweep(count, [&](int64_t i, int n) {
         F32 g = load_up_to(gate + i, n);
         if (mlp.limit > 0.0f) {
-            g = smaller(g, splat(mlp.limit));
+            g = smaller(splat(mlp.limit), g);
             const F32 u = clamp_to(load_up_to(up + i, n), -mlp.limit, mlp.limit);
             store_up_to(y + i, g * sigmoid(g * splat(mlp.sigmoid_scale)) * (u + splat(1.0f)), n);
             return;

@@ -1,5 +1,7 @@
 // Sixteen floats at a time, whatever the processor: one 512-bit register, two of 256 bits, four of 128, or an array that the compiler unrolls.
 // Each instruction set's file includes this and compiles its own copy; everything is static.
+//
+// larger(a, b) and smaller(a, b) are b where a number is none (NEON: where either is), so a bound comes first and what may be NaN second.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -203,7 +205,7 @@ inline F32 round_near(F32 x) {  // |x| is far below 2^22 wherever this is used
 }
 inline F32 times_power(F32 x, F32 n) {
     return each([&](int i) {
-        const int power = n.v[i] < -127.0f ? -127 : static_cast<int>(n.v[i]);
+        const int power = n.v[i] > -127.0f ? static_cast<int>(n.v[i] < 128.0f ? n.v[i] : 128.0f) : -127;
         return x.v[i] * float_of(static_cast<uint32_t>(power + 127) << 23);
     });
 }
@@ -235,7 +237,7 @@ inline F32 select_negative(F32 s, F32 yes, F32 no) {
 
 #endif
 
-inline F32 clamp_to(F32 x, float low, float high) { return smaller(larger(x, splat(low)), splat(high)); }
+inline F32 clamp_to(F32 x, float low, float high) { return smaller(splat(high), larger(splat(low), x)); }
 
 // e^x = 2^n e^r with |r| <= ln 2 / 2; the polynomial is good to two units in the last place. Below -87 the result is 0 or nearly.
 inline F32 exponential(F32 x) {
@@ -255,7 +257,7 @@ inline F32 exponential(F32 x) {
 
 // 2^x = 2^n 2^r with |r| <= 1/2, good to one unit in the last place; below -126 the result is 0 or nearly.
 inline F32 power_of_two(F32 x) {
-    x = larger(x, splat(-126.0f));
+    x = larger(splat(-126.0f), x);
     const F32 n = round_near(x), r = x - n;
     F32 p = multiply_add(splat(1.327644094e-3f), r, splat(9.675541086e-3f));
     p = multiply_add(p, r, splat(5.550713370e-2f));
