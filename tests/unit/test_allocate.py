@@ -1,0 +1,112 @@
+"""The allocation of formats to a budget: the best of all choices, and sensitivities that foretell the damage."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowbit.algorithms.allocate import OFFERED_BITS, allocate, byte_budget, stored_bytes
+from lowbit.algorithms.sensitivity import allocate_formats, expected_divergence, linear_weights, measure_moments
+from lowbit.errors import RecipeError
+from lowbit.evaluate import divergence
+from lowbit.formats import as_format
+from lowbit.grid import PLAIN, quantize, unpack
+from lowbit.quantize import quantize_
+from lowbit.recipe import Recipe
+from lowbit_assets import tiny_model_in_memory
+
+OPTION = st.tuples(st.integers(1, 30), st.floats(0, 10, allow_nan=False))
+WEIGHTS = st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights=WEIGHTS, share=st.floats(0, 1))
+def test_the_allocation_is_the_best_of_all(weights: list[list[tuple[int, float]]], share: float) -> None:
+    sizes = {str(i): {j: size for j, (size, _) in enumerate(row)} for i, row in enumerate(weights)}
+    errors = {str(i): {j: error for j, (_, error) in enumerate(row)} for i, row in enumerate(weights)}
+    least = sum(min(row.values()) for row in sizes.values())
+    most = sum(max(row.values()) for row in sizes.values())
+    budget = least + int(share * (most - least))
+    chosen = allocate(sizes, errors, budget)
+    assert sum(sizes[path][option] for path, option in chosen.items()) <= budget
+    found = sum(errors[path][option] for path, option in chosen.items())
+    best = min(
+        sum(error for _, error in choice)
+        for choice in itertools.product(*weights)
+        if sum(size for size, _ in choice) <= budget
+    )
+    assert found == pytest.approx(best, rel=1e-7, abs=1e-7)
+
+
+def test_a_budget_below_the_smallest_formats_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"too small: .* need 7"):
+        allocate({"a": {2: 3}, "b": {2: 4, 3: 6}}, {"a": {2: 1.0}, "b": {2: 1.0, 3: 0.5}}, 6)
+
+
+def test_sizes_and_errors_must_be_of_the_same_formats() -> None:
+    with pytest.raises(RecipeError, match="a: an allocation needs"):
+        allocate({"a": {2: 3, 3: 4}}, {"a": {2: 1.0}}, 6)
+    with pytest.raises(RecipeError, match="a: its error at 2 is not a finite number"):
+        allocate({"a": {2: 3}}, {"a": {2: float("nan")}}, 6)
+
+
+@pytest.mark.parametrize(
+    "name", ["int2", "int3_g32", "int5_asym", "int4_channel", "int4_dq", "int8_tensor", "q4_k", "nvfp4"]
+)
+@pytest.mark.parametrize("shape", [(16, 256), (7, 100)])
+def test_the_bytes_of_a_weight_are_those_it_is_stored_in(name: str, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert stored_bytes(as_format(name), shape) == quantize(weight, as_format(name)).nbytes
+
+
+def test_sensitivities_foretell_the_damage() -> None:
+    """The sum over layers of what each is expected to cost is what the whole costs, within a third."""
+    model = tiny_model_in_memory("llama")
+    rows = torch.randint(3, 259, (24, 48), generator=torch.Generator().manual_seed(2))
+    moments, format = measure_moments(model, rows), as_format("int5_g32")
+    weights = linear_weights(model)
+    assert set(weights) == set(moments) and "lm_head" in weights
+    expected = sum(
+        expected_divergence(w, unpack(quantize(w, format, PLAIN)), moments[path]) for path, w in weights.items()
+    )
+    original = tiny_model_in_memory("llama")
+    quantize_(model, Recipe(format, head=format, rounder="plain_rtn"))
+    measured = divergence(model, original, rows).kl
+    assert expected == pytest.approx(measured, rel=1 / 3)
+    assert all(parameter.requires_grad for parameter in original.parameters())
+
+
+def test_an_allocated_model_meets_the_budget_and_beats_one_width() -> None:
+    rows = torch.randint(3, 259, (16, 48), generator=torch.Generator().manual_seed(3))
+    original = tiny_model_in_memory("llama")
+    # Layers that differ in what they matter: the residual stream hardly hears the first one.
+    with torch.no_grad():
+        original.model.layers[0].mlp.down_proj.weight.mul_(0.05)
+        original.model.layers[0].self_attn.o_proj.weight.mul_(0.05)
+    formats = [as_format(f"int{bits}_g32") for bits in OFFERED_BITS]
+    moments, weights = measure_moments(original, rows), linear_weights(original)
+    chosen = allocate_formats(weights, moments, formats, 3.5)
+    assert sum(stored_bytes(chosen[path], tuple(w.shape)) for path, w in weights.items()) <= byte_budget(
+        3.5, [tuple(w.shape) for w in weights.values()]
+    )
+    assert len(set(chosen.values())) > 1
+    distances = []
+    for overrides in (tuple((f"^{path}$", format) for path, format in chosen.items()), ()):
+        model = tiny_model_in_memory("llama")
+        model.load_state_dict(original.state_dict())
+        quantize_(model, Recipe(as_format("int3_g32"), head=as_format("int3_g32"), overrides=overrides))
+        distances.append(divergence(model, original, rows).kl)
+    assert distances[0] < distances[1]
+
+
+def test_a_tied_weight_is_allocated_once() -> None:
+    model = tiny_model_in_memory("llama", tie_word_embeddings=True)
+    weights = linear_weights(model)
+    assert "lm_head" in weights and "model.embed_tokens" not in weights
+    assert len(weights) == 2 * 7 + 1
+    moments = measure_moments(model, torch.randint(3, 259, (2, 16)))
+    assert allocate_formats(weights, moments, [as_format("int4")], 8.0)["lm_head"] == as_format("int4")
