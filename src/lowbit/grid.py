@@ -91,21 +91,31 @@ def fit_grid(
     weight: torch.Tensor, format: Format, search: Search = PLAIN, importance: torch.Tensor | None = None
 ) -> Grid:
     """Scales and zero points for a weight [.., out, in]; `importance` [in] weighs the squared error of each input."""
-    groups, mask = _grouped(weight, format)
+    groups, mask = group_weight(weight, format)
     weights = groups.abs().sqrt()
     if importance is not None:
-        weights = mask * _grouped(importance.float().expand_as(weight), format)[0]
-    unit = _global_scale(weight, format)
-    rounder = ScaleRounder(format, unit)
+        weights = mask * group_weight(importance.float().expand_as(weight), format)[0]
+    rounder = scale_rounder(weight, format)
     scales, zeros = _plain_scales(groups, format, rounder)
     if search.steps:
         scales, zeros = _search_scales(groups, weights, format, rounder, search, (scales, zeros))
+    return store_grid(tuple(weight.shape), groups, scales, zeros, rounder)
+
+
+def store_grid(
+    shape: tuple[int, ...],
+    groups: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    rounder: ScaleRounder,
+) -> Grid:
+    """The grid of a weight of that shape: scales (and zero points) of its groups, [groups, 1], as they are stored."""
+    format = rounder.format
     if format.scale_block:
         scales = _fill_blanks(scales, groups)
-    shape = (*weight.shape[:-2], 1, 1) if format.group_size == 0 else (*weight.shape[:-1], -1)
-    scales = scales.reshape(shape)
-    zeros = None if zeros is None else zeros.reshape(shape)
-    return _stored_grid(scales, zeros, format, unit)
+    places = (*shape[:-2], 1, 1) if format.group_size == 0 else (*shape[:-1], -1)
+    zeros = None if zeros is None else zeros.reshape(places)
+    return _stored_grid(scales.reshape(places), zeros, format, rounder.unit)
 
 
 def to_codes(weight: torch.Tensor, format: Format, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
@@ -209,7 +219,12 @@ class ScaleRounder:
         return torch.where(rounded.abs() < _TINY_SCALE, torch.ones_like(rounded), rounded)
 
 
-def _grouped(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+def scale_rounder(weight: torch.Tensor, format: Format) -> ScaleRounder:
+    """What rounds the scales of a weight to the type of a format."""
+    return ScaleRounder(format, _global_scale(weight, format))
+
+
+def group_weight(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight as [groups, group_size] in fp32, zero-padded, and a mask of the entries that exist."""
     weight = weight.float()
     if format.group_size == 0:
