@@ -35,8 +35,6 @@ class Timings:
     later_mean: float
     later_p90: float
     later_p99: float
-    load_seconds: float = 0.0
-    peak_bytes: int = 0
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -84,7 +82,6 @@ def measure(
         later_mean=statistics.fmean(gaps),
         later_p90=percentile(gaps, 0.90),
         later_p99=percentile(gaps, 0.99),
-        peak_bytes=peak_memory(),
     )
 
 

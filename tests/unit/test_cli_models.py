@@ -309,3 +309,8 @@ def test_a_gguf_file_is_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[s
     found = json_of(capsys, "quantize", smollm2_gguf(), tmp_path / "out", "--format", "int4", "--rounder", "plain_rtn")
     assert found["bits_per_weight"] < 5
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
+        f.name for f in (tmp_path / "out").iterdir()
+    }
+    words = ("generate", tmp_path / "out", "--prompt", "Hello", *GREEDY)
+    assert json_of(capsys, *words, "--raw")["prompt_tokens"] < json_of(capsys, *words)["prompt_tokens"]

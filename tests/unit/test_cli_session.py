@@ -154,7 +154,6 @@ def test_timings_of_known_rounds() -> None:
     assert found.later_mean == pytest.approx(sum(gaps) / 6)
     assert found.later_p90 == pytest.approx(1.0)
     assert found.tokens_per_second == pytest.approx(6 / sum(gaps))
-    assert found.peak_bytes > 1e6
     assert set(Timings.__dataclass_fields__) < set(found.to_dict())
 
 

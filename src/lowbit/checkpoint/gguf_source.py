@@ -1,8 +1,7 @@
-"""A GGUF file as the source of a transformers model: read tensor by tensor as the loader asks, its tokenizer written out."""
+"""A GGUF file as the source of a transformers model: read tensor by tensor as the loader asks."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import CheckpointError
-from lowbit.interop.gguf import GgufModel, GgufTensor, open_gguf
+from lowbit.interop.gguf import GgufModel, GgufTensor
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -54,14 +53,3 @@ def gguf_file(source: Path, named: str | None) -> Path | None:
 
 def lazy_tensors(gguf: GgufModel, dtype: torch.dtype) -> dict[str, LazyTensor]:
     return {name: LazyTensor(tensor, dtype) for name, tensor in gguf.tensors.items()}
-
-
-def write_tokenizer(path: Path, folder: Path) -> None:
-    """The tokenizer of a GGUF file as the files that transformers reads."""
-    gguf = open_gguf(path)
-    config = dict(gguf.tokenizer_config)
-    template = config.pop("chat_template", None)
-    if isinstance(template, str):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_text(gguf.tokenizer_json(), encoding="utf-8")

@@ -34,6 +34,7 @@ from lowbit.checkpoint.hf_names import checkpoint_names, is_transformers_model
 from lowbit.checkpoint.hub import fetch_companions, home_of
 from lowbit.contents import CONFIG, GENERATION_CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
 from lowbit.errors import CheckpointError, LowbitError
+from lowbit.interop.gguf import open_gguf
 from lowbit.progress import Advance, progress
 from lowbit.runtime.engine_file import ENGINE_FILE, write_engine_file
 
@@ -231,9 +232,7 @@ def write_untied(folder: Path) -> None:
 def _copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer, processor, remote code, templates and licences."""
     if source.is_file():
-        from lowbit.checkpoint.gguf_source import write_tokenizer
-
-        write_tokenizer(source, folder)
+        open_gguf(source).write_tokenizer(folder)
         return
     for path in (*sorted(source.iterdir()), *sorted(source.glob(f"{_TEMPLATES}/*"))):
         name = path.relative_to(source)

@@ -74,6 +74,8 @@ def _read_line() -> str | None:
     try:
         return input(_PROMPT) if sys.stdin.isatty() else input()
     except EOFError:
+        if sys.stdin.isatty():
+            print(file=sys.stderr)  # the shell's prompt begins a line of its own
         return None
     except KeyboardInterrupt:
         if not sys.stdin.isatty():

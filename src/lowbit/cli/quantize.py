@@ -98,8 +98,9 @@ def quantize_and_save(
     from lowbit.cli.session import load_model, load_tokenizer
 
     model = load_model(source, load)
-    tokenizer = load_tokenizer(source, load)
-    if tokenizer is None:
+    # A GGUF file's is written by the save itself.
+    tokenizer = None if source.kind == "gguf" else load_tokenizer(source, load)
+    if tokenizer is None and source.kind != "gguf":
         output.note("lowbit: the source has no tokenizer, so none is saved")
     model.save_low_bit(out, tokenizer=tokenizer, compact=compact)
     report: Report = model.lowbit_report

@@ -10,7 +10,6 @@ KeyboardInterrupt in the middle of an answer.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -226,11 +225,8 @@ def load_tokenizer(source: Source, options: LoadOptions) -> Any | None:
 
 def _gguf_tokenizer(source: Source) -> Any:
     """The tokenizer that a GGUF file describes; transformers reads it from files, so it is put into some."""
-    gguf = open_gguf(source.path)
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as name:
-        folder = Path(name)
-        (folder / "tokenizer.json").write_text(gguf.tokenizer_json(), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(gguf.tokenizer_config), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
+        open_gguf(source.path).write_tokenizer(Path(folder))
         return transformers.AutoTokenizer.from_pretrained(folder)
 
 

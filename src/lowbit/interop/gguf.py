@@ -175,6 +175,15 @@ class GgufModel:
         """The model's tokenizer.json, for the tokenizers library."""
         return build_tokenizer(self.container)
 
+    def write_tokenizer(self, folder: Path) -> None:
+        """The tokenizer as the files of a Hugging Face folder, the chat template in one of its own."""
+        fields = dict(self.tokenizer_config)
+        template = fields.pop("chat_template", None)
+        if isinstance(template, str):
+            (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        _write_json(folder / "tokenizer_config.json", fields)
+        (folder / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
+
 
 def open_gguf(path: str | Path) -> GgufModel:
     """Open a GGUF file, or the first of a split series."""
@@ -240,19 +249,13 @@ def write_hf_folder(
 
 
 def _write_texts(model: GgufModel, folder: Path, dtype: str) -> None:
-    tokenizer_config = dict(model.tokenizer_config)
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, str):
-        (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
-        del tokenizer_config["chat_template"]
-    documents = {
-        "config.json": model.config | {"dtype": dtype},
-        "generation_config.json": model.generation_config,
-        "tokenizer_config.json": tokenizer_config,
-    }
-    for file, content in documents.items():
-        (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_text(model.tokenizer_json(), encoding="utf-8")
+    _write_json(folder / "config.json", model.config | {"dtype": dtype})
+    _write_json(folder / "generation_config.json", model.generation_config)
+    model.write_tokenizer(folder)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_shards(model: GgufModel, folder: Path, dtype: str, max_shard_bytes: int) -> None:
@@ -269,7 +272,7 @@ def _write_shards(model: GgufModel, folder: Path, dtype: str, max_shard_bytes: i
     if len(shards) > 1:
         total = sum(int(np.prod(tensor.shape)) for tensor in model.tensors.values()) * BYTES[dtype]
         index = {"metadata": {"total_size": total}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _plan_shards(model: GgufModel, item_bytes: int, max_shard_bytes: int) -> list[list[GgufTensor]]:
