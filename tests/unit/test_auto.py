@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("llama", tmp_path_factory.mktemp("auto") / "dense", **EVEN)
 
 
+def bits_and_bytes(**options: Any) -> transformers.BitsAndBytesConfig:
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
 def formats(model: torch.nn.Module) -> dict[str, str]:
     return {row.path: row.format for row in model.lowbit_report.layers}
 
@@ -33,12 +38,65 @@ def test_there_are_ten_and_each_stands_for_its_own() -> None:
         assert getattr(lowbit, name).transformers_class is getattr(transformers, name)
 
 
+TWELVE = IDS[:, :12]
+BERT = transformers.BertConfig(
+    vocab_size=288, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128
+)
+T5 = transformers.T5Config(vocab_size=288, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+WHISPER = transformers.WhisperConfig(
+    vocab_size=288, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=128, decoder_ffn_dim=128, num_mel_bins=8, max_source_positions=16, max_target_positions=32,
+    pad_token_id=1, bos_token_id=1, eos_token_id=1, decoder_start_token_id=1, begin_suppress_tokens=None,
+)  # fmt: skip
+OTHERS = {
+    "AutoModelForMultipleChoice": (BERT, {"input_ids": IDS.view(1, 4, 8)}),
+    "AutoModelForSeq2SeqLM": (T5, {"input_ids": TWELVE, "decoder_input_ids": TWELVE}),
+    "AutoModelForSpeechSeq2Seq": (WHISPER, {"input_features": torch.randn(1, 8, 32), "decoder_input_ids": TWELVE}),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "AutoModelForCausalLM"])
+def test_each_class_packs_while_it_loads_and_reads_what_it_saved(name: str, tmp_path: Path) -> None:
+    """AutoModelForCausalLM has the rest of this file."""
+    ours, theirs = getattr(lowbit, name), getattr(transformers, name)
+    config, inputs = OTHERS.get(name, (BERT, {"input_ids": TWELVE}))
+    torch.manual_seed(0)
+    original = theirs.from_config(config).eval()
+    original.save_pretrained(tmp_path / "dense")
+    packed = ours.from_pretrained(tmp_path / "dense", load_in_low_bit="int8_g32")
+    assert packed.lowbit_report.formats() == {"int8_g32": len(packed.lowbit_report.layers)}
+    packed.save_low_bit(tmp_path / "low")
+    with torch.no_grad():
+        expected, found = original(**inputs)[0], packed(**inputs)[0]
+        assert float((found - expected).norm() / expected.norm()) < 0.05
+        for again in (ours.load_low_bit(tmp_path / "low"), theirs.from_pretrained(tmp_path / "low")):
+            assert torch.equal(again.eval()(**inputs)[0], found)
+
+
 def test_without_a_low_bit_keyword_it_is_transformers_own_load(dense: Path) -> None:
     model = Auto.from_pretrained(dense, dtype=torch.bfloat16)
     assert not hasattr(model, "lowbit_report") and model.dtype == torch.bfloat16
     assert type(model.lm_head) is torch.nn.Linear
-    cast = Auto.from_pretrained(dense, load_in_low_bit="fp16")
-    assert cast.dtype == torch.float16 and type(cast.lm_head) is torch.nn.Linear
+    for keywords in (
+        {"load_in_low_bit": "fp16"},
+        {"quantization_config": bits_and_bytes(bnb_4bit_quant_type="fp16")},
+        {"quantization_config": transformers.BitsAndBytesConfig(), "dtype": torch.float16},
+    ):
+        cast = Auto.from_pretrained(dense, **keywords)
+        assert cast.dtype == torch.float16 and type(cast.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("slip", "meant"),
+    [
+        ("modules_not_to_convert", "modules_to_not_convert"),
+        ("load_in_4_bit", "load_in_4bit"),
+        ("cpu_embeding", "cpu_embedding"),
+    ],
+)
+def test_a_slip_in_a_keyword_is_told(dense: Path, slip: str, meant: str) -> None:
+    with pytest.raises(lowbit.RecipeError, match=f"no keyword '{slip}': did you mean '{meant}'"):
+        Auto.from_pretrained(dense, load_in_low_bit="int4", **{slip: True})
 
 
 @pytest.mark.parametrize(
@@ -57,6 +115,18 @@ def test_without_a_low_bit_keyword_it_is_transformers_own_load(dense: Path) -> N
             "int4",
         ),
         ({"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)}, "lm_head", None),
+        ({"quantization_config": bits_and_bytes(bnb_4bit_quant_type="nf4")}, "model.layers.0.mlp.up_proj", "nf4"),
+        (
+            {"quantization_config": bits_and_bytes(bnb_4bit_use_double_quant=True)},
+            "model.layers.0.mlp.up_proj",
+            "fp4_dq",
+        ),
+        ({"quantization_config": bits_and_bytes(bnb_4bit_quant_type="int4")}, "model.layers.0.mlp.up_proj", "int4"),
+        (
+            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+            "model.layers.0.mlp.up_proj",
+            "nf4",
+        ),
     ],
 )
 def test_keywords(dense: Path, keywords: dict, path: str, format: str | None) -> None:

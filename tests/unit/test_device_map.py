@@ -74,6 +74,13 @@ def test_a_device_that_is_not_there_is_one_sentence(folders: Path, kind: str) ->
             transformers.AutoModelForCausalLM.from_pretrained(folders / "low", device_map=device_map)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a device 0")
+def test_a_number_where_there_is_no_gpu_is_one_sentence(folders: Path) -> None:
+    for device_map in (0, {"": 0}):
+        with pytest.raises(lowbit.CheckpointError, match="device_map names device 0, and torch sees no GPU here"):
+            Auto.from_pretrained(folders / "low", device_map=device_map)
+
+
 def test_a_split_between_cpu_and_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(lowbit.CheckpointError, match="between cpu and cuda"):

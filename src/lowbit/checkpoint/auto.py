@@ -15,7 +15,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,97 +27,14 @@ from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_p
 from lowbit.checkpoint.gguf_source import gguf_file, lazy_tensors
 from lowbit.checkpoint.hf import Job, LowBitConfig, reads
 from lowbit.checkpoint.hub import find_model
-from lowbit.checkpoint.keywords import CHOICES, Choices, as_dtype, build_recipe, cast_of
+from lowbit.checkpoint.keywords import as_dtype
 from lowbit.checkpoint.loading_bar import weights_bar
+from lowbit.checkpoint.request import Request
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.verdict import check_account, check_method, one_sentence
 from lowbit.contents import CONFIG, file_names, read_config
 from lowbit.errors import CheckpointError
 from lowbit.interop.gguf import open_gguf
-from lowbit.recipe import Recipe
-
-FOUR_BITS = "sym_int4"
-EIGHT_BITS = "sym_int8"
-# The old systems' mixed precision: a head of more bits than the rest.
-_MIXED_HEAD = "q6_k"
-_WITHOUT_MEANING = {
-    "imatrix": "give the recipe an importance through calibration instead",
-    "model_hub": "fetch the model first and pass its folder",
-    "speculative": "generation takes a draft model",
-    "pipeline_parallel_stages": "use tensor parallel ranks",
-    "lightweight_bmm": "attention is left to the model",
-    "disk_embedding": "weights stay mapped from their files until they are used",
-}
-# Old keywords that lowbit takes and that change nothing: kernels are chosen per layer in any case.
-_ACCEPTED = ("optimize_model",)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What the keywords of a call ask for beyond transformers' own loading."""
-
-    recipe: Recipe | None = None
-    dtype: torch.dtype | str | None = None
-    choices: Choices = field(default_factory=Choices)
-    allow_pickle: bool = False
-
-    @classmethod
-    def take(cls, kwargs: dict[str, Any]) -> _Request:
-        """Take lowbit's keywords out of a call's."""
-        for name, fix in _WITHOUT_MEANING.items():
-            given = kwargs.pop(name, None)
-            # One stage and the usual hub are what happens anyway; True is not one stage, though it equals 1.
-            if given is True or given not in (None, False, 1, "huggingface"):
-                warnings.warn(f"the keyword {name!r} has no meaning here and is ignored: {fix}", stacklevel=4)
-        for name in _ACCEPTED:
-            kwargs.pop(name, None)
-        skip = kwargs.pop("modules_to_not_convert", None)
-        cpu_embedding = kwargs.pop("cpu_embedding", False)
-        mixed, pickles = kwargs.pop("mixed_precision", False), kwargs.pop("allow_pickle", False)
-        dtype = kwargs.pop("torch_dtype", None)
-        asked = {name: kwargs.pop(name) for name in CHOICES if name in kwargs and name != "torch_dtype"}
-        embedding = kwargs.pop("embedding_qtype", None)
-        if embedding is not None:
-            asked.setdefault("embedding", embedding)
-        low_bit, foreign_skip = _low_bit_named(kwargs)
-        choices = Choices(**asked)
-        cast = cast_of(low_bit, choices)
-        if cast is not None or (low_bit is None and choices.recipe is None):
-            return cls(None, cast or dtype, choices, pickles)
-        names = [*([skip] if isinstance(skip, str) else skip or ()), *foreign_skip]
-        recipe = build_recipe(low_bit, names, cpu_embedding, choices)
-        if mixed and recipe.head is not None:
-            recipe = build_recipe(None, None, False, Choices(recipe=recipe, head=_MIXED_HEAD))
-        return cls(recipe, dtype, choices, pickles)
-
-    def with_dtype(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return kwargs if self.dtype is None else {"dtype": self.dtype, **kwargs}
-
-    def job(self) -> Job:
-        return Job(self.choices.kernel, self.choices.compute)
-
-    def bar(self) -> AbstractContextManager[None]:
-        """The bar that counts the weights of this load."""
-        return weights_bar("packing" if self.recipe else "loading", self.choices.progress)
-
-
-def _low_bit_named(kwargs: dict[str, Any]) -> tuple[str | None, list[str]]:
-    """The format that load_in_4bit, load_in_low_bit or a BitsAndBytesConfig asks for, and the modules which the last leaves out."""
-    low_bit = kwargs.pop("load_in_low_bit", None)
-    four, eight = kwargs.pop("load_in_4bit", False), kwargs.pop("load_in_8bit", False)
-    if low_bit is not None:
-        return low_bit, []
-    if four or eight:
-        return FOUR_BITS if four else EIGHT_BITS, []
-    config = kwargs.get("quantization_config")
-    if isinstance(config, LowBitConfig) or not isinstance(config, transformers.BitsAndBytesConfig):
-        return None, []
-    kwargs.pop("quantization_config")
-    skip = list(getattr(config, "llm_int8_skip_modules", None) or ["lm_head"])
-    if config.load_in_8bit:
-        return EIGHT_BITS, skip
-    double = "_dq" if config.bnb_4bit_use_double_quant else ""
-    return {"nf4": "nf4" + double, "fp4": "fp4" + double}.get(config.bnb_4bit_quant_type, FOUR_BITS), skip
 
 
 class _AutoBase:
@@ -129,7 +45,7 @@ class _AutoBase:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Any:
         """Load a model, packing it on the way in if a low-bit keyword asks for it."""
-        request = _Request.take(kwargs)
+        request = Request.take(kwargs)
         check_device_map(kwargs.get("device_map"))
         found = find_model(pretrained_model_name_or_path, kwargs)
         gguf = gguf_file(found.path, kwargs.pop("gguf_file", None))
@@ -146,11 +62,11 @@ class _AutoBase:
             warnings.warn(
                 f"{name} is low-bit already and is loaded as it is; the format asked for is ignored", stacklevel=2
             )
-            request = _Request(None, request.dtype, request.choices)
+            request = Request(None, request.dtype, request.choices)
         if request.recipe is not None:
-            kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=request.job())
+            kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=_job(request))
         wants_account = kwargs.pop("output_loading_info", False)
-        with one_sentence(name, not found.is_on_hub), request.bar():
+        with one_sentence(name, not found.is_on_hub), _bar(request):
             model, account = cls.transformers_class.from_pretrained(
                 name, *model_args, output_loading_info=True, **request.with_dtype(kwargs)
             )
@@ -180,7 +96,7 @@ class _AutoBase:
         return cls.transformers_class.from_config(config, **kwargs)
 
     @classmethod
-    def _from_gguf(cls, path: Path, request: _Request, *model_args: Any, **kwargs: Any) -> Any:
+    def _from_gguf(cls, path: Path, request: Request, *model_args: Any, **kwargs: Any) -> Any:
         """A GGUF file as a source: its tensors are unpacked one at a time as the loader asks for them."""
         gguf = open_gguf(path)
         wanted = kwargs.pop("dtype", None) or request.dtype
@@ -197,8 +113,8 @@ class _AutoBase:
         model_class = classes[type(config)]
         model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
         if request.recipe is not None:
-            kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=request.job())
-        with one_sentence(str(path), True), request.bar():
+            kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=_job(request))
+        with one_sentence(str(path), True), _bar(request):
             model = model_class.from_pretrained(
                 None, *model_args, config=config, state_dict=lazy_tensors(gguf, dtype), dtype=dtype, **kwargs
             )
@@ -207,6 +123,15 @@ class _AutoBase:
         model.config._name_or_path = str(path)
         model.save_low_bit = partial(save_low_bit, model)
         return model
+
+
+def _job(request: Request) -> Job:
+    return Job(request.choices.kernel, request.choices.compute)
+
+
+def _bar(request: Request) -> AbstractContextManager[None]:
+    """The bar that counts the weights of this load."""
+    return weights_bar("packing" if request.recipe else "loading", request.choices.progress)
 
 
 def _is_low_bit(folder: Path) -> bool:
@@ -225,7 +150,7 @@ def _refuse_untrusted_code(folder: Path, name: str, kwargs: dict[str, Any]) -> N
         )
 
 
-def _admit_pickles(name: str, files: Iterable[str], request: _Request, kwargs: dict[str, Any]) -> None:
+def _admit_pickles(name: str, files: Iterable[str], request: Request, kwargs: dict[str, Any]) -> None:
     """Pickles only where the caller trusts them, and then nothing but tensors out of them.
 
     Where they are not trusted transformers is told to look for safetensors alone: it would take a pickle that lies beside

@@ -45,6 +45,10 @@ def check_device_map(device_map: Any) -> None:
 def _kind(place: Any) -> str:
     """The kind of device that a place of a map stands for."""
     if isinstance(place, int):
+        if not torch.accelerator.is_available():
+            raise CheckpointError(
+                f"device_map names device {place}, and torch sees no GPU here: use device_map='cpu', and see `lowbit doctor`"
+            )
         return torch.device(place).type
     return place.type if isinstance(place, torch.device) else str(place).partition(":")[0]
 
