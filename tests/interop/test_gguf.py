@@ -76,6 +76,34 @@ def test_every_type_the_package_writes(tmp_path: Path, type_name: str) -> None:
         np.testing.assert_array_equal(tensor.read(), gguf.quants.dequantize(packed, kind))
 
 
+def dequantised(kind: gguf.GGMLQuantizationType, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32] | None:
+    """What the package makes of the bytes of a type, or None where it makes nothing."""
+    try:
+        return gguf.quants.dequantize(raw, kind)
+    except NotImplementedError:
+        return None
+
+
+@pytest.mark.parametrize("type_name", sorted({t.name for t in gguf.GGML_QUANT_SIZES} - {*QUANTISABLE, "F64"}))
+def test_every_other_type_is_read_as_the_package_reads_it_or_refused(tmp_path: Path, type_name: str) -> None:
+    """Types without a quantiser in the package, the IQ types for one: bytes of any value, small enough for finite scales."""
+    kind = gguf.GGMLQuantizationType[type_name]
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(1).integers(0, 40, (WIDTH, WIDTH // elements * size), np.uint8)
+    name = "blk.0.ffn_up.weight"
+    tensors = {**llama_tensors(), name: raw}
+    path = write_gguf(
+        tmp_path / "x.gguf", "llama", METADATA | byte_level_vocabulary(), tensors, blocks={name: (type_name, raw)}
+    )
+    expected = dequantised(kind, raw)
+    tensor = open_gguf(path).tensors["model.layers.0.mlp.up_proj.weight"]
+    if expected is None:
+        with pytest.raises(CheckpointError, match=f"of type {type_name} cannot be read"):
+            tensor.read()
+    else:
+        np.testing.assert_array_equal(tensor.read(), expected)
+
+
 def half(block: bytes, at: int) -> np.float32:
     return np.float32(np.frombuffer(block, np.float16, 1, at)[0])
 
