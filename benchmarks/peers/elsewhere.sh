@@ -16,7 +16,7 @@ pack() {
     tar c -C "$shells" shells | xz -T2 -6 >"$out/shells.tar.xz"
     rm -r "$shells"
     # Other processors' backends, pictures and the server's pages are most of the sources.
-    local no=(--exclude=ggml-{cuda,vulkan,sycl,opencl,metal,cann,hexagon,webgpu,hip,musa} --exclude='ggml-cuda*' --exclude='ggml-sycl*'
+    local no=(--exclude=ggml-{cuda,vulkan,sycl,opencl,metal,cann,hexagon,webgpu,hip,musa} --exclude=ggml-cuda.cu
         --exclude=vulkan-shaders --exclude=ui --exclude=server --exclude=docs --exclude='*.png' --exclude='*.gguf' --exclude={llama,ik}/models)
     for name in llama ik; do
         tar c -C "$peers/source" -h "${no[@]}" "$name" | xz -T2 -3 >"$out/$name.tar.xz"
