@@ -23,7 +23,7 @@ ROWS = [
     {"kernels", "models"},
     {"layers", "algorithms", "interop"},
     {"calibration", "swap", "evaluate", "parallel", "finetune", "runtime"},
-    {"quantize", "bridge", "openvino"},
+    {"quantize", "bridge", "openvino", "questions"},
     {"checkpoint"},
     {"hook"},
     {"optimize"},

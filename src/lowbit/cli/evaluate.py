@@ -32,19 +32,40 @@ DESCRIPTION = """\
 Measure a model on a text file: perplexity (lower is better) over windows of tokens that do not overlap.
 
 With --against, also how far its predictions are from another model's with the same tokenizer: the mean Kullback-Leibler
-divergence (0 means the same), and how often both find the same token likeliest."""
+divergence (0 means the same), and how often both find the same token likeliest.
+
+With --questions, also how often it finds the word that a definition of WordNet defines, out of four (chance is 25 %)."""
 EXAMPLES = """\
   lowbit evaluate ./small --text moby_dick.txt
   lowbit evaluate ./small --text moby_dick.txt --against ./SmolLM2-135M
   lowbit evaluate ./SmolLM2-135M --format int3 --text moby_dick.txt --windows 20
+  lowbit evaluate ./small --questions /usr/share/wordnet --against ./SmolLM2-135M
   lowbit evaluate ./small --text moby_dick.txt --json | jq .perplexity"""
+USUAL_QUESTIONS = 400
 USUAL_WINDOW = 512
 _WINDOW = number(int, 2, 1 << 31, "a number from 2 up (a token is predicted from those before it)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--text", type=path, required=True, metavar="FILE", help="a text in UTF-8")
+    parser.add_argument("--text", type=path, metavar="FILE", help="a text in UTF-8")
+    add_windows(parser)
+    parser.add_argument("--against", metavar="ORIGINAL", help="a model to compare with: the one it was made from")
+    parser.add_argument(
+        "--questions", type=path, metavar="DIR", help="ask questions made from WordNet, whose files lie in DIR"
+    )
+    parser.add_argument(
+        "--question-count",
+        type=COUNT,
+        default=USUAL_QUESTIONS,
+        metavar="N",
+        help=f"how many questions (default: {USUAL_QUESTIONS})",
+    )
+    add_json(parser)
+
+
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    """How a text is cut."""
     parser.add_argument(
         "--window",
         type=_WINDOW,
@@ -52,34 +73,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens per window (default: {USUAL_WINDOW}, or all that the model reads at once if that is less)",
     )
     parser.add_argument("--windows", type=COUNT, metavar="N", help="only the first N windows (default: the whole text)")
-    parser.add_argument("--against", metavar="ORIGINAL", help="a model to compare with: the one it was made from")
-    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     output = Output(options.json)
-    text = read_text(options.text)
+    if options.text is None and options.questions is None:
+        raise LowbitError("there is nothing to measure on: name a text with --text, or WordNet with --questions")
+    text = None if options.text is None else read_text(options.text)
     source, load = find_source(options.model), loading_from(options)
     original = find_source(options.against) if options.against else None
     from lowbit.cli.engines import open_session
 
     session = open_session(source, load, options.threads)
     other = load_original(session, original, load, options.model, options.threads) if original else None
+    facts: dict[str, Any] = {"model": options.model}
+    if text is not None:
+        facts |= evaluate_text(session, other, text, options, output)
+    if options.questions is not None:
+        facts["questions"] = evaluate_questions(session, other, options, output)
+    output.result(facts)
+    return 0
+
+
+def evaluate_text(
+    session: AnySession, other: Any | None, text: str, options: argparse.Namespace, output: Output
+) -> dict[str, Any]:
+    """Perplexity on a text, and the distance from the original where there is one."""
     window = choose_window(options.window, contexts_of(session, other), output)
     rows = rows_of(session.plain_tokens(text), window, options)
-    facts: dict[str, Any] = {"model": options.model, "text": str(options.text), "window": window}
+    facts: dict[str, Any] = {"text": str(options.text), "window": window}
     if other is None:
         measured = measure_perplexity(session, rows)
         print_perplexity(output, measured, window)
-        output.result(facts | perplexity_facts(measured))
-        return 0
+        return facts | perplexity_facts(measured)
     distance = measure_distance(session, other, rows)
     print_perplexity(output, distance.perplexity, window)
     print_distance(output, distance)
-    output.result(
-        facts | perplexity_facts(distance.perplexity) | {"against": distance_facts(distance, options.against)}
-    )
-    return 0
+    return facts | perplexity_facts(distance.perplexity) | {"against": distance_facts(distance, options.against)}
+
+
+def evaluate_questions(
+    session: AnySession, other: Any | None, options: argparse.Namespace, output: Output
+) -> dict[str, Any]:
+    """How many questions are answered, and how often as the original answers them."""
+    start_torch(options.threads)
+    from lowbit.questions import answer_questions, read_questions
+
+    questions = read_questions(options.questions, options.question_count)
+    with progress("asking", len(questions) * (1 if other is None else 2)) as advance:
+        answers = answer_questions(session.model, session.plain_tokens, questions, advance)
+        others = None if other is None else answer_questions(other, session.plain_tokens, questions, advance)
+    facts = {"count": len(questions), "accuracy": answers.accuracy, "standard_error": answers.standard_error}
+    lines = [("questions", f"{answers.accuracy:.1%} +- {answers.standard_error:.1%} of {len(questions)} are right")]
+    if others is not None:
+        facts |= {"original_accuracy": others.accuracy, "same_answer": answers.same(others)}
+        lines.append(("original", f"{others.accuracy:.1%}; the same answer to {answers.same(others):.1%}"))
+    output.facts(lines)
+    return facts
 
 
 def contexts_of(session: AnySession, original: Any | None) -> list[int | None]:
