@@ -184,7 +184,7 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
         place = bad[0].tolist()
         raise WeightError(
             f"{name} holds {len(bad)} values that are NaN or infinite (the first at {place}); "
-            "repair the checkpoint or leave the layer out with modules_to_not_convert"
+            "the model that it comes from is broken or its file is damaged: get it again"
         )
 
 

@@ -83,6 +83,25 @@ def test_nan_is_named(folders: Path, tmp_path: Path) -> None:
     assert QUERY in message and "[0, 7]" in message
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool], ids=str)
+def test_codes_that_the_config_does_not_explain(folders: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = edit(
+        copy_of(folders, "dense", tmp_path),
+        lambda t: t.__setitem__(f"{QUERY}.weight", (t[f"{QUERY}.weight"] * 100).to(dtype)),
+    )
+    for keywords in ({"load_in_4bit": True}, {}):
+        message = refused(folder, **keywords)
+        assert f"{QUERY}.weight holds" in message and "does not say how they are quantised" in message
+
+
+def test_a_name_that_transformers_does_not_know(folders: Path, tmp_path: Path) -> None:
+    folder = copy_of(folders, "dense", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "helix", "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "its files name 'helix', which transformers does not know" in refused(folder, load_in_4bit=True)
+
+
 def test_shapes_that_disagree_with_the_config(folders: Path, tmp_path: Path) -> None:
     folder = copy_of(folders, "dense", tmp_path)
     edit(folder, lambda t: t.__setitem__(f"{QUERY}.weight", torch.zeros(32, 64)))

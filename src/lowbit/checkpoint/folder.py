@@ -22,6 +22,7 @@ from lowbit.contents import (
     CONFIG,
     OWN_CONFIG,
     REPORT,
+    StoredTensor,
     file_names,
     missing,
     no_weights,
@@ -34,6 +35,9 @@ from lowbit.contents import (
 )
 from lowbit.errors import CheckpointError
 from lowbit.methods import OWN_METHOD
+
+# The integers among safetensors' types, and booleans.
+_INTEGERS = ("I", "U", "BOOL")
 
 
 def quantization_fields(folder: Path) -> dict[str, Any] | None:
@@ -53,7 +57,19 @@ def check_folder(folder: Path) -> None:
         read_config(folder)
     read_generation_config(folder)
     if not pickles_alone(file_names(folder)):
-        read_tensors(folder)
+        tensors = read_tensors(folder)
+        if quantization_fields(folder) is None:
+            _refuse_codes(folder, tensors)
+
+
+def _refuse_codes(folder: Path, tensors: Iterable[StoredTensor]) -> None:
+    """Refuse integers where weights are to be: codes of some method, which would be taken for the numbers themselves."""
+    for tensor in tensors:
+        if tensor.name.endswith(".weight") and len(tensor.shape) > 1 and tensor.dtype.startswith(_INTEGERS):
+            raise CheckpointError(
+                f"{folder}: {tensor.name} holds {tensor.dtype} codes, and {CONFIG} does not say how they are quantised: "
+                "get the whole folder again, or start from the model in full precision"
+            )
 
 
 def refuse_pickles(model: str | Path, names: Iterable[str]) -> None:

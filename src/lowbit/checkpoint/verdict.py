@@ -69,6 +69,8 @@ def one_sentence(source: str, is_local: bool = True) -> Iterator[None]:
         if not is_local or (isinstance(error, OSError) and error.errno is not None):
             raise
         reason = one_line(str(error)) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"its files name {error}, which transformers does not know"
         raise CheckpointError(f"{source} cannot be loaded: {reason}") from error
 
 
