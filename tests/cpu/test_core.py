@@ -30,7 +30,8 @@ FORMATS = [
     "int5_fp32",
     "int6_asym_channel",
 ]
-FORMATS += ["int7_g20", "int8", "int8_asym", "nf4", "nf3", "fp4", "fp6", "fp8_e4m3", "mxfp4", "nvfp4"]
+FORMATS += ["int7_g20", "int8", "int8_asym", "nf4", "nf3", "fp4", "fp4_e2m1", "fp6", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2"]
+FORMATS += ["mxfp4", "nvfp4"]
 SCALE_DTYPES = {"float16": np.float16, "float32": np.float32, "e8m0": np.uint8, "e4m3": np.uint8}
 TOLERANCE_FP32 = 2e-6
 TOLERANCE_INT8 = 0.02

@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lowbit
+from cpu.gguf_rows import random_rows
 from interop.gguf_writing import byte_level_vocabulary, write_gguf
 from lowbit.core import calls
 from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
@@ -126,18 +127,6 @@ def lowbit_unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
-
-
-def random_rows(kind: str, rows: int, columns: int) -> np.ndarray:
-    """Rows of a GGUF type: of a weight, or random bytes with factors of ordinary size where the library cannot write it."""
-    random, type_ = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
-    if not kind.endswith("_K"):
-        return gguf.quants.quantize(random.standard_normal((rows, columns)).astype(np.float32), type_)
-    per_block, size = gguf.GGML_QUANT_SIZES[type_]
-    blocks = random.integers(0, 256, (rows * columns // per_block, size), dtype=np.uint8)
-    for start in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind, (0, 2)):
-        blocks[:, start : start + 2] = random.normal(0, 1e-3, len(blocks)).astype(np.float16)[:, None].view(np.uint8)
-    return blocks.reshape(rows, -1)
 
 
 HELD_KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
