@@ -211,6 +211,20 @@ def test_peft_trains_on_a_low_bit_model(tmp_path: Path) -> None:
     )
 
 
+def test_an_adapter_is_merged_into_dense_weights(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    Auto.from_pretrained(make("llama", tmp_path / "dense"), load_in_low_bit="nf4").save_low_bit(tmp_path / "low")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "low")
+    options = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, options).save_pretrained(tmp_path / "adapter")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "low").dequantize()
+    before = logits(dense)
+    model = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").eval()
+    expected = logits(model)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    assert torch.allclose(logits(model.merge_and_unload()), expected, atol=1e-4)
+
+
 def test_half_and_save_through_the_old_ways(tmp_path: Path) -> None:
     model = Auto.from_pretrained(make("llama", tmp_path / "dense"), load_in_4bit=True).half()
     assert model.dtype == torch.float16 and logits(model).dtype == torch.float16
