@@ -23,7 +23,7 @@ from torch import nn
 
 from lowbit.formats import Format
 from lowbit.grid import unpack
-from lowbit.kernels.autograd import multiply, multiply_experts
+from lowbit.kernels.autograd import look_up, multiply, multiply_experts
 from lowbit.kernels.table import Kernel, choose
 from lowbit.packing import BUFFERS, PackedTensor
 
@@ -87,7 +87,7 @@ class PackedWeight(nn.Module):
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of a weight [out, in], in the type that the model computes in."""
         kernel = self._ready()
-        return kernel.rows(self.tensors, self.format, self.shape, ids).to(self.dtype)
+        return look_up(ids, self.tensors, kernel, self.format, self.shape).to(self.dtype)
 
     def experts(self, x: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
         """Rows of x sorted by expert, each times its own matrix of a weight [experts, out, in]."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowbit
 from lowbit.formats import FORMATS, Format, as_format
 from lowbit.grid import quantize, unpack
 from lowbit.layers import (
@@ -107,6 +108,24 @@ def test_compiles_as_one_graph() -> None:
     x = torch.randn(3, 300)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["core", "reference"])
+def test_a_whole_model_compiles_as_one_graph(kernel: str) -> None:
+    """The packed embedding included, which int4 ties to the head."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=200
+    )
+    config.tie_word_embeddings = True
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = lowbit.optimize_model(model, "int4", kernel=kernel, compute="fp32")
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
+        assert torch.allclose(compiled, model(ids, use_cache=False).logits, atol=1e-5)
 
 
 def test_custom_op_is_well_formed() -> None:

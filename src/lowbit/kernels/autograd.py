@@ -1,10 +1,10 @@
-"""The custom ops: y = x W^T over a packed weight, and the same for rows sorted by expert; for torch.compile and gradients.
+"""The custom ops, for torch.compile and gradients: y = x W^T over a packed weight, the same by expert, and rows looked up.
 
     forward   y  = x W^T           by the layer's kernel
     backward  dx = dy W            W unpacked for the moment of the product, one expert at a time; the packed weight is frozen
 
 torch.compile sees one opaque node per layer with a known output shape, whatever kernel is behind it. Outside of
-compilation and of gradients `multiply` calls the kernel directly: the dispatcher costs more than a small product.
+compilation and of gradients the kernel is called directly: the dispatcher costs more than a small product.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from lowbit.formats import format_from_name
+from lowbit.formats import Format, format_from_name
 from lowbit.grid import unpack
 from lowbit.kernels.table import Kernel, kernel_named
 
@@ -167,3 +167,31 @@ def multiply_experts(
         y: torch.Tensor = experts(x, begins, list(buffers.values()), names, kernel.name, format, list(shape), compute)
         return y
     return kernel.run_experts(x, buffers, format_from_name(format), shape, begins, compute)
+
+
+@torch.library.custom_op("lowbit::rows", mutates_args=())
+def rows(
+    ids: torch.Tensor, buffers: list[torch.Tensor], names: str, kernel: str, format: str, shape: list[int]
+) -> torch.Tensor:
+    """Rows of a packed weight [out, in], numbered by `ids`, in fp32."""
+    named = dict(zip(names.split(","), buffers, strict=True))
+    return kernel_named(kernel).rows(named, format_from_name(format), tuple(shape), ids)
+
+
+@rows.register_fake
+def _(
+    ids: torch.Tensor, buffers: list[torch.Tensor], names: str, kernel: str, format: str, shape: list[int]
+) -> torch.Tensor:
+    return buffers[0].new_empty(ids.shape[0], shape[-1], dtype=torch.float32)
+
+
+def look_up(
+    ids: torch.Tensor, buffers: dict[str, torch.Tensor], kernel: Kernel, format: Format, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Rows of a packed weight in fp32, through the op where compilation needs it."""
+    if torch.compiler.is_compiling():
+        found: torch.Tensor = rows(
+            ids, list(buffers.values()), ",".join(buffers), kernel.name, format.name, list(shape)
+        )
+        return found
+    return kernel.rows(buffers, format, shape, ids)
