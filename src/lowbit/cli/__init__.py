@@ -54,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("lowbit.cli.chat", "talk with a model"),
     "inspect": Command("lowbit.cli.inspect", "what lies in a checkpoint: layers, formats, sizes"),
     "evaluate": Command("lowbit.cli.evaluate", "perplexity on a text, and the distance from the original model"),
+    "compare": Command("lowbit.cli.compare", "several recipes beside each other, with plots of error and quality"),
     "bench": Command("lowbit.cli.bench", "time to the first token, to the later ones, memory"),
     "doctor": Command("lowbit.cli.doctor", "what is installed, what this machine can do, what is wrong"),
 }

@@ -12,7 +12,7 @@ SKIPPED_SHOWN = 12
 # Layers in one table of errors; longer models show their worst layers, in their order.
 LAYERS_SHOWN = 48
 # model.layers.7.self_attn.q_proj is the weight self_attn.q_proj of layer 7 of model.layers.
-_IN_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>\d+)\.(?P<weight>.+)")
+IN_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>\d+)\.(?P<weight>.+)")
 _HEADERS = ("weight", "format", "shape", "bits/weight", "error", "size", "kernel")
 _RIGHT = ("bits/weight", "error", "size")
 
@@ -63,7 +63,7 @@ def print_errors(output: Output, report: Report) -> None:
     stacks: dict[str, dict[int, dict[str, float]]] = {}
     alone: list[LayerReport] = []
     for row in report.layers:
-        found = _IN_LAYER.fullmatch(row.path)
+        found = IN_LAYER.fullmatch(row.path)
         if found is None:
             alone.append(row)
         else:

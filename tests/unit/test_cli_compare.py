@@ -1,0 +1,119 @@
+"""`lowbit compare`: the figures of each recipe, and a page that is whole, offline and names every weight."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from lowbit.cli import FAILED, OK, main
+from lowbit.cli.page import Plot, Point, Series, Table, html_page
+from lowbit_assets import tiny_model
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, two recipes of it, and a text."""
+    home = tmp_path_factory.mktemp("home")
+    dense = str(tiny_model("llama", home / "dense"))
+    assert main(["quantize", dense, str(home / "four"), "--format", "int4_g32"]) == OK
+    assert main(["quantize", dense, str(home / "three"), "--format", "int3_g32", "--skip", "lm_head"]) == OK
+    (home / "text.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 4)
+    return home
+
+
+def compare(home: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict, ElementTree.Element]:
+    page = home / "page.html"
+    capsys.readouterr()
+    assert main(["compare", str(home / "four"), str(home / "three"), "--page", str(page), "--json", *more]) == OK
+    return json.loads(capsys.readouterr().out), ElementTree.fromstring(page.read_text(encoding="utf-8"))
+
+
+def words_of(page: ElementTree.Element) -> str:
+    return "\n".join(page.itertext())
+
+
+def test_a_page_of_reports_alone_names_every_weight(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, page = compare(home, capsys)
+    assert [model["name"] for model in found["models"]] == ["four", "three"]
+    assert found["models"][0]["bytes_after"] > 0 and "perplexity" not in found["models"][0]
+    plots = page.findall(f".//{SVG}svg")
+    assert len(plots) == 1
+    titles = [title.text or "" for title in plots[0].iter(f"{SVG}title")]
+    for model in found["models"]:
+        for layer in model["layers"]:
+            assert f"{layer['path']}: {layer['error']:.4f} ({layer['format']})" in titles
+            assert layer["path"] in words_of(page)
+    assert len(titles) == sum(len(model["layers"]) for model in found["models"]) == 15 + 14
+
+
+def test_quality_by_size(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--text", str(home / "text.txt"), "--window", "32", "--against", str(home / "dense")]
+    found, page = compare(home, capsys, *options)
+    four, three = found["models"]
+    assert four["kl"] < three["kl"] and four["kl_standard_error"] > 0 and 0 < three["top1"] < 1
+    assert found["against"]["perplexity"] > 1
+    plots = page.findall(f".//{SVG}svg")
+    assert [plot.get("aria-label") for plot in plots] == [
+        "mean KL to the original (nats per token) by size",
+        "perplexity by size",
+        "Error by layer",
+    ]
+    assert len(plots[0].findall(f"{SVG}circle")) == 2
+    assert f"four: {four['kl']:.5g} at {four['bytes_after'] / 1e6:.1f} MB" in words_of(page)
+
+
+def test_a_table_for_people(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", str(home / "four"), str(home / "three"), "--page", str(home / "other.html")]
+    assert main([*words, "--text", str(home / "text.txt"), "--window", "32", "--windows", "2"]) == OK
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["model", "recipe"] and "perplexity" in lines[0]
+    assert [line.split()[0] for line in lines[1:3]] == ["four", "three"] and lines[
+        -1
+    ] == f"written: {home / 'other.html'}"
+
+
+def test_the_page_needs_no_network(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare(home, capsys)
+
+    class Reader(HTMLParser):
+        tags: set[str] = set()
+        links: list[str] = []
+
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            self.tags.add(tag)
+            self.links += [value or "" for name, value in attributes if name in ("src", "href")]
+
+    reader = Reader()
+    reader.feed((home / "page.html").read_text(encoding="utf-8"))
+    assert reader.links == [] and not {"script", "link", "img", "iframe"} & reader.tags
+
+
+def test_what_cannot_be_compared(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        ([str(home / "dense")], "has no lowbit_report.json: compare folders that lowbit quantize wrote"),
+        ([str(home / "four"), "--against", str(home / "dense")], "name one with --text"),
+        ([str(tmp_path / "absent")], "absent"),
+    ):
+        assert main(["compare", *words, "--page", str(tmp_path / "page.html")]) == FAILED
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_whatever_is_plotted_is_well_formed() -> None:
+    """Names with markup in them, a single point, equal values, no points at all."""
+    name = '<a & "b">'
+    plots = [
+        Plot(name, name, name, [Series(name, [Point(1.0, 2.0, name)], labelled=True)], level=(3.0, name)),
+        Plot("flat", "x", "y", [Series("a", [Point(0, 0, "p"), Point(1, 0, "q")]), Series("b", [])]),
+        Plot("empty", "x", "y", []),
+    ]
+    page = ElementTree.fromstring(html_page(name, [name], [*plots, Table(name, [name], [[name]])]))
+    assert words_of(page).count(name) >= 8
+    for circle in page.iter(f"{SVG}circle"):
+        assert 0 <= float(circle.get("cx", "")) <= 960 and 0 <= float(circle.get("cy", "")) <= 380
