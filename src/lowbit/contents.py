@@ -277,6 +277,8 @@ def is_hub_name(text: str) -> bool:
 
 def missing(path: Path) -> str:
     """The sentence for a path that does not exist."""
+    if path.is_symlink():
+        return f"{path} is a link to {path.readlink()}, and nothing is there"
     first_absent = next((p for p in (*reversed(path.parents), path) if not p.exists()), path)
     close = _similar_neighbours(first_absent)
     if close:

@@ -61,6 +61,13 @@ def one_line(text: str) -> str:
     return words if len(words) <= LONGEST_SENTENCE else words[:LONGEST_SENTENCE].rpartition(" ")[0] + " ..."
 
 
+def check_text(text: str, what: str) -> str:
+    """A text that is one: Python hands on bytes that are no UTF-8 as characters that nothing else takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise LowbitError(f"{what} is no text in UTF-8: convert or rename it first")
+    return text
+
+
 class BareErrors:
     """Errors of the tokenizers library as one sentence: it raises nothing narrower than Exception, and only that is taken."""
 

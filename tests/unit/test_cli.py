@@ -278,6 +278,46 @@ def test_home_is_known_without_a_shell(tmp_path: Path, monkeypatch: pytest.Monke
     assert find_source("~/model").path == tmp_path / "model"
 
 
+def test_paths_that_lead_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    told = {
+        "dangling": "dangling is a link to nowhere, and nothing is there",
+        "loop": "loop is a link to loop, and nothing is there",
+        "fifo": "fifo is neither a file nor a folder",
+        "\udcff": "the name of the model is no text in UTF-8",
+    }
+    for name, sentence in told.items():
+        assert main(["generate", str(tmp_path / name), "--prompt", "Hi"]) == FAILED
+        assert sentence in error_line(capsys)
+    assert main(["quantize", str(tmp_path), str(tmp_path / "\udcff")]) == FAILED
+    assert "is no model" in error_line(capsys)
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["quantize", str(tmp_path), str(tmp_path / "\udcff")]) == FAILED
+    assert "the name of OUT is no text in UTF-8" in error_line(capsys)
+
+
+def test_words_that_are_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["generate", "m", "--prompt", "\udcff"], ["chat", "m", "--system", "\udcff"]):
+        assert main(words) == USAGE
+        assert f"argument {words[2]}: this is no text in UTF-8" in error_line(capsys)
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbit", "generate", "m", "--prompt", "-"],
+        input=b"Gr\xfc\xdfe",
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (
+        FAILED,
+        b"lowbit: error: stdin is no text in UTF-8: convert or rename it first\n",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbit", "generate", "m", "--prompt", "-"], input=b"", capture_output=True, check=False
+    )
+    assert b"the prompt is empty" in done.stderr
+
+
 def test_a_mount_point_is_no_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert main(["quantize", str(tmp_path), "/"]) == FAILED

@@ -186,15 +186,16 @@ def test_quantising_on_the_fly_is_quantising(dense: Path, small: Path, capsys: p
 
 
 def test_chat_through_a_pipe(small: Path, tmp_path: Path) -> None:
-    script = f"Hello\n/save {tmp_path / 'chat.json'}\n/reset\nAgain\n/nonsense\n"
+    script = f"Hello\n/save {tmp_path / 'chat.json'}\n/reset\nAgain\n/nonsense\n".encode() + b"Gr\xfc\xdfe\n"
     command = [sys.executable, "-m", "lowbit", "chat", str(small), "--threads", "1", *GREEDY]
-    done = subprocess.run(command, input=script.encode(), capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, input=script, capture_output=True, timeout=120, check=False)
     said, noted = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == OK, noted
     first = json.loads((tmp_path / "chat.json").read_text(encoding="utf-8"))
     assert [message["role"] for message in first] == ["user", "assistant"]
     assert first[1]["content"] in said
     assert "there is no /nonsense" in noted and "Traceback" not in noted
+    assert "this line is no text in UTF-8" in noted
     assert not said.startswith("> ")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from lowbit.checkpoint import exchange, folder
 from lowbit.checkpoint.exchange import beside
+from lowbit.errors import CheckpointError
 
 LONG_AGO = (0.0, 0.0)
 
@@ -108,6 +109,17 @@ def test_a_folder_that_somebody_is_writing_stays(tmp_path: Path) -> None:
         fill(first, "first")
     assert (target / "config.json").read_text() == "first"  # whoever ends last
     assert names(tmp_path) == [other.name, "model"]
+
+
+def test_a_link_stays_and_one_to_itself_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("model")
+    (tmp_path / "loop").symlink_to("loop")
+    with folder.replace_folder(tmp_path / "link") as temporary:
+        fill(temporary, "first")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "model" / "config.json").is_file()
+    with pytest.raises(CheckpointError, match="cannot save to"), folder.replace_folder(tmp_path / "loop"):
+        pass
+    assert names(tmp_path) == ["link", "loop", "model"]
 
 
 def test_a_file_system_without_links_takes_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,10 +81,15 @@ def refuse_pickles(model: str | Path, names: Iterable[str]) -> None:
 @contextmanager
 def replace_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` if the block ends well, and vanishes if it does not."""
-    target = target.resolve()  # a link stays a link to the folder that is replaced
+    target = _followed(target)
     refuse_to_replace_others(target)
     with _exchanged(target) as temporary:
         yield temporary
+
+
+def _followed(target: Path) -> Path:
+    """Where a path leads: a link stays a link to the folder that is replaced."""
+    return Path(os.path.realpath(target))  # Path.resolve raises an error of its own for a link to itself
 
 
 def refuse_to_replace_others(target: Path) -> None:
@@ -105,7 +110,7 @@ def update_folder(target: Path, outdated: Callable[[str], bool]) -> Iterator[Pat
 
     Files are taken along as links to the same bytes, so the price is that of their names where there are links.
     """
-    target = target.resolve()
+    target = _followed(target)
     with _exchanged(target) as temporary:
         yield temporary
         for path in sorted(target.iterdir()) if target.exists() else ():

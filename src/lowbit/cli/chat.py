@@ -22,10 +22,11 @@ from lowbit.cli.options import (
     add_sampling,
     loading_from,
     sampling_from,
+    text,
 )
 from lowbit.cli.output import Output
 from lowbit.cli.source import find_source
-from lowbit.errors import LowbitError, nearest
+from lowbit.errors import LowbitError, check_text, nearest
 
 if TYPE_CHECKING:
     from lowbit.cli.engines import AnySession
@@ -50,7 +51,7 @@ _HELP = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--system", metavar="TEXT", help="how the model shall behave")
+    parser.add_argument("--system", type=text, metavar="TEXT", help="how the model shall behave")
     add_sampling(parser, DEFAULT_NEW_TOKENS)
     add_prompt_cache(parser)
 
@@ -140,6 +141,11 @@ class Chat:
     def _answer(self, text: str) -> None:
         """Add a message and its answer to the history; of a stopped answer, what was shown."""
         said: list[str] = []
+        try:
+            check_text(text, "this line")
+        except LowbitError as error:
+            self.output.note(f"lowbit: {error}")
+            return
 
         def emit(piece: str) -> None:
             said.append(piece)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.cli.generate import answer_aloud, answer_facts, speed_line
-from lowbit.cli.options import COUNT, FORMAT_NAMES, THREADS, LoadOptions, Sampling, add_json, path
+from lowbit.cli.options import COUNT, FORMAT_NAMES, THREADS, LoadOptions, Sampling, add_json, path, text
 from lowbit.cli.output import Output, seconds_text, size_text
 from lowbit.cli.quantize import check_target, folder_bytes, quantize_and_save
 from lowbit.cli.source import Source
@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to save (default: ./lowbit-demo)",
     )
     parser.add_argument("--format", default="int4", metavar="F", help=f"{FORMAT_NAMES} (default: int4)")
-    parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help=f"what to ask (default: {QUESTION})")
+    parser.add_argument(
+        "--prompt", type=text, default=QUESTION, metavar="TEXT", help=f"what to ask (default: {QUESTION})"
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=COUNT,

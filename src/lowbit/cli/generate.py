@@ -16,10 +16,11 @@ from lowbit.cli.options import (
     loading_from,
     path,
     sampling_from,
+    text,
 )
 from lowbit.cli.output import Output, count_of, seconds_text, size_text
 from lowbit.cli.source import find_source
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import CheckpointError, LowbitError, check_text
 from lowbit.progress import progress
 
 if TYPE_CHECKING:
@@ -44,9 +45,11 @@ DEFAULT_NEW_TOKENS = 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; '-' reads it from stdin")
+    prompt.add_argument("--prompt", type=text, metavar="TEXT", help="the prompt; '-' reads it from stdin")
     prompt.add_argument("--prompt-file", type=path, metavar="FILE", help="a file that holds the prompt")
-    parser.add_argument("--system", metavar="TEXT", help="how the model shall behave, for chat templates that know it")
+    parser.add_argument(
+        "--system", type=text, metavar="TEXT", help="how the model shall behave, for chat templates that know it"
+    )
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without a chat template")
     add_sampling(parser, DEFAULT_NEW_TOKENS)
     add_prompt_cache(parser)
@@ -83,7 +86,7 @@ def answer_aloud(session: AnySession, tokens: list[int], sampling: Sampling, emi
 def read_prompt(options: argparse.Namespace) -> str:
     if options.prompt_file is not None:
         return read_text(options.prompt_file)
-    prompt: str = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt: str = check_text(sys.stdin.read(), "stdin") if options.prompt == "-" else options.prompt
     if not prompt.strip():
         raise LowbitError("the prompt is empty: give the model some text to answer")
     return prompt
@@ -92,14 +95,14 @@ def read_prompt(options: argparse.Namespace) -> str:
 def read_text(path: Path) -> str:
     """A text that has something in it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        found = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}): convert it first"
         ) from None
-    if not text.strip():
+    if not found.strip():
         raise CheckpointError(f"{path} is empty: name a file with some text in it")
-    return text
+    return found
 
 
 def speed_line(session: AnySession, answer: Answer) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.errors import LowbitError, check_text
+
 if TYPE_CHECKING:
     from lowbit.recipe import Recipe
 
@@ -71,6 +73,14 @@ PENALTY = number(float, 1e-3, 100, "a number above 0")
 def path(text: str) -> Path:
     """A type for argparse: a path, in which ~ is the home folder even where no shell has put it in (`--text=~/a.txt`)."""
     return Path(text).expanduser()
+
+
+def text(given: str) -> str:
+    """A type for argparse: a text."""
+    try:
+        return check_text(given, "this")
+    except LowbitError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

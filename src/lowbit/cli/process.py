@@ -66,7 +66,12 @@ def _open_closed_streams() -> None:
 
 
 def _never_fail_on_characters() -> None:
-    """A model may say any character, a terminal may know only a few: the others become question marks."""
+    """A model may say any character, a terminal may know only a few: the others become question marks.
+
+    What comes in may be of another encoding than the terminal's: such bytes are kept, and told when they are to be read.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

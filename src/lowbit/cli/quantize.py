@@ -13,7 +13,7 @@ from lowbit.cli.options import LEAVE, LoadOptions, add_json, add_loading, path
 from lowbit.cli.output import Output, size_text
 from lowbit.cli.source import Source, find_source
 from lowbit.contents import CONFIG
-from lowbit.errors import LowbitError, RecipeError
+from lowbit.errors import LowbitError, RecipeError, check_text
 
 if TYPE_CHECKING:
     from lowbit.formats import Format
@@ -145,6 +145,7 @@ def _override(text: str) -> tuple[str, Format | None]:
 
 def check_target(out: Path, source: Source, force: bool) -> None:
     """Refuse, before any work, to write where something else lies."""
+    check_text(str(out), "the name of OUT")
     if out.exists() and not out.is_dir():
         raise LowbitError(f"{out} is a file: name a folder that does not exist yet")
     if out.is_mount():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowbit.contents import CONFIG, OWN_CONFIG, is_hub_name, missing, read_config
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, check_text
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,15 @@ def find_source(text: str) -> Source:
         raise CheckpointError(
             "the name of the model is empty: name a Hugging Face folder, a .gguf file, or a model of the hub"
         )
-    path = Path(text).expanduser()
+    path = Path(check_text(text, "the name of the model")).expanduser()
     if path.is_file():
         return _file_source(path)
     if path.is_dir():
         return _folder_source(path)
+    if path.exists():
+        raise CheckpointError(f"{path} is neither a file nor a folder: name a Hugging Face folder or a .gguf file")
+    if path.is_symlink():
+        raise CheckpointError(missing(path))
     if is_hub_name(text):
         from lowbit.checkpoint.hub import look_up
 
