@@ -39,6 +39,7 @@ from lowbit.formats import SCALE_BITS, Format
 from lowbit.grid_core import core_quantize, core_unpack
 from lowbit.kquants import dequantize_kquant, quantize_kquant
 from lowbit.packing import PackedTensor
+from lowbit.search import PLAIN, Search
 
 SCALE_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # fp16 cannot hold a scale below this; groups that small are stored as zeros.
@@ -46,23 +47,6 @@ _TINY_SCALE = 6e-8
 _E8M0_BIAS = 127
 # A code of a doubly quantised scale that means "the tensor's mean scale".
 _DQ_MIDPOINT = 128
-
-
-@dataclass(frozen=True)
-class Search:
-    """How widely the scale of a group is searched around the plain one."""
-
-    lowest: float = 0.70
-    highest: float = 1.10
-    steps: int = 16
-    zero_steps: int = 1
-
-    def ratios(self) -> list[float]:
-        span = self.highest - self.lowest
-        return [self.lowest + span * i / max(self.steps - 1, 1) for i in range(self.steps)]
-
-
-PLAIN = Search(1.0, 1.0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -82,8 +66,7 @@ def quantize(
         check_importance(importance, weight)
     if format.kind == "kquant":
         return quantize_kquant(weight, format, search.steps, importance)
-    ratios = search.ratios() if search.steps else []
-    packed = core_quantize(weight, format, ratios, search.zero_steps, importance)
+    packed = core_quantize(weight, format, search, importance)
     return packed if packed is not None else pack(weight, format, fit_grid(weight, format, search, importance))
 
 

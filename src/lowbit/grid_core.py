@@ -17,6 +17,7 @@ from lowbit.core.library import library_path
 from lowbit.core.tensors import DTYPE_NAMES, addresses, as_rows, rows_of
 from lowbit.formats import Format
 from lowbit.packing import PackedTensor, empty_buffers
+from lowbit.search import Search
 
 
 def core_serves(format: Format, tensor: torch.Tensor) -> bool:
@@ -25,7 +26,7 @@ def core_serves(format: Format, tensor: torch.Tensor) -> bool:
 
 
 def core_quantize(
-    weight: torch.Tensor, format: Format, ratios: list[float], zero_steps: int, importance: torch.Tensor | None
+    weight: torch.Tensor, format: Format, search: Search, importance: torch.Tensor | None
 ) -> PackedTensor | None:
     """Round a weight [.., out, in] onto the grid of `grid.fit_grid`."""
     if not core_serves(format, weight) or weight.dtype not in DTYPE_NAMES or not weight.numel():
@@ -40,8 +41,8 @@ def core_quantize(
         format,
         rows_of(rows),
         addresses(buffers),
-        ratios,
-        zero_steps,
+        search.ratios(),
+        search.zero_steps,
         0 if importance is None else importance.data_ptr(),
     )
     return PackedTensor(format, tuple(weight.shape), **buffers)

@@ -15,8 +15,9 @@ from typing import Any
 
 from lowbit.errors import FormatError, RecipeError, nearest
 from lowbit.formats import ALIASES, CASTS, MIXED, MIXTURES, Format, as_format
+from lowbit.search import SEARCHES
 
-ROUNDERS = ("rtn", "plain_rtn")
+ROUNDERS = tuple(SEARCHES)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from cpu.gguf_rows import random_rows
 from interop.gguf_writing import byte_level_vocabulary, write_gguf
 from lowbit.core import calls
 from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
-from lowbit.grid import Search
 from lowbit.interop.gguf import write_hf_folder
 from lowbit.recipe import recipe_named
 from lowbit.runtime import load, stored
@@ -69,18 +68,15 @@ def test_low_bit_folders_give_what_torch_gives(family: str, format: str, method:
     assert np.allclose(ours.logits(IDS), torch_logits(model), atol=2e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "bloom"])
-def test_rounding_while_loading_is_what_torch_rounds(family: str, tmp_path: Path) -> None:
-    folder = tiny_model(family, tmp_path / "plain")
-    model = lowbit.optimize_model(tiny_model_in_memory(family), low_bit="int4")
+@pytest.mark.parametrize(
+    ("family", "rounder"), [("llama", "rtn"), ("llama", "plain_rtn"), ("qwen2_moe", "rtn"), ("bloom", "rtn")]
+)
+def test_rounding_while_loading_is_what_torch_rounds(family: str, rounder: str, tmp_path: Path) -> None:
+    folder, recipe = tiny_model(family, tmp_path / "plain"), recipe_named("int4").replace(rounder=rounder)
+    model = lowbit.optimize_model(tiny_model_in_memory(family), recipe=recipe)
     model.save_low_bit(tmp_path / "saved")
-    on_the_way, saved = load(folder, format="int4", **EXACT), load(tmp_path / "saved", **EXACT)
+    on_the_way, saved = load(folder, format=recipe, **EXACT), load(tmp_path / "saved", **EXACT)
     assert np.array_equal(on_the_way.logits(IDS), saved.logits(IDS))
-
-
-def test_the_search_is_that_of_the_grid() -> None:
-    assert list(stored.SEARCH_RATIOS) == pytest.approx(Search().ratios(), rel=1e-15)
-    assert Search().zero_steps == stored.SEARCH_ZERO_STEPS
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

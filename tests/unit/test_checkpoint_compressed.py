@@ -9,7 +9,9 @@ from lowbit import Format, format_from_name
 from lowbit.algorithms.rtn import round_weight
 from lowbit.bits import unpack_codes
 from lowbit.checkpoint import compressed
+from lowbit.errors import CheckpointError
 from lowbit.grid import unpack
+from lowbit.schemes import format_of, scheme_of
 
 NAMES = (
     "int2_g32",
@@ -80,7 +82,7 @@ def test_schemes_are_found_by_path_then_expression_then_class() -> None:
     config = {"config_groups": groups, "ignore": ["x.gate", "re:.*vision.*"]}
 
     def bits_of(path: str, *classes: str) -> int | None:
-        scheme = compressed.scheme_of(path, classes, config)
+        scheme = scheme_of(path, classes, config)
         return scheme and scheme["num_bits"]
 
     assert bits_of("x.q_proj", "Linear", "Module") == 4
@@ -89,6 +91,13 @@ def test_schemes_are_found_by_path_then_expression_then_class() -> None:
     assert bits_of("x.embed", "Embedding") is None
     assert bits_of("x.gate", "Linear") is None
     assert bits_of("x.vision.q", "Linear") is None
+
+
+def test_a_scheme_is_a_format_or_a_sentence() -> None:
+    assert format_of("a", scheme_for(format_from_name("int4_asym_g32")), "bfloat16").name == "int4_asym_g32_bf16"
+    for change in ({"type": "float"}, {"strategy": "block"}, {"strategy": None}):
+        with pytest.raises(CheckpointError, match=r"a is packed as .*, and lowbit reads integers by group or channel"):
+            format_of("a", scheme_for(format_from_name("int4")) | change, "float16")
 
 
 @pytest.mark.parametrize(

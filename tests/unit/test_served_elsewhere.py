@@ -21,8 +21,8 @@ import pytest
 from safetensors import safe_open
 
 import lowbit
-from lowbit.checkpoint.compressed import scheme_of
 from lowbit.cli import quantize as command
+from lowbit.schemes import scheme_of
 from unit.checkpoint_cases import make
 
 pytestmark = pytest.mark.transformers

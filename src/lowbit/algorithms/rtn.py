@@ -1,7 +1,7 @@
 """Round to nearest: every weight on its own, no data.
 
     plain_rtn   the scale that covers the group, nothing searched
-    rtn         the scale of each group searched for the least squared error (see `grid.Search`); the default
+    rtn         the scale of each group searched for the least squared error (see `search.Search`); the default
 
 With several formats offered for one weight, the one with the least error is taken.
 """
@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 
 from lowbit.formats import Format
-from lowbit.grid import PLAIN, Search, quantize, unpack
+from lowbit.grid import quantize, unpack
 from lowbit.grid_core import core_distance
 from lowbit.packing import PackedTensor
-
-SEARCHES = {"rtn": Search(), "plain_rtn": PLAIN}
+from lowbit.search import SEARCHES
 
 
 def round_weight(weight: torch.Tensor, format: Format, rounder: str = "rtn") -> PackedTensor:

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from lowbit.algorithms.allocate import allocate, byte_budget, stored_bytes
-from lowbit.algorithms.rtn import SEARCHES
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.grid import quantize, unpack
 from lowbit.models.walk import Target, find_targets, is_router, stored_order
+from lowbit.search import SEARCHES
 
 
 @dataclass(frozen=True)

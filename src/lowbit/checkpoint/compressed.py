@@ -8,14 +8,10 @@ Both keep the codes of a row as one dense stream of unsigned numbers, least sign
 w = scale * (code - zero); only their zero points are packed too, along the outputs. So a folder is theirs or ours at
 the price of its names, and transformers reads ours without lowbit (docs/saved_form.md says what is known of vLLM and
 SGLang). What their form cannot say (`refusal`) is saved under our own.
-
-Their config names schemes ("groups") and which modules each holds for: by class, by exact path, or by a regular
-expression.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -26,15 +22,14 @@ from lowbit.bits import pack_codes, unpack_codes
 from lowbit.checkpoint.layout import Held, stands_for
 from lowbit.errors import CheckpointError
 from lowbit.formats import PER_CHANNEL, Format
-from lowbit.methods import OWN_METHOD
+from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.packing import PackedTensor, code_shape, scale_shape
+from lowbit.schemes import STRATEGIES, format_of
 
-METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
 NAMES = (PACKED, SCALE, SHAPE, ZERO)
 _SCALE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-_STRATEGIES = ("group", "channel")
 EXPERTS_TARGET = r"re:.*experts\..*"
 
 
@@ -86,7 +81,7 @@ def config_for(linears: dict[str, Format], experts: Format | None, others: Itera
         # By expression: a reader that fuses experts asks for one scheme for all.
         groups.setdefault(experts, []).append(EXPERTS_TARGET)
     return {
-        "quant_method": METHOD,
+        "quant_method": COMPRESSED_METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": _group(format, targets) for i, (format, targets) in enumerate(groups.items())},
@@ -135,28 +130,9 @@ def unreadable(config: dict[str, Any]) -> str | None:
             return "not all of its groups are packed integers"
         if group.get("input_activations") or group.get("output_activations"):
             return "it quantises activations"
-        if weights.get("strategy") not in _STRATEGIES or weights.get("actorder") in ("group", True):
+        if weights.get("strategy") not in STRATEGIES or weights.get("actorder") in ("group", True):
             return f"its strategy is {weights.get('strategy')} with actorder {weights.get('actorder')}"
     return None
-
-
-def scheme_of(path: str, classes: tuple[str, ...], config: dict[str, Any]) -> dict[str, Any] | None:
-    """What a configuration says about the weights of a module: by path, then by expression, then by class; None if nothing."""
-    if any(_matches(path, classes, target) for target in config.get("ignore") or ()):
-        return None
-    found: dict[int, dict[str, Any]] = {}
-    for group in config["config_groups"].values():
-        for target in group["targets"]:
-            if _matches(path, classes, target):
-                rank = 0 if target == path else 1 if target.startswith("re:") else 2
-                found.setdefault(rank, group["weights"])
-    return found[min(found)] if found else None
-
-
-def _matches(path: str, classes: tuple[str, ...], target: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), path) is not None
-    return target == path or target in classes
 
 
 def from_tensors(
@@ -166,7 +142,7 @@ def from_tensors(
     missing = [part for part in (PACKED, SCALE) if part not in tensors]
     if missing:
         raise CheckpointError(f"{name}: the checkpoint lacks its {missing[0]}")
-    format = _format_of(scheme, tensors[SCALE].dtype)
+    format = format_of(name, scheme, _SCALE_DTYPES[tensors[SCALE].dtype])
     if tensors[SCALE].shape != scale_shape(format, shape):
         raise CheckpointError(
             f"{name}: scales of shape {list(tensors[SCALE].shape)} do not fit a {format} weight {list(shape)} of config.json"
@@ -179,15 +155,6 @@ def from_tensors(
         columns = unpack_codes(tensors[ZERO].transpose(-1, -2).contiguous(), format.bits, shape[-2])
         zeros = columns.transpose(-1, -2).contiguous()
     return PackedTensor(format, shape, codes, tensors[SCALE], zeros)
-
-
-def _format_of(scheme: dict[str, Any], scale_dtype: torch.dtype) -> Format:
-    channel = scheme["strategy"] == "channel"
-    return Format(f"int{scheme['num_bits']}", int(scheme["num_bits"])).replace(
-        symmetric=bool(scheme.get("symmetric", True)),
-        group_size=PER_CHANNEL if channel else int(scheme["group_size"]),
-        scale_dtype=_SCALE_DTYPES[scale_dtype],
-    )
 
 
 def _dense_codes(name: str, codes: torch.Tensor, format: Format, shape: tuple[int, ...]) -> torch.Tensor:

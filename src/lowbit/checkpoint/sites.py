@@ -34,6 +34,7 @@ from lowbit.packing import BUFFERS, PackedTensor
 from lowbit.quantize import pack_weight, plan, warn_about_idle_exceptions
 from lowbit.recipe import Choice, Recipe
 from lowbit.report import Report, Skipped
+from lowbit.schemes import scheme_of
 from lowbit.swap import low_bit_module, replace_module
 
 # A second copy of a tied weight that the packed first one explains this much worse is another weight.
@@ -214,7 +215,7 @@ class Reading(Sites):
             experts = target.role == "experts"
             path = f"{target.path}.0.down_proj" if experts else target.path
             classes = ("Linear",) if experts else tuple(kind.__name__ for kind in type(target.module).__mro__)
-            scheme = compressed.scheme_of(path, classes, self.fields)
+            scheme = scheme_of(path, classes, self.fields)
             if scheme is not None and target.role in ("linear", "head", "embedding", "experts"):
                 found |= {_held_path(target, suffix): scheme for _, suffix in _weight_names(target)}
         return found

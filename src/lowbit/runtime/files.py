@@ -44,6 +44,7 @@ from lowbit.runtime.mapped import MappedFile, release_pages
 from lowbit.runtime.packed_names import PackedIndex
 from lowbit.runtime.stored import Dense, Weight, dequantize, join_rows, quantize_dense, stack
 from lowbit.runtime.text import Tokenizer
+from lowbit.search import PLAIN, SEARCHES, Search
 
 # The number of a layer in a name: model.layers.[5].mlp
 _LAYER = re.compile(r"(.*?\.)(\d+)\.")
@@ -220,7 +221,7 @@ class GgufFiles:
         note = f"weights of type {tensor.type_name} are held as {NEAREST}: the engine has no product for them yet"
         if note not in self.notes:
             self.notes.append(note)
-        return quantize_dense(Dense(tensor.read("float32"), "float32"), format_from_name(NEAREST), search=False)
+        return quantize_dense(Dense(tensor.read("float32"), "float32"), format_from_name(NEAREST), PLAIN)
 
     def release(self, name: str) -> None:
         release_pages(self.model.tensors[name].entry.data)
@@ -256,7 +257,7 @@ def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = N
         for (role, layer), located in places.items():
             weight = _assemble(files, located)
             if recipe is not None and role in _RECIPE_ROLES:
-                weight = _round(weight, _formats(recipe, located, spec))
+                weight = _round(weight, _formats(recipe, located, spec), SEARCHES[recipe.rounder])
             yield Loaded(role, layer, weight, _bias(files, located.bias))
             for name in (name for names in located.names for name in names):
                 files.release(name)
@@ -319,12 +320,12 @@ def _formats(recipe: Recipe, located: Located, spec: DecoderSpec) -> tuple[Forma
     return choice.formats
 
 
-def _round(weight: Weight, formats: tuple[Format, ...]) -> Weight:
+def _round(weight: Weight, formats: tuple[Format, ...], search: Search) -> Weight:
     """A weight in the format, of those offered, that keeps it best; as it is when none is."""
     if not formats:
         return weight
     numbers = dequantize(weight) if isinstance(weight, PackedTensor) else weight
-    offers = [quantize_dense(numbers, format) for format in formats]
+    offers = [quantize_dense(numbers, format, search) for format in formats]
     return offers[0] if len(offers) == 1 else min(offers, key=lambda packed: _error(numbers, packed))
 
 

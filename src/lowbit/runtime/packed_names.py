@@ -9,7 +9,6 @@ Both hold the same bits (`checkpoint.compressed` has the differences). What a we
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,14 +17,15 @@ from numpy.typing import NDArray
 
 from lowbit.core import calls
 from lowbit.errors import CheckpointError
-from lowbit.formats import PER_CHANNEL, Format, format_from_name
+from lowbit.formats import Format, format_from_name
 from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.packing import BUFFERS, PackedTensor, code_shape, scale_shape
 from lowbit.runtime.mapped import Tensor
+from lowbit.schemes import format_of, scheme_of
 
-PACKED_FORMAT = "pack-quantized"
 _COMPRESSED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 _OWN_CODES, _CODES, _PACKED = ".packed_weight.codes", ".codes", ".weight_packed"
+_NO_FORMAT = "config.json says no format for {path}, whose weight is packed: the two do not belong together"
 _SCALE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
@@ -94,9 +94,7 @@ class PackedIndex:
         if self.method == COMPRESSED_METHOD:
             return self._read_compressed(path, parts, is_embedding and name == f"{path}.weight")
         if path not in self.format_of:
-            raise CheckpointError(
-                f"config.json says no format for {path}, whose weight is packed: the two do not belong together"
-            )
+            raise CheckpointError(_NO_FORMAT.format(path=path))
         format = format_from_name(self.format_of[path])
         codes = parts["codes"].view()
         shape = (*codes.shape[:-1], columns)
@@ -110,7 +108,10 @@ class PackedIndex:
             raise CheckpointError(f"{path}: its inputs are reordered (actorder), which the engine does not read")
         scales = parts["weight_scale"]
         shape = tuple(int(n) for n in parts["weight_shape"].view())
-        format = _scheme_format(self._scheme(path, is_embedding), scales.dtype)
+        scheme = scheme_of(path, ("Embedding" if is_embedding else "Linear",), self.config)
+        if scheme is None:
+            raise CheckpointError(_NO_FORMAT.format(path=path))
+        format = format_of(path, scheme, _SCALE_NAMES[scales.dtype])
         if scales.shape != scale_shape(format, shape):
             raise CheckpointError(
                 f"{path}: scales of shape {list(scales.shape)} do not fit a {format} weight {list(shape)}; config.json disagrees"
@@ -122,34 +123,6 @@ class PackedIndex:
             zeros = _unpack_rows(parts["weight_zero_point"].view().T, format.bits, shape[0]).T.copy()
         codes = _dense_codes(path, parts["weight_packed"].view(), format, shape)
         return PackedTensor(format, shape, codes, scales.view(), zeros)
-
-    def _scheme(self, path: str, is_embedding: bool) -> dict[str, Any]:
-        """What the configuration says about a path: by name, then by expression, then by class."""
-        found: dict[int, dict[str, Any]] = {}
-        for group in (self.config.get("config_groups") or {}).values():
-            weights = group.get("weights") or {}
-            for target in group.get("targets") or ():
-                by_name, by_expression = target == path, target.startswith("re:") and re.match(target[3:], path)
-                if by_name or by_expression or target == ("Embedding" if is_embedding else "Linear"):
-                    found.setdefault(0 if by_name else 1 if by_expression else 2, weights)
-        if not found:
-            raise CheckpointError(
-                f"config.json says no format for {path}, whose weight is packed: the two do not belong together"
-            )
-        return found[min(found)]
-
-
-def _scheme_format(scheme: dict[str, Any], scale_dtype: str) -> Format:
-    if scheme.get("type", "int") != "int" or scheme.get("strategy") not in ("group", "channel"):
-        raise CheckpointError(
-            f"the folder packs {scheme.get('type')} weights by {scheme.get('strategy')}; "
-            "the engine reads integers by group or channel"
-        )
-    return Format(f"int{scheme['num_bits']}", int(scheme["num_bits"])).replace(
-        symmetric=bool(scheme.get("symmetric", True)),
-        group_size=PER_CHANNEL if scheme["strategy"] == "channel" else int(scheme["group_size"]),
-        scale_dtype=_SCALE_NAMES[scale_dtype],
-    )
 
 
 def _unpack_rows(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.uint8]:

@@ -18,10 +18,8 @@ from lowbit.core import calls
 from lowbit.errors import CheckpointError
 from lowbit.formats import Format
 from lowbit.packing import PackedTensor, empty_buffers
+from lowbit.search import Search
 
-# The ratios and zero points that rounding tries for each group: those of grid.Search, which cannot be imported without torch.
-SEARCH_RATIOS = tuple(0.70 + (1.10 - 0.70) * i / 15 for i in range(16))
-SEARCH_ZERO_STEPS = 1
 _SPLIT_BUFFERS = ("codes", "scales", "zeros")
 
 
@@ -86,8 +84,8 @@ def _join(pieces: Sequence[Weight], join: Any) -> Weight:
     return PackedTensor(first.format, (*rows, first.shape[-1]), **buffers)
 
 
-def quantize_dense(weight: Dense, format: Format, search: bool = True) -> PackedTensor:
-    """Round plain numbers [.., out, in] in the core, each group's scale searched for the least squared error."""
+def quantize_dense(weight: Dense, format: Format, search: Search) -> PackedTensor:
+    """Round plain numbers [.., out, in] in the core."""
     array = np.require(weight.array, requirements=("C", "A"))
     buffers = empty_buffers(format, array.shape, np)
     rows = array.reshape(-1, array.shape[-1])
@@ -95,8 +93,8 @@ def quantize_dense(weight: Dense, format: Format, search: bool = True) -> Packed
         format,
         calls.Rows(rows.ctypes.data, weight.dtype, rows.shape[0], rows.shape[1]),
         addresses(buffers),
-        SEARCH_RATIOS if search else (),
-        SEARCH_ZERO_STEPS if search else 0,
+        search.ratios(),
+        search.zero_steps,
     )
     return PackedTensor(format, array.shape, **buffers)
 
