@@ -21,18 +21,20 @@ constexpr int kShareBits = 7;
 constexpr float kShareMost = 16383.0f;  // two planes of 7 bits
 constexpr float kLeast = 0x1p-110f;     // vectors without larger numbers count as zeros, whose scale has an inverse
 
-// The room of an item, by row of queries.
+// The room of an item, by row of queries. Bytes come first, so that they lie as the room does: at whole lines.
 struct ByteRoom {
+    uint8_t *queries, *shares;      // [rows][planes][padded], [rows][2][kKeyTile]
+    uint8_t* last_values;           // [kValueStep / 4][padded][4]
     float *query_scales, *weights;  // weights: what a tile's sums of values are worth
     int32_t* starts;                // what the sums of a row's scores begin at
-    uint8_t *queries, *shares;      // [rows][planes][padded], [rows][2][kKeyTile]
 
     ByteRoom(uint8_t* room, int64_t rows, int64_t padded) {
-        query_scales = reinterpret_cast<float*>(room);
+        queries = room;
+        shares = queries + rows * kQueryPlanes * padded;
+        last_values = shares + rows * 2 * kKeyTile;
+        query_scales = reinterpret_cast<float*>(last_values + kValueStep * padded);
         weights = query_scales + rows;
         starts = reinterpret_cast<int32_t*>(weights + rows);
-        queries = reinterpret_cast<uint8_t*>(starts + rows);
-        shares = queries + rows * kQueryPlanes * padded;
     }
 };
 
@@ -165,17 +167,34 @@ inline float plan_shares(const AttendJob& job, int64_t first, int64_t count, flo
     return largest / kShareMost;
 }
 
-// Scores of one row and tile become shares; the row's sums follow.
-inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, int64_t first, int64_t blocks, const float* factors, float unit) {
+// What a tile of keys has the same for all rows.
+struct KeyTile {
+    int64_t first, count, blocks;
+    float unit;                           // the probability that one share stands for
+    alignas(64) float factors[kKeyTile];  // what a probability is multiplied with to become a share
+};
+
+inline KeyTile key_tile_at(const AttendJob& job, int64_t first) {
+    KeyTile keys;
+    keys.first = first;
+    keys.count = job.key_end - first < kKeyTile ? job.key_end - first : kKeyTile;
+    keys.blocks = (keys.count + kKeyBlock - 1) / kKeyBlock;
+    keys.unit = plan_shares(job, first, keys.count, keys.factors);
+    return keys;
+}
+
+// Scores of one row and tile, as `read` takes them, become shares; the row's sums follow.
+template <class Read>
+inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys, const Read& read) {
     float* scores = job.scores + r * kKeyTile;
     uint8_t* shares = room.shares + r * 2 * kKeyTile;
-    const float peak = largest_of(mask_scores(job, r, first, blocks, room.query_scales[r]));
+    const float peak = largest_of(mask_scores(job, r, keys.first, keys.blocks, room.query_scales[r], read));
     const F32 lowered = splat(-peak * kLog2E);
     F32 total = splat(0.0f);
-    for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t b = 0; b < keys.blocks; ++b) {
         const F32 p = power_of_two(multiply_add(load(scores + b * kKeyBlock), splat(kLog2E), lowered));
         total = total + p;
-        store_planes(shares + b * kKeyBlock, shares + kKeyTile + b * kKeyBlock, p * load(factors + b * kKeyBlock));
+        store_planes(shares + b * kKeyBlock, shares + kKeyTile + b * kKeyBlock, p * load(keys.factors + b * kKeyBlock));
     }
     float weight = 1.0f;
     if (peak > job.most[r]) {
@@ -184,7 +203,7 @@ inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, int
         weight = power_of(job.most[r], peak);
     }
     job.total[r] += weight * sum_of(total);
-    room.weights[r] = weight * unit;
+    room.weights[r] = weight * keys.unit;
 }
 
 inline void add_bytes(const AttendJob& job, const ByteRoom& room, int64_t first, int64_t count) {
@@ -205,17 +224,14 @@ inline void add_bytes(const AttendJob& job, const ByteRoom& room, int64_t first,
     for (; v < job.padded; v += kLane, product.right += 4 * kLane, out += kLane) dot_rows<false, 2, kShareBits, 1>(product, job.rows, start, finish);
 }
 
-void attend_bytes(const AttendJob& job) {
+inline void attend_bytes(const AttendJob& job) {
     const ByteRoom room(job.room, job.rows, job.padded);
-    alignas(64) float factors[kKeyTile];
     for (int64_t r = 0; r < job.rows; ++r) round_query(job, room, r);
     for (int64_t first = job.key_begin / kKeyBlock * kKeyBlock; first < job.key_end; first += kKeyTile) {
-        const int64_t count = job.key_end - first < kKeyTile ? job.key_end - first : kKeyTile;
-        const int64_t blocks = (count + kKeyBlock - 1) / kKeyBlock;
-        score_bytes(job, room, first, blocks);
-        const float unit = plan_shares(job, first, count, factors);
-        for (int64_t r = 0; r < job.rows; ++r) share_row(job, room, r, first, blocks, factors, unit);
-        add_bytes(job, room, first, count);
+        const KeyTile keys = key_tile_at(job, first);
+        score_bytes(job, room, first, keys.blocks);
+        for (int64_t r = 0; r < job.rows; ++r) share_row(job, room, r, keys, [](const float* p) { return load(p); });
+        add_bytes(job, room, first, keys.count);
     }
 }
 

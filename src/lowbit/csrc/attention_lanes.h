@@ -102,8 +102,9 @@ inline float power_of(float most, float lower) {  // e^(lower - most)
     return first_of(power_of_two(splat((lower - most) * kLog2E)));
 }
 
-// Scores of one row and tile times their scales, capped, moved and masked in place; returns the largest by lane.
-inline F32 mask_scores(const AttendJob& job, int64_t r, int64_t first, int64_t blocks, float scale) {
+// Scores of one row and tile as `read` takes them, times their scales, capped, moved and masked in place; returns the largest by lane.
+template <class Read>
+inline F32 mask_scores(const AttendJob& job, int64_t r, int64_t first, int64_t blocks, float scale, const Read& read) {
     float* scores = job.scores + r * kKeyTile;
     const int64_t position = job.positions[r];
     const int64_t window_begin = job.window ? position - job.window + 1 : 0;
@@ -113,7 +114,7 @@ inline F32 mask_scores(const AttendJob& job, int64_t r, int64_t first, int64_t b
     F32 most = splat(kMasked);
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t key = first + b * kKeyBlock;
-        F32 s = load(scores + b * kKeyBlock);
+        F32 s = read(scores + b * kKeyBlock);
         if (job.key_scales) s = s * (load(job.key_scales + key) * splat(scale));
         if (job.soft_cap > 0.0f) s = splat(job.soft_cap) * hyperbolic_tangent(s * splat(1.0f / job.soft_cap));
         if (job.slopes) s = multiply_add(count_up() + splat(static_cast<float>(key - position)), splat(job.slopes[r]), s);
@@ -138,7 +139,7 @@ inline void rescale_row(const AttendJob& job, int64_t r, float peak) {
 // Scores of one row and tile become e^(score - most); the row's sums follow.
 inline void soften_row(const AttendJob& job, int64_t r, int64_t first, int64_t blocks) {
     float* scores = job.scores + r * kKeyTile;
-    const float peak = largest_of(mask_scores(job, r, first, blocks, 1.0f));
+    const float peak = largest_of(mask_scores(job, r, first, blocks, 1.0f, [](const float* p) { return load(p); }));
     if (peak > job.most[r]) rescale_row(job, r, peak);
     const F32 lowered = splat(-job.most[r] * kLog2E);
     F32 total = splat(0.0f);
@@ -148,6 +149,14 @@ inline void soften_row(const AttendJob& job, int64_t r, int64_t first, int64_t b
         store(scores + b * kKeyBlock, p);
     }
     job.total[r] += sum_of(total);
+}
+
+inline void begin_rows(const AttendJob& job) {
+    for (int64_t r = 0; r < job.rows; ++r) {
+        job.most[r] = kMasked;
+        job.total[r] = 0.0f;
+    }
+    memset(job.out, 0, static_cast<size_t>(job.rows * job.padded) * sizeof(float));
 }
 
 template <class Number>
@@ -169,12 +178,8 @@ void attend_over(const AttendJob& job) {
 namespace lowbit {
 namespace {
 
-void attend(const AttendJob& job) {
-    for (int64_t r = 0; r < job.rows; ++r) {
-        job.most[r] = kMasked;
-        job.total[r] = 0.0f;
-    }
-    memset(job.out, 0, static_cast<size_t>(job.rows * job.padded) * sizeof(float));
+inline void attend(const AttendJob& job) {
+    begin_rows(job);
     switch (job.cache_type) {
         case LOWBIT_CACHE_FP32: return attend_over<float>(job);
         case LOWBIT_CACHE_FP16: return attend_over<uint16_t>(job);
@@ -191,7 +196,7 @@ inline uint16_t half_or_none(float x) {
     return (half & kExponent) == kExponent ? kNone : half;
 }
 
-float store_key(int cache_type, const float* key, int head_dim, int padded, void* keys, int64_t position) {
+inline float store_key(int cache_type, const float* key, int head_dim, int padded, void* keys, int64_t position) {
     if (cache_type == LOWBIT_CACHE_INT8) return store_key_bytes(key, head_dim, padded, static_cast<uint8_t*>(keys), position);
     const int64_t place = position / kKeyBlock * kKeyBlock * head_dim + position % kKeyBlock;
     if (cache_type == LOWBIT_CACHE_FP16) {
@@ -204,7 +209,7 @@ float store_key(int cache_type, const float* key, int head_dim, int padded, void
     return 1.0f;
 }
 
-float store_value(int cache_type, const float* value, int head_dim, int padded, void* values, int64_t position) {
+inline float store_value(int cache_type, const float* value, int head_dim, int padded, void* values, int64_t position) {
     if (cache_type == LOWBIT_CACHE_INT8) return store_value_bytes(value, head_dim, padded, static_cast<uint8_t*>(values), position);
     if (cache_type == LOWBIT_CACHE_FP16) {
         uint16_t* to = static_cast<uint16_t*>(values) + position * padded;

@@ -3,6 +3,7 @@
 //
 // A `Quads` holds four bytes for each of 16 lanes. dot_quads adds to every lane the four products of its unsigned and its signed
 // bytes; AVX2 adds pairs in 16 bits, so there an unsigned byte up to 255 allows signed ones up to 63, and one up to 127 all.
+// Sums that come from memory are only needed beside register tiles (attention_tiles.h), so AVX2 and NEON lack their operations.
 #pragma once
 #include "vector_lanes.h"
 
@@ -23,6 +24,8 @@ struct Quads {
     __m512i v;
 };
 inline I32 splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I32 load_ints(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Quads load_quads(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Quads splat_quad(const uint8_t* p) {
     int32_t four;
@@ -99,6 +102,15 @@ inline I32 splat_int(int32_t x) {
     I32 out;
     for (int i = 0; i < kLane; ++i) out.v[i] = x;
     return out;
+}
+inline I32 load_ints(const void* p) {
+    I32 out;
+    memcpy(out.v, p, sizeof out.v);
+    return out;
+}
+inline I32 operator+(I32 a, I32 b) {
+    for (int i = 0; i < kLane; ++i) a.v[i] += b.v[i];
+    return a;
 }
 inline Quads load_quads(const uint8_t* p) {
     Quads out;

@@ -53,7 +53,7 @@ bool has_amx() {
 
 bool always() { return true; }
 
-// A set that differs from another in its products of many tokens only.
+// A set that differs from another in its products of many tokens only, and where prompts attend (engine_isa.cpp).
 Isa with_tiles(const Isa& base, const char* name, const FoldedProducts& folded) {
     Isa set = base;
     set.name = name;

@@ -3,10 +3,32 @@
 #include "dispatch.h"
 
 namespace lowbit {
+namespace {
+
+// A set whose prompts attend on register tiles.
+EngineIsa with_tiles(const EngineIsa& base, void (*attend)(const AttendJob& job)) {
+    EngineIsa set = base;
+    set.attend = attend;
+    return set;
+}
+
+#if defined(LOWBIT_AMX)
+const EngineIsa kEngineAmx = with_tiles(kEngineAvx512, attend_amx);
+#endif
+#if defined(LOWBIT_AVX512)
+const EngineIsa kEngineAmxEmulated = with_tiles(kEngineAvx512, attend_amx_emulated);
+#endif
+const EngineIsa kEngineAmxPortable = with_tiles(kEnginePortable, attend_tiles_portable);
+
+}  // namespace
 
 // Sets of products that share their decoding share the engine's lanes too.
 const EngineIsa& engine_isa() {
+#if defined(LOWBIT_AMX)
+    if (isa().folded == &kAmxProducts) return kEngineAmx;
+#endif
 #if defined(LOWBIT_AVX512)
+    if (isa().folded == &kEmulatedProducts) return kEngineAmxEmulated;
     if (isa().decode_rows == kAvx512.decode_rows) return kEngineAvx512;
 #endif
 #if defined(LOWBIT_AVX2)
@@ -15,7 +37,7 @@ const EngineIsa& engine_isa() {
 #if defined(LOWBIT_NEON)
     if (isa().decode_rows == kNeon.decode_rows) return kEngineNeon;
 #endif
-    return kEnginePortable;
+    return isa().folded == &kPortableTiles ? kEngineAmxPortable : kEnginePortable;
 }
 
 }  // namespace lowbit

@@ -8,6 +8,7 @@ namespace lowbit {
 
 constexpr int kKeyBlock = 16;  // keys whose channels lie side by side in the cache
 constexpr int kKeyTile = 128;  // keys that share one step of the online softmax
+constexpr int kValueStep = 64; // keys whose values meet in one product of register tiles
 
 struct NormJob {
     int kind;  // lowbit_norm_kind
@@ -37,8 +38,8 @@ struct AttendJob {
     uint8_t* room;         // attend_room() bytes; int8 only
 };
 
-// Queries in two planes of bytes, a tile's probabilities in two, three numbers.
-inline int64_t attend_room(int64_t rows, int64_t padded) { return rows * (2 * padded + 2 * kKeyTile + 12); }
+// By row queries in two planes of bytes, a tile's probabilities in two, three numbers; the last values of a tile (attention_tiles.h).
+inline int64_t attend_room(int64_t rows, int64_t padded) { return rows * (2 * padded + 2 * kKeyTile + 12) + kValueStep * padded; }
 
 // y[t][r] = bias[r] + sum x[t][k] w[r][k] for rows [row_begin, row_end) of a plain matrix.
 struct DenseJob {
@@ -69,6 +70,15 @@ struct EngineIsa {
 };
 
 const EngineIsa& engine_isa();  // follows isa()
+
+// What sets with register tiles have instead of the `attend` of their lanes.
+#if defined(LOWBIT_AMX)
+void attend_amx(const AttendJob& job);
+#endif
+#if defined(LOWBIT_AVX512)
+void attend_amx_emulated(const AttendJob& job);
+#endif
+void attend_tiles_portable(const AttendJob& job);
 
 extern const EngineIsa kEnginePortable;
 #if defined(LOWBIT_AVX2)

@@ -1,7 +1,9 @@
 // The tile registers of AMX, eight matrices of 16 rows x 64 bytes, and the products between them:
 //
-//   dot_bytes   C[m][n] += sum over k < 64 of A[m][k] B[k][n], signed bytes into int32; B lies as [k / 4][n][k % 4]
-//   dot_brains  the same with bf16 into fp32, k < 32; B lies as [k / 2][n][k % 2]
+//   dot_bytes            C[m][n] += sum over k < 64 of A[m][k] B[k][n], signed bytes into int32; B lies as [k / 4][n][k % 4]
+//   dot_signed_unsigned  the same with unsigned bytes in B
+//   dot_unsigned_signed  the same with unsigned bytes in A
+//   dot_brains           the same with bf16 into fp32, k < 32; B lies as [k / 2][n][k % 2]
 //
 // This is the only file that knows tile instructions. With LOWBIT_TILES_EMULATED the registers are plain arrays, so that everything
 // above runs on processors without AMX. Instructions are written out, with memory named as read and written: what gcc 12 offers
@@ -47,21 +49,33 @@ inline void load_tile(const void* from, int64_t stride = kTileRow) {
     for (int row = 0; row < kTileRows; ++row) memcpy(tile_file().tiles[kTile][row], static_cast<const uint8_t*>(from) + row * stride, kTileRow);
 }
 template <int kTile>
-inline void store_tile(void* to) {
-    memcpy(to, tile_file().tiles[kTile], kTileBytes);
+inline void store_tile(void* to, int64_t stride = kTileRow) {
+    for (int row = 0; row < kTileRows; ++row) memcpy(static_cast<uint8_t*>(to) + row * stride, tile_file().tiles[kTile][row], kTileRow);
 }
-template <int kSum, int kLeft, int kRight>
-inline void dot_bytes() {
+template <class Left, class Right, int kSum, int kLeft, int kRight>
+inline void dot_tiles() {
     TileFile& file = tile_file();
     for (int m = 0; m < kTileRows; ++m) {
         int32_t sums[16];
         memcpy(sums, file.tiles[kSum][m], sizeof sums);
         for (int k = 0; k < kTileRow; ++k) {
-            const int32_t left = static_cast<int8_t>(file.tiles[kLeft][m][k]);
-            for (int n = 0; n < 16; ++n) sums[n] += left * static_cast<int8_t>(file.tiles[kRight][k / 4][4 * n + k % 4]);
+            const int32_t left = static_cast<Left>(file.tiles[kLeft][m][k]);
+            for (int n = 0; n < 16; ++n) sums[n] += left * static_cast<Right>(file.tiles[kRight][k / 4][4 * n + k % 4]);
         }
         memcpy(file.tiles[kSum][m], sums, sizeof sums);
     }
+}
+template <int kSum, int kLeft, int kRight>
+inline void dot_bytes() {
+    dot_tiles<int8_t, int8_t, kSum, kLeft, kRight>();
+}
+template <int kSum, int kLeft, int kRight>
+inline void dot_signed_unsigned() {
+    dot_tiles<int8_t, uint8_t, kSum, kLeft, kRight>();
+}
+template <int kSum, int kLeft, int kRight>
+inline void dot_unsigned_signed() {
+    dot_tiles<uint8_t, int8_t, kSum, kLeft, kRight>();
 }
 template <int kSum, int kLeft, int kRight>
 inline void dot_brains() {
@@ -107,12 +121,20 @@ inline void load_tile(const void* from, int64_t stride = kTileRow) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
 }
 template <int kTile>
-inline void store_tile(void* to) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(kTileRow), "i"(kTile) : "memory");
+inline void store_tile(void* to, int64_t stride = kTileRow) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
 }
 template <int kSum, int kLeft, int kRight>
 inline void dot_bytes() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
+}
+template <int kSum, int kLeft, int kRight>
+inline void dot_signed_unsigned() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
+}
+template <int kSum, int kLeft, int kRight>
+inline void dot_unsigned_signed() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
 }
 template <int kSum, int kLeft, int kRight>
 inline void dot_brains() {

@@ -82,7 +82,7 @@ lowbit_matrix TinyLlama::face(const Linear& linear) {
     return matrix;
 }
 
-TinyLlama::TinyLlama(const lowbit_format* format) {
+TinyLlama::TinyLlama(const lowbit_format* format, int head_dim) : head_dim(head_dim) {
     const auto near_one = [&](int64_t count) {
         std::vector<float> numbers = random_.bells(count);
         for (float& number : numbers) number = 1.0f + 0.1f * number;
@@ -91,10 +91,10 @@ TinyLlama::TinyLlama(const lowbit_format* format) {
     embedding_ = linear(format, kVocab, kHidden);
     for (int i = 0; i < kLayers; ++i) {
         LayerWeights w;
-        w.q = linear(format, kHeads * kHeadDim, kHidden);
-        w.k = linear(format, kKeyHeads * kHeadDim, kHidden);
-        w.v = linear(format, kKeyHeads * kHeadDim, kHidden);
-        w.o = linear(format, kHidden, kHeads * kHeadDim);
+        w.q = linear(format, kHeads * head_dim, kHidden);
+        w.k = linear(format, kKeyHeads * head_dim, kHidden);
+        w.v = linear(format, kKeyHeads * head_dim, kHidden);
+        w.o = linear(format, kHidden, kHeads * head_dim);
         w.gate = linear(format, kMlp, kHidden);
         w.up = linear(format, kMlp, kHidden);
         w.down = linear(format, kHidden, kMlp);
@@ -103,7 +103,7 @@ TinyLlama::TinyLlama(const lowbit_format* format) {
         weights_.push_back(std::move(w));
     }
     final_norm_ = near_one(kHidden);
-    for (int i = 0; i < kHeadDim / 2; ++i) frequencies_.push_back(static_cast<float>(std::pow(10000.0, -2.0 * i / kHeadDim)));
+    for (int i = 0; i < head_dim / 2; ++i) frequencies_.push_back(static_cast<float>(std::pow(10000.0, -2.0 * i / head_dim)));
     describe_layers();
     describe_sizes();
 }
@@ -128,7 +128,7 @@ void TinyLlama::describe_layers() {
 
 void TinyLlama::describe_sizes() {
     rope_.frequencies = frequencies_.data();
-    rope_.rotary_dim = kHeadDim;
+    rope_.rotary_dim = head_dim;
     rope_.attention_factor = rope_.factor = 1.0f;
     rope_.theta = 10000.0;
     model.struct_bytes = sizeof model;
@@ -140,10 +140,10 @@ void TinyLlama::describe_sizes() {
     model.final_norm = 1;
     model.heads = kHeads;
     model.kv_heads = kKeyHeads;
-    model.head_dim = kHeadDim;
+    model.head_dim = head_dim;
     model.norm_eps = static_cast<float>(kEps);
     model.embedding_multiplier = model.residual_multiplier = model.head_multiplier = 1.0f;
-    model.attention_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim));
+    model.attention_scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     model.mlp.size = kMlp;
     model.mlp.activation = LOWBIT_SILU;
     model.mlp.gate = LOWBIT_SEPARATE;
@@ -158,18 +158,18 @@ std::vector<double> TinyLlama::attend(const Rows& q, const Rows& k, const Rows& 
     Rows out(q.size());
     for (int64_t t = 0; t < count; ++t)
         for (int64_t h = 0; h < kHeads; ++h) {
-            const int64_t from = (t * kHeads + h) * kHeadDim, key_head = h / (kHeads / kKeyHeads);
+            const int64_t from = (t * kHeads + h) * head_dim, key_head = h / (kHeads / kKeyHeads);
             const int64_t first = window ? std::max<int64_t>(0, t - window + 1) : 0;
             double total = 0.0;
             for (int64_t s = first; s <= t; ++s) {
-                const int64_t at = (s * kKeyHeads + key_head) * kHeadDim;
+                const int64_t at = (s * kKeyHeads + key_head) * head_dim;
                 double score = 0.0;
-                for (int64_t i = 0; i < kHeadDim; ++i) score += q[static_cast<size_t>(from + i)] * k[static_cast<size_t>(at + i)];
-                const double weight = std::exp(score / std::sqrt(static_cast<double>(kHeadDim)));
+                for (int64_t i = 0; i < head_dim; ++i) score += q[static_cast<size_t>(from + i)] * k[static_cast<size_t>(at + i)];
+                const double weight = std::exp(score / std::sqrt(static_cast<double>(head_dim)));
                 total += weight;
-                for (int64_t i = 0; i < kHeadDim; ++i) out[static_cast<size_t>(from + i)] += weight * v[static_cast<size_t>(at + i)];
+                for (int64_t i = 0; i < head_dim; ++i) out[static_cast<size_t>(from + i)] += weight * v[static_cast<size_t>(at + i)];
             }
-            for (int64_t i = 0; i < kHeadDim; ++i) out[static_cast<size_t>(from + i)] /= total;
+            for (int64_t i = 0; i < head_dim; ++i) out[static_cast<size_t>(from + i)] /= total;
         }
     return out;
 }
@@ -183,8 +183,8 @@ std::vector<double> TinyLlama::logits(const std::vector<int32_t>& tokens) const 
         const LayerWeights& w = weights_[static_cast<size_t>(i)];
         const Rows h = normed(x, w.attention_norm);
         Rows q = multiply(h, w.q), k = multiply(h, w.k);
-        rotate(q, count, kHeads, kHeadDim, frequencies_);
-        rotate(k, count, kKeyHeads, kHeadDim, frequencies_);
+        rotate(q, count, kHeads, head_dim, frequencies_);
+        rotate(k, count, kKeyHeads, head_dim, frequencies_);
         add(x, multiply(attend(q, k, multiply(h, w.v), count, i == 1 ? kWindow : 0), w.o));
         const Rows m = normed(x, w.mlp_norm);
         Rows gate = multiply(m, w.gate);

@@ -10,10 +10,11 @@ public:
     static constexpr int kWindow = 9;  // of the second layer
 
     // Linear weights as plain fp32 rows, or packed in a format.
-    explicit TinyLlama(const lowbit_format* format);
+    explicit TinyLlama(const lowbit_format* format, int head_dim = kHeadDim);
     TinyLlama(const TinyLlama&) = delete;
     TinyLlama& operator=(const TinyLlama&) = delete;
 
+    const int head_dim;
     lowbit_model model{};
     std::vector<lowbit_layer> layers;
     // Logits at every position of one sequence, [tokens, vocab].

@@ -1,0 +1,149 @@
+// Attention of many rows over int8 keys and values on tile registers: attention_bytes.h has the formula, tiles.h the instructions.
+//
+// The cache needs no other form. 16 keys lie as [channel / 4][16][4]: 64 channels of them are a right tile, and so are the values of 64
+// keys, [key / 4][channel][4], for 16 channels. Queries are left tiles for the one, each plane of 16 rows' shares for the other. Only the two
+// products differ from the lanes, and sums of whole numbers are the same in any order: so is every bit of the result.
+//
+// Rows go by sixteens, and the last sixteen end with the last row: rows they have in common with those before are scored twice and
+// added once. One row more costs a tile of products, which is less than a row of the lanes (70 ns, predicted, against 117).
+//
+// A right tile serves two left ones or the other way round, with four tiles held: the form that ran best for the products
+// (tile_lanes.h). What lanes do with sums of tiles comes behind the tile products that follow, for a processor cannot look so far ahead itself.
+#pragma once
+#include "attention_lanes.h"
+#include "tiles.h"
+
+namespace lowbit {
+namespace {
+
+static_assert(kQueryPlanes == 1, "a row of queries is a row of a tile");
+static_assert(kKeyBlock * 4 == kTileRow && kLane * 4 == kTileRow && kValueStep == kTileRow, "blocks of the cache are tiles");
+
+using TileSums = int32_t[2][kTileRows][kLane];  // of the high and the low plane of shares
+
+inline bool fits_tiles(const AttendJob& job) {
+    return job.cache_type == LOWBIT_CACHE_INT8 && job.rows >= kTileRows && job.padded % kTileRow == 0;
+}
+
+// Whole-numbered scores of 16 rows, written as such where the scores will be.
+inline void score_tiles(const AttendJob& job, const ByteRoom& room, int64_t row, const KeyTile& keys) {
+    constexpr int64_t kStride = kKeyTile * sizeof(float);
+    const uint8_t* queries = room.queries + row * job.padded;
+    const int64_t block = int64_t{kKeyBlock} * job.padded;
+    const uint8_t* from = static_cast<const uint8_t*>(job.keys) + keys.first * job.padded;
+    float* to = job.scores + row * kKeyTile;
+    int64_t b = 0;
+    for (; b + 2 <= keys.blocks; b += 2, from += 2 * block, to += 2 * kKeyBlock) {
+        zero_tile<0>();
+        zero_tile<1>();
+        for (int64_t channel = 0; channel < job.padded; channel += kTileRow) {
+            load_tile<2>(queries + channel, job.padded);
+            load_tile<3>(from + channel * kKeyBlock);
+            dot_signed_unsigned<0, 2, 3>();
+            load_tile<3>(from + block + channel * kKeyBlock);
+            dot_signed_unsigned<1, 2, 3>();
+        }
+        store_tile<0>(to, kStride);
+        store_tile<1>(to + kKeyBlock, kStride);
+    }
+    if (b == keys.blocks) return;
+    zero_tile<0>();
+    for (int64_t channel = 0; channel < job.padded; channel += kTileRow) {
+        load_tile<2>(queries + channel, job.padded);
+        load_tile<3>(from + channel * kKeyBlock);
+        dot_signed_unsigned<0, 2, 3>();
+    }
+    store_tile<0>(to, kStride);
+}
+
+// Values of a tile of keys, 64 at a time. The last of them are copied: behind them may be nothing, or what another thread writes.
+struct ValueSteps {
+    const uint8_t *whole, *last;
+    int64_t count, whole_count, stride;  // stride: from step to step
+
+    ValueSteps(const AttendJob& job, const ByteRoom& room, const KeyTile& keys) {
+        stride = int64_t{kValueStep} * job.padded;
+        whole = static_cast<const uint8_t*>(job.values) + keys.first * job.padded;
+        last = room.last_values;
+        whole_count = keys.count / kValueStep;
+        const int64_t left = (keys.count - whole_count * kValueStep + 3) / 4 * 4;
+        count = whole_count + (left > 0);
+        memcpy(room.last_values, whole + whole_count * stride, static_cast<size_t>(left * job.padded));
+    }
+    const uint8_t* at(int64_t step) const { return step < whole_count ? whole + step * stride : last; }
+};
+
+inline void share_rows(const AttendJob& job, const ByteRoom& room, int64_t begin, int64_t end, const KeyTile& keys, const ValueSteps& steps) {
+    for (int64_t r = begin; r < end; ++r) {
+        const F32 start = splat(static_cast<float>(room.starts[r]));
+        share_row(job, room, r, keys, [&](const float* p) { return to_floats(load_ints(p)) + start; });
+        uint8_t* shares = room.shares + r * 2 * kKeyTile;
+        for (int64_t key = keys.blocks * kKeyBlock; key < steps.count * kValueStep; key += kLane)
+            store_planes(shares + key, shares + kKeyTile + key, splat(0.0f));
+    }
+}
+
+// Shares of the 16 rows from `row` times 16 channels.
+inline void multiply_values(const AttendJob& job, const ByteRoom& room, int64_t row, int64_t channel, const ValueSteps& steps, TileSums& sums) {
+    const uint8_t* shares = room.shares + row * 2 * kKeyTile;
+    zero_tile<0>();
+    zero_tile<1>();
+    for (int64_t step = 0; step < steps.count; ++step) {
+        load_tile<3>(steps.at(step) + 4 * channel, 4 * job.padded);
+        load_tile<2>(shares + step * kValueStep, 2 * kKeyTile);
+        dot_unsigned_signed<0, 2, 3>();
+        load_tile<2>(shares + kKeyTile + step * kValueStep, 2 * kKeyTile);
+        dot_unsigned_signed<1, 2, 3>();
+    }
+    store_tile<0>(sums[0]);
+    store_tile<1>(sums[1]);
+}
+
+inline void join_planes(const AttendJob& job, const ByteRoom& room, int64_t row, int64_t fresh, int64_t channel, const TileSums& sums) {
+    for (int64_t i = fresh; i < kTileRows; ++i) {
+        const I32 total = shift_left<kShareBits>(load_ints(sums[0][i])) + load_ints(sums[1][i]);
+        float* to = job.out + (row + i) * job.padded + channel;
+        store(to, multiply_add(to_floats(total), splat(room.weights[row + i]), load(to)));
+    }
+}
+
+// The first `fresh` of the 16 rows have their values already.
+inline void add_values_tiles(const AttendJob& job, const ByteRoom& room, int64_t row, int64_t fresh, const ValueSteps& steps) {
+    alignas(64) TileSums sums[2];
+    int which = 0;
+    multiply_values(job, room, row, 0, steps, sums[0]);
+    for (int64_t channel = kLane; channel < job.padded; channel += kLane) {
+        multiply_values(job, room, row, channel, steps, sums[1 - which]);
+        join_planes(job, room, row, fresh, channel - kLane, sums[which]);
+        which = 1 - which;
+    }
+    join_planes(job, room, row, fresh, job.padded - kLane, sums[which]);
+}
+
+inline void attend_tiles(const AttendJob& job) {
+    const TileSession session;
+    const ByteRoom room(job.room, job.rows, job.padded);
+    const auto sixteen_at = [&](int64_t row) { return row + kTileRows <= job.rows ? row : job.rows - kTileRows; };
+    begin_rows(job);
+    for (int64_t r = 0; r < job.rows; ++r) round_query(job, room, r);
+    for (int64_t first = job.key_begin / kKeyBlock * kKeyBlock; first < job.key_end; first += kKeyTile) {
+        const KeyTile keys = key_tile_at(job, first);
+        const ValueSteps steps(job, room, keys);
+        score_tiles(job, room, 0, keys);
+        for (int64_t done = 0; done < job.rows; done += kTileRows) {
+            const int64_t row = sixteen_at(done);
+            if (done + kTileRows < job.rows) score_tiles(job, room, sixteen_at(done + kTileRows), keys);
+            share_rows(job, room, done, row + kTileRows, keys, steps);
+            add_values_tiles(job, room, row, done - row, steps);
+        }
+    }
+}
+
+// `lanes` takes what has too few rows or another cache.
+inline void attend_with(const EngineIsa& lanes, const AttendJob& job) {
+    if (fits_tiles(job)) attend_tiles(job);
+    else lanes.attend(job);
+}
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,7 @@
+#include <immintrin.h>
+
+#include "attention_tiles.h"
+
+namespace lowbit {
+void attend_amx(const AttendJob& job) { attend_with(kEngineAvx512, job); }
+}  // namespace lowbit
