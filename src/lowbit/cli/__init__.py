@@ -67,7 +67,8 @@ examples:
   lowbit quantize model.gguf ./small --format nf4    a GGUF file as the source
   lowbit doctor                                      is this machine ready?
 
-`lowbit COMMAND --help` explains a command."""
+`lowbit COMMAND --help` explains a command.
+The exit code is 0 when it is done, 1 if it failed, 2 for wrong usage, 130 for Ctrl-C."""
 
 
 class Parser(argparse.ArgumentParser):
