@@ -1,0 +1,92 @@
+"""Half-quadratic rounding: its objective is never worse than that of round-to-nearest, whatever the format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.algorithms.hqq import HqqOptions, round_hqq
+from lowbit.algorithms.rtn import relative_error, round_weight
+from lowbit.errors import RecipeError
+from lowbit.formats import as_format
+from lowbit.grid import group_weight, unpack
+from lowbit.packing import PackedTensor
+
+FORMATS = [
+    "int2", "int3_g32", "int4", "int8", "int2_asym", "int4_asym_g32", "int3_asym_channel", "int4_asym_tensor",
+    "int4_asym_g50", "int4_dq", "nf4", "mxfp4", "nvfp4",
+]  # fmt: skip
+
+
+def heavy_tailed(rows: int = 12, columns: int = 192, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * 0.02 + 0.003
+    weight[torch.rand(rows, columns, generator=generator) < 0.02] *= 5
+    return weight
+
+
+def distances(weight: torch.Tensor, packed: PackedTensor, power: float) -> torch.Tensor:
+    """sum |w - w^|^p of each group."""
+    groups, _ = group_weight(weight - unpack(packed), packed.format)
+    return groups.abs().pow(power).sum(-1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_objective_is_never_worse_than_that_of_rounding_to_nearest(name: str) -> None:
+    weight, format = heavy_tailed(), as_format(name)
+    ours = distances(weight, round_hqq(weight, format), 0.7)
+    for rounder in ("rtn", "plain_rtn"):
+        theirs = distances(weight, round_weight(weight, format, rounder), 0.7)
+        assert float(ours.sum()) <= float(theirs.sum()) * (1 + 1e-6)
+        if not format.scale_block:
+            assert bool((ours <= theirs * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("name", ["int2_g32", "int3_g32", "int4", "int4_asym", "int2_asym_g32", "int3_asym"])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_weights_are_nearer_than_rounded_plainly(name: str, outliers: bool) -> None:
+    """Not only by its own objective, which would gladly lose the large weights: the scale is held within reach of them."""
+    weight = heavy_tailed(64, 256)
+    if not outliers:
+        weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(4)) * 0.03
+    ours, plain = round_hqq(weight, as_format(name)), round_weight(weight, as_format(name), "plain_rtn")
+    assert relative_error(weight, ours) < relative_error(weight, plain)
+
+
+def test_without_a_reach_large_weights_are_lost() -> None:
+    weight, format = heavy_tailed(64, 256), as_format("int4_asym")
+    held, lost = round_hqq(weight, format), round_hqq(weight, format, HqqOptions(reach=0.0))
+    assert relative_error(weight, held) < relative_error(weight, lost)
+    assert distances(weight, lost, 0.7).sum() < distances(weight, held, 0.7).sum()
+
+
+def test_turns_better_the_start() -> None:
+    weight, format = heavy_tailed(), as_format("int3_asym")
+    none = distances(weight, round_hqq(weight, format, HqqOptions(iterations=0)), 0.7).sum()
+    some = distances(weight, round_hqq(weight, format, HqqOptions(iterations=2)), 0.7).sum()
+    many = distances(weight, round_hqq(weight, format), 0.7).sum()
+    assert many <= some < none
+
+
+def test_weights_on_the_grid_stay_there() -> None:
+    codes = torch.randint(0, 8, (6, 64), generator=torch.Generator().manual_seed(2))
+    codes[:, :2] = torch.tensor([0, 7])
+    weight = (codes - 3) * 0.25
+    assert torch.equal(unpack(round_hqq(weight, as_format("int3_asym"))), weight)
+
+
+def test_zeros_and_experts() -> None:
+    weight = torch.stack([torch.zeros(4, 96), heavy_tailed(4, 96)])
+    packed = round_hqq(weight, as_format("int4_asym_g32"))
+    restored = unpack(packed)
+    assert packed.shape == (2, 4, 96) and not restored[0].any()
+    assert torch.equal(restored[1], unpack(round_hqq(weight[1], as_format("int4_asym_g32"))))
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    with pytest.raises(RecipeError, match="hqq cannot fit q4_k"):
+        round_hqq(heavy_tailed(), as_format("q4_k"))
+    with pytest.raises(RecipeError, match="a power of 2"):
+        HqqOptions(power=2)
+    with pytest.raises(RecipeError, match="growth at least 1"):
+        HqqOptions(growth=0.5)
