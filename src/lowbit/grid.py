@@ -105,14 +105,14 @@ def to_codes(weight: torch.Tensor, format: Format, scales: torch.Tensor, zeros: 
     """The codes (uint8, the shape of weight) nearest to a weight under fp32 scales."""
     step = spread_groups(scales, format, weight.shape[-1])
     zero = None if zeros is None else spread_groups(zeros, format, weight.shape[-1])
-    return _nearest_codes(weight.float(), step, zero, format).to(torch.uint8)
+    return nearest_codes(weight.float(), step, zero, format).to(torch.uint8)
 
 
 def from_codes(codes: torch.Tensor, format: Format, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
     """The weight in fp32 that codes stand for."""
     step = spread_groups(scales.float(), format, codes.shape[-1])
     zero = None if zeros is None else spread_groups(zeros.float(), format, codes.shape[-1])
-    return step * _code_values(codes, zero, format)
+    return step * code_values(codes, zero, format)
 
 
 def pack(weight: torch.Tensor, format: Format, grid: Grid) -> PackedTensor:
@@ -261,14 +261,16 @@ def _fill_blanks(scales: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return torch.where(blank & (count > 0), mean, scales)
 
 
-def _code_values(codes: torch.Tensor, zeros: torch.Tensor | None, format: Format) -> torch.Tensor:
+def code_values(codes: torch.Tensor, zeros: torch.Tensor | None, format: Format) -> torch.Tensor:
+    """What codes stand for before the scale is applied, in fp32."""
     if format.levels:
         levels = torch.tensor(format.levels, dtype=torch.float32, device=codes.device)
         return levels[codes.int()]
     return codes.float() - (format.midpoint if zeros is None else zeros)
 
 
-def _nearest_codes(w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, format: Format) -> torch.Tensor:
+def nearest_codes(w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, format: Format) -> torch.Tensor:
+    """The codes nearest to fp32 weights, under scales and zero points laid out beside them."""
     if format.levels:
         return _nearest_levels(w / step, format)
     offset = format.midpoint if zero is None else zero.float()
@@ -319,7 +321,7 @@ def _search_scales(
     best_error = torch.full_like(best_scales, torch.inf)
     for scales, zeros in [start, *_candidates(groups, format, search)]:
         usable = torch.where(scales.abs() < _TINY_SCALE, torch.ones_like(scales), scales)
-        values = _code_values(_nearest_codes(groups, usable, zeros, format), zeros, format)
+        values = code_values(nearest_codes(groups, usable, zeros, format), zeros, format)
         product = (weights * values * groups).sum(dim=-1, keepdim=True)
         square = (weights * values * values).sum(dim=-1, keepdim=True)
         refitted = rounder(torch.where(square > 0, product / square, usable))

@@ -15,7 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.blockwise import Where
 from lowbit.bridge import EngineGenerate, attach_engine
+from lowbit.calibration import calibration_from
 from lowbit.checkpoint.hf_names import is_transformers_model
 from lowbit.checkpoint.keywords import Choices, as_dtype, build_recipe, cast_of, known_keywords
 from lowbit.checkpoint.layout import held_weights
@@ -40,7 +42,8 @@ def optimize_model(
 
     `low_bit` is a format or an old system's name for one; a plain dtype (`bf16`) casts the model, and None leaves it alone.
     `modules_to_not_convert` names layers to leave out, by any part of their path. `cpu_embedding` leaves the embedding dense.
-    `optimize_llm` is kept for old scripts: kernels are chosen per layer in any case. Further keywords: the fields of `Choices`.
+    `optimize_llm` is kept for old scripts: kernels are chosen per layer in any case. Further keywords: the fields of `Choices`;
+    `calibration` is what `lowbit.calibration.calibration_from` takes or gives, `resume` a folder for finished blocks.
     """
     if not isinstance(model, nn.Module):
         raise RecipeError(f"optimize_model takes a torch module, not a {type(model).__name__}")
@@ -57,7 +60,8 @@ def optimize_model(
         warnings.warn("the model is low-bit already and was left as it is", stacklevel=2)
         return model
     recipe = build_recipe(low_bit, modules_to_not_convert, cpu_embedding, choices)
-    report = quantize_(model, recipe, choices.progress, prepare=False)
+    calibration = None if choices.calibration is None else calibration_from(choices.calibration)
+    report = quantize_(model, recipe, choices.progress, False, calibration, Where(choices.resume))
     if is_transformers_model(model):
         from lowbit.checkpoint.hf import Job, attach
 

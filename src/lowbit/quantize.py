@@ -1,7 +1,8 @@
 """The driver: model and recipe in, the same model with low-bit modules out, and a report of every weight.
 
-RTN needs no activations, so weights are packed one at a time in the order of the model, and each dense weight is let
-go before the next is read: the room needed is that of one weight.
+Without calibration tokens weights are packed one at a time in the order of the model, and each dense weight is let go
+before the next is read: the room needed is that of one weight. With them the blocks of the model go first, one at a
+time (see `blockwise`); what lies outside them (the head, the embedding) is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lowbit.algorithms.rtn import relative_error, round_weight_best
+from lowbit.algorithms.rtn import round_weight_best
+from lowbit.blockwise import Chosen, Where, check_data, describe_packed, round_in_blocks_
+from lowbit.calibration import Calibration
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, format_from_name
 from lowbit.grid import check_finite
@@ -23,20 +27,21 @@ from lowbit.models.walk import Target, dense_weights, find_targets, is_router, k
 from lowbit.packing import PackedTensor
 from lowbit.progress import progress
 from lowbit.recipe import OVERRIDES_OF_RECIPES, Choice, Recipe
-from lowbit.report import LayerReport, Report, Skipped
+from lowbit.report import Report, Skipped
 from lowbit.swap import low_bit_module, replace_module
 
-# A weight as far from itself as this is gone; two bits leave 0.6 of a normal distribution.
-_LOST_ERROR = 0.9
-_LOST = (
-    "its numbers are lost: too large for fp16 scales (a format with _bf16 scales holds them), or so small that they "
-    "became zeros"
-)
 
-
-def quantize_(model: nn.Module, recipe: Recipe, show_progress: bool | None = None, prepare: bool = True) -> Report:
-    """Pack the weights of a model in place as a recipe says."""
+def quantize_(
+    model: nn.Module,
+    recipe: Recipe,
+    show_progress: bool | None = None,
+    prepare: bool = True,
+    calibration: Calibration | None = None,
+    where: Where | None = None,
+) -> Report:
+    """Pack the weights of a model in place as a recipe says, on calibration tokens if it asks for them."""
     start = time.perf_counter()
+    check_data(recipe, calibration)
     report = Report(recipe=recipe.name or recipe.linear.name)
     _check_numbers(model)
     targets = find_targets(model)
@@ -44,15 +49,26 @@ def quantize_(model: nn.Module, recipe: Recipe, show_progress: bool | None = Non
         kind = type(model).__name__
         raise RecipeError(f"a lone {kind} has nothing to be replaced in: wrap it, for example in nn.Sequential(layer)")
     held: dict[str, list[PackedWeight]] = {}
+    plans = {target.path: plan(target, targets, recipe) for target in targets}
     with progress("packing", len(targets), show_progress) as advance, torch.no_grad():
+        done: set[str] = set()
+        if calibration is not None:
+            chosen = _for_blocks(targets, plans)
+            report.layers += round_in_blocks_(model, chosen, recipe, calibration, where or Where(), advance)
+            done = {target.path for target in targets if model.get_submodule(target.path) is not target.module}
         for target in targets:
-            choice = plan(target, targets, recipe)
+            if target.path in done:
+                continue
+            choice = plans[target.path]
             if choice.formats:
+                choice = choice if calibration is None else _outside_blocks(choice, recipe)
                 held[target.path] = held.get(target.tied_to or "") or _pack_target(target, choice, recipe, report)
                 replace_module(model, target.path, low_bit_module(target, held[target.path]))
             else:
                 report.skipped.append(_skipped(target, choice.reason))
             advance(target.path)
+    order = {target.path: place for place, target in enumerate(targets)}
+    report.layers.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
     if not report.layers:
         raise RecipeError(_nothing_to_do(report))
     warn_about_idle_exceptions([target.path for target in targets], recipe)
@@ -153,20 +169,30 @@ def pack_weight(
     check_finite(weight, name)
     formats, note = _fit_formats(choice.formats, weight.shape[-1])
     packed = round_weight_best(weight, formats, recipe.rounder)
-    error = relative_error(weight, packed)
-    report.layers.append(
-        LayerReport(
-            path=name,
-            role=role,
-            format=packed.format.name,
-            shape=list(weight.shape),
-            bytes_before=weight.nbytes,
-            bytes_after=packed.nbytes,
-            error=error,
-            note="; ".join(text for text in (note, choice.note, _LOST if error > _LOST_ERROR else "") if text),
-        )
-    )
+    text = "; ".join(part for part in (note, choice.note) if part)
+    report.layers.append(describe_packed(name, role, weight, packed, text))
     return packed
+
+
+def _for_blocks(targets: list[Target], plans: dict[str, Choice]) -> list[Chosen]:
+    """The targets whose inputs are looked at: linears and experts with a weight of their own."""
+    shared = {target.tied_to for target in targets if target.tied_to}
+    chosen = []
+    for target in targets:
+        choice = plans[target.path]
+        own = not target.tied_to and target.path not in shared
+        if choice.formats and own and target.role in ("linear", "experts"):
+            formats, note = _fit_formats(choice.formats, min(w.shape[-1] for _, w in dense_weights(target)))
+            chosen.append(Chosen(target, formats, "; ".join(text for text in (note, choice.note) if text)))
+    return chosen
+
+
+def _outside_blocks(choice: Choice, recipe: Recipe) -> Choice:
+    """A choice with the remark that no activations were looked at."""
+    if not recipe.asks_for_data:
+        return choice
+    remark = "rounded to nearest: its inputs are not those of one linear in a block"
+    return replace(choice, note="; ".join(text for text in (choice.note, remark) if text))
 
 
 def _fit_formats(formats: tuple[Format, ...], in_features: int) -> tuple[tuple[Format, ...], str]:

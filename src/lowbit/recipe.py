@@ -15,9 +15,7 @@ from typing import Any
 
 from lowbit.errors import FormatError, RecipeError, nearest
 from lowbit.formats import ALIASES, CASTS, MIXED, MIXTURES, Format, as_format
-from lowbit.search import SEARCHES
-
-ROUNDERS = tuple(SEARCHES)
+from lowbit.options import ROUNDER_OPTIONS, SCALER_OPTIONS, Options, options_for, options_from
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do to a model. A role without a format is left as it is. `notes` are remarks on paths, for the report."""
+    """What to do to a model. A role without a format is left as it is. `notes` are remarks on paths, for the report.
+
+    `scaler` may name an algorithm that scales the inputs of linears before the `rounder` chooses codes; the options of both
+    are those of their class (`lowbit.options`), and its defaults where none are given.
+    """
 
     linear: Format
     head: Format | None = None
     embedding: Format | None = None
     conv: Format | None = None
     rounder: str = "rtn"
+    rounder_options: Options | None = None
+    scaler: str = ""
+    scaler_options: Options | None = None
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Format | None], ...] = ()
     alternatives: tuple[Format, ...] = ()
@@ -48,13 +53,25 @@ class Recipe:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.rounder not in ROUNDERS:
-            raise RecipeError(f"no rounder is called {self.rounder!r}: {nearest(self.rounder, ROUNDERS)}")
+        rounder_options = options_for("rounder", self.rounder, self.rounder_options, ROUNDER_OPTIONS)
+        scaler_options = options_for("scaler", self.scaler, self.scaler_options, SCALER_OPTIONS)
+        object.__setattr__(self, "rounder_options", rounder_options)
+        object.__setattr__(self, "scaler_options", scaler_options)
         for pattern, _ in (*self.overrides, *self.notes):
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise RecipeError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def asks_for_data(self) -> bool:
+        """Whether calibration tokens are needed."""
+        return bool(self.scaler) or (self.rounder_options is not None and self.rounder_options.data == "needed")
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether calibration tokens change anything."""
+        return self.asks_for_data or (self.rounder_options is not None and self.rounder_options.data == "used")
 
     def choose(self, path: str, role: str) -> Choice:
         """What becomes of the weight at a path."""
@@ -72,12 +89,16 @@ class Recipe:
         return Choice((chosen, *self.alternatives) if chosen == self.linear else (chosen,), note=note)
 
     def replace(self, **changes: Any) -> Recipe:
+        """The same recipe with some fields changed. Another algorithm has its own options, the defaults if none are given."""
+        for kind in ("rounder", "scaler"):
+            if changes.get(kind, getattr(self, kind)) != getattr(self, kind):
+                changes.setdefault(f"{kind}_options", None)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: what goes into config.json."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {key: _plain(value) for key, value in fields.items() if value not in (None, (), "")}
+        fields = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {key: value for key, value in fields.items() if value not in (None, [], "", {})}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Recipe:
@@ -93,12 +114,17 @@ class Recipe:
         values["alternatives"] = tuple(as_format(f) for f in values.get("alternatives", ()))
         values["overrides"] = tuple((p, as_format(f) if f else None) for p, f in values.get("overrides", ()))
         values["notes"] = tuple((p, note) for p, note in values.get("notes", ()))
+        for kind, default, table in (("rounder", "rtn", ROUNDER_OPTIONS), ("scaler", "", SCALER_OPTIONS)):
+            key = f"{kind}_options"
+            values[key] = options_from(kind, values.get(kind, default), values.get(key) or {}, table)
         return cls(**values)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Format):
         return value.name
+    if isinstance(value, Options):
+        return value.to_dict()
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitExperts, LowBitLinear, PackedWeight
@@ -53,8 +55,15 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
 def _experts(module: Any, weights: list[PackedWeight]) -> LowBitExperts:
     up = up_name(module)
     biases = [getattr(module, f"{name}_bias", None) for name in (up, "down_proj")]
+    gate = gate_of(module)
     # What is left of the original once its weights are gone still knows the activation and its limits.
     for name in list(module._parameters):
         del module._parameters[name]
-    gate = partial(type(module)._apply_gate, module) if up == "gate_up_proj" else module.act_fn
     return LowBitExperts(weights[0], weights[1], gate, biases[0], biases[1], up)
+
+
+def gate_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What fused experts do between their two products."""
+    gate: Callable[[torch.Tensor], torch.Tensor]
+    gate = partial(type(module)._apply_gate, module) if up_name(module) == "gate_up_proj" else module.act_fn
+    return gate

@@ -1,7 +1,8 @@
-"""Round to nearest: every weight on its own, no data.
+"""Round to nearest: every weight on its own.
 
     plain_rtn   the scale that covers the group, nothing searched
-    rtn         the scale of each group searched for the least squared error (see `search.Search`); the default
+    rtn         the scale of each group searched for the least squared error (see `search.Search`); the default. Where
+                calibration tokens are given, the error of an input weighs as much as the mean square of what it gets
 
 With several formats offered for one weight, the one with the least error is taken.
 """
@@ -10,22 +11,53 @@ from __future__ import annotations
 
 import torch
 
+from lowbit.algorithms.statistics import Statistics
+from lowbit.algorithms.table import Rounded
 from lowbit.formats import Format
 from lowbit.grid import quantize, unpack
 from lowbit.grid_core import core_distance
+from lowbit.options import Options, RtnOptions
 from lowbit.packing import PackedTensor
-from lowbit.search import SEARCHES
+from lowbit.search import SEARCHES, Search
+
+# An input that was never seen still counts this share of the mean, so that its weights are not thrown away.
+_LEAST_IMPORTANCE = 1e-3
 
 
-def round_weight(weight: torch.Tensor, format: Format, rounder: str = "rtn") -> PackedTensor:
-    """Pack a weight [.., out, in]."""
-    return quantize(weight, format, SEARCHES[rounder])
+def round_weight(
+    weight: torch.Tensor, format: Format, rounder: str = "rtn", importance: torch.Tensor | None = None
+) -> PackedTensor:
+    """Pack a weight [.., out, in] without data, or by the importance [in] of its inputs.
+
+    Rounders that need data fall back to `rtn` here.
+    """
+    return quantize(weight, format, SEARCHES.get(rounder, Search()), importance)
 
 
 def round_weight_best(weight: torch.Tensor, formats: tuple[Format, ...], rounder: str) -> PackedTensor:
     """Pack a weight in the format, of those offered, that keeps it best."""
     offers = [round_weight(weight, format, rounder) for format in formats]
     return offers[0] if len(offers) == 1 else min(offers, key=lambda packed: relative_error(weight, packed))
+
+
+def round_to_nearest(
+    weight: torch.Tensor, format: Format, statistics: Statistics | None, options: RtnOptions
+) -> Rounded:
+    """The row `rtn`."""
+    if statistics is None or statistics.is_blank or not options.importance:
+        return Rounded(round_weight(weight, format))
+    return Rounded(round_weight(weight, format, importance=importance_of(statistics)))
+
+
+def round_plain(weight: torch.Tensor, format: Format, statistics: Statistics | None, options: Options) -> Rounded:
+    """The row `plain_rtn`."""
+    return Rounded(round_weight(weight, format, "plain_rtn"))
+
+
+def importance_of(statistics: Statistics) -> torch.Tensor:
+    """The mean square of each input [in], none of them nothing."""
+    square = statistics.mean_square
+    return square.clamp_min(float(square.mean()) * _LEAST_IMPORTANCE)
 
 
 def relative_error(weight: torch.Tensor, packed: PackedTensor) -> float:

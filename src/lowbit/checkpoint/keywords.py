@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Choices:
     compute: str = "auto"
     torch_dtype: torch.dtype | str | None = None
     progress: bool | None = None
+    calibration: Any = None
+    resume: str | Path | None = None
 
 
 CHOICES = tuple(Choices.__dataclass_fields__)

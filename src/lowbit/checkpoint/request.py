@@ -76,12 +76,22 @@ class Request:
             return cls(None, cast or dtype, choices, pickles)
         names = [*([skip] if isinstance(skip, str) else skip or ()), *foreign_skip]
         recipe = build_recipe(low_bit, names, cpu_embedding, choices)
+        _refuse_activations(recipe, choices)
         if mixed and recipe.head is not None:
             recipe = build_recipe(None, None, False, Choices(recipe=recipe, head=_MIXED_HEAD))
         return cls(recipe, dtype, choices, pickles)
 
     def with_dtype(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs if self.dtype is None else {"dtype": self.dtype, **kwargs}
+
+
+def _refuse_activations(recipe: Recipe, choices: Choices) -> None:
+    """While a checkpoint streams in there is no model yet that could be run."""
+    if choices.calibration is not None or choices.resume is not None or recipe.asks_for_data:
+        raise RecipeError(
+            "calibration needs the whole model: load it without a low-bit keyword, and pass it to "
+            "lowbit.optimize_model(model, recipe=..., calibration=...)"
+        )
 
 
 def _warn_about_idle(kwargs: dict[str, Any]) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.folder import refuse_to_replace_others
-from lowbit.cli.options import LEAVE, LoadOptions, add_json, add_loading, path
+from lowbit.cli.options import COUNT, LEAVE, LoadOptions, add_json, add_loading, path
 from lowbit.cli.output import Output, size_text
 from lowbit.cli.source import Source, find_source
 from lowbit.contents import CONFIG
 from lowbit.errors import LowbitError, RecipeError, check_text
+from lowbit.options import LENGTH, ROUNDER_OPTIONS, SAMPLES, SCALER_OPTIONS, parse_options
 
 if TYPE_CHECKING:
     from lowbit.formats import Format
@@ -32,6 +34,8 @@ EXAMPLES = """\
   lowbit quantize ./model ./small --skip lm_head --skip layers.0  leave what contains these names
   lowbit quantize ./model ./small --override 'down_proj$=int8'    more bits where it matters
   lowbit quantize ./model ./small --format int4_g128 --head none  one width, dense head: as vLLM and SGLang want it
+  lowbit quantize ./model ./small --algorithm gptq --format int4_g64 --calibration text.txt    rounded for what it reads
+  lowbit quantize ./model ./small --algorithm gptq --resume ./unfinished    goes on there after a kill
   lowbit quantize ./model ./small --json > report.json            the report for a script"""
 
 
@@ -58,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"another format, or '{LEAVE}', where the path matches (may be repeated; the first that matches holds)"
     )
     group.add_argument("--override", action="append", default=[], metavar="REGEX=F", help=override_help)
-    group.add_argument("--rounder", metavar="R", help="rtn searches the scales, plain_rtn does not (default: rtn)")
+    add_algorithms(parser)
     add_loading(parser)
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model that lowbit wrote")
     parser.add_argument(
@@ -68,13 +72,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def add_algorithms(parser: argparse.ArgumentParser) -> None:
+    """How codes and scales are chosen, and what is looked at for it."""
+    group = parser.add_argument_group("algorithm")
+    group.add_argument(
+        "--algorithm",
+        "--rounder",
+        dest="rounder",
+        metavar="A",
+        help=f"{', '.join(ROUNDER_OPTIONS)}: who chooses codes and scales (default: rtn)",
+    )
+    group.add_argument(
+        "--scaler", metavar="S", help=f"{', '.join(SCALER_OPTIONS) or 'none yet'}: who scales inputs first"
+    )
+    for kind in ("algorithm", "scaler"):
+        group.add_argument(
+            f"--{kind}-option",
+            action="append",
+            default=[],
+            metavar="NAME=V",
+            help=f"an option of the {kind} (may be repeated), as lowbit.options lists them",
+        )
+    group.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="a text file like what the model will read, or 'default' (default: that, where the algorithm needs one)",
+    )
+    group.add_argument("--samples", type=COUNT, metavar="N", help="windows of the text (default: 128)")
+    group.add_argument("--length", type=COUNT, metavar="N", help="tokens of a window (default: 512)")
+    group.add_argument(
+        "--resume",
+        type=path,
+        metavar="FOLDER",
+        help="keep finished blocks in FOLDER, and go on from those that it holds",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     output = Output(options.json)
     recipe = recipe_from(options)
+    calibrating = calibrating_from(options, recipe)
     source = find_source(options.source)
     check_target(options.out, source, options.force)
     load = LoadOptions(recipe, options.dtype, options.device, options.allow_pickle, options.trust_remote_code)
-    report = quantize_and_save(source, options.out, load, output, options.threads, options.compact)
+    report = quantize_and_save(source, options.out, load, output, options.threads, options.compact, calibrating)
     from lowbit.cli.report import print_report
 
     print_report(output, report, options.all)
@@ -88,8 +129,35 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Calibrating:
+    """What is looked at while the model is quantised, and where finished blocks are kept."""
+
+    text: str
+    samples: int
+    length: int
+    resume: Path | None = None
+
+
+def calibrating_from(options: argparse.Namespace, recipe: Recipe) -> Calibrating | None:
+    """What the arguments say about calibration, or None where there is none."""
+    if options.calibration is None and not recipe.asks_for_data:
+        given = [name for name in ("samples", "length", "resume") if getattr(options, name) is not None]
+        if given:
+            raise RecipeError(f"--{given[0]} belongs to calibration: name a text with --calibration as well")
+        return None
+    text = options.calibration or "default"
+    return Calibrating(text, options.samples or SAMPLES, options.length or LENGTH, options.resume)
+
+
 def quantize_and_save(
-    source: Source, out: Path, load: LoadOptions, output: Output, threads: int | None = None, compact: bool = False
+    source: Source,
+    out: Path,
+    load: LoadOptions,
+    output: Output,
+    threads: int | None = None,
+    compact: bool = False,
+    calibrating: Calibrating | None = None,
 ) -> Report:
     """Load a model low-bit, save it, return the report."""
     from lowbit.cli.engines import start_torch
@@ -97,14 +165,28 @@ def quantize_and_save(
     start_torch(threads)
     from lowbit.cli.session import load_model, load_tokenizer
 
-    model = load_model(source, load)
-    # A GGUF file's is written by the save itself.
-    tokenizer = None if source.kind == "gguf" else load_tokenizer(source, load)
+    needs_tokenizer = source.kind != "gguf" or calibrating is not None
+    tokenizer = load_tokenizer(source, load) if needs_tokenizer else None
+    model = load_model(source, load) if calibrating is None else _calibrated(source, load, tokenizer, calibrating)
     if tokenizer is None and source.kind != "gguf":
         output.note("lowbit: the source has no tokenizer, so none is saved")
-    model.save_low_bit(out, tokenizer=tokenizer, compact=compact)
+    # A GGUF file's is written by the save itself.
+    model.save_low_bit(out, tokenizer=None if source.kind == "gguf" else tokenizer, compact=compact)
     report: Report = model.lowbit_report
     return report
+
+
+def _calibrated(source: Source, load: LoadOptions, tokenizer: Any, calibrating: Calibrating) -> Any:
+    """The model in full precision first, then block by block."""
+    from lowbit.calibration import calibration_from
+    from lowbit.cli.session import load_model, refuse_low_bit
+    from lowbit.optimize import optimize_model
+
+    assert load.recipe is not None
+    refuse_low_bit(source)
+    calibration = calibration_from(calibrating.text, tokenizer, calibrating.samples, calibrating.length)
+    model = load_model(source, replace(load, recipe=None))
+    return optimize_model(model, None, recipe=load.recipe, calibration=calibration, resume=calibrating.resume)
 
 
 def recipe_from(options: argparse.Namespace) -> Recipe:
@@ -123,8 +205,12 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
         changes["head"] = format_or_none(options.head)
     if options.embedding is not None:
         changes["embedding"] = format_or_none(options.embedding)
-    if options.rounder is not None:
-        changes["rounder"] = options.rounder
+    rounder, scaler = options.rounder or recipe.rounder, options.scaler or recipe.scaler
+    changes |= {"rounder": rounder, "scaler": scaler}
+    if options.algorithm_option:
+        changes["rounder_options"] = parse_options("algorithm", rounder, options.algorithm_option, ROUNDER_OPTIONS)
+    if options.scaler_option:
+        changes["scaler_options"] = parse_options("scaler", scaler, options.scaler_option, SCALER_OPTIONS)
     return recipe.replace(**changes)
 
 

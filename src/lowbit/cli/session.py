@@ -185,7 +185,7 @@ def load_model(source: Source, options: LoadOptions) -> Any:
     if options.device is not None:
         arguments["device_map"] = _checked_device(options.device)
     if options.recipe is not None:
-        _refuse_low_bit(source)
+        refuse_low_bit(source)
         arguments["recipe"] = options.recipe
     # Asked for by name, since the bars of transformers are switched off.
     arguments["progress"] = sys.stderr.isatty()
@@ -193,7 +193,7 @@ def load_model(source: Source, options: LoadOptions) -> Any:
         return lowbit.AutoModelForCausalLM.from_pretrained(source.name, allow_pickle=options.allow_pickle, **arguments)
 
 
-def _refuse_low_bit(source: Source) -> None:
+def refuse_low_bit(source: Source) -> None:
     """A model that was rounded once is no source for rounding it again."""
     quantization = source.config().get("quantization_config")
     if isinstance(quantization, dict):

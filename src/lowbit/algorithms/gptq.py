@@ -1,0 +1,204 @@
+"""GPTQ (arXiv 2210.17323): columns are rounded one after another, and what each loses is made good by those still to come.
+
+    H = 2/n sum x x^T + damping        U^T U = H^-1, U upper triangular
+    for each column i:   e = (w_i - w^_i) / U_ii        w_j -= e U_ij   for all j > i
+
+U comes from one Cholesky factor: with the columns reversed H = L L^T, and U is the inverse of L reversed back. Columns
+are taken in blocks of whole groups; what a block owes to the columns behind it is one matrix product.
+
+The scale of a group is fitted when its first column is reached, to the weights as they are by then, with the search of
+`search.Search` in which column i counts 1 / U_ii^2: that is what its error costs once the columns behind it have done
+what they can. Formats whose scales depend on one another (a second level, one scale for the tensor) have them fixed
+beforehand, as `static_groups` does for any.
+
+Order (arXiv 2505.14638): inside a group columns go by falling diag H, and groups by the largest in them. A group keeps
+its columns, so that nothing is reordered in what is saved and no gather is needed when the weight is used.
+
+`correction` (GPTAQ, arXiv 2504.02692): the inputs that the linear gets come out of rounded blocks, x instead of x_full.
+|W x_full - W^ x| is least where W^ approximates W (1 + C H^-1), C = 2/n sum (x_full - x) x^T; alpha of that step is
+taken before the first column, in closed form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lowbit.algorithms.statistics import Statistics
+from lowbit.algorithms.table import Rounded
+from lowbit.bits import pack_codes
+from lowbit.errors import RecipeError
+from lowbit.formats import Format
+from lowbit.grid import code_values, effective_scales, nearest_codes, quantize
+from lowbit.options import GptqOptions
+from lowbit.packing import PackedTensor, empty_buffers
+from lowbit.search import Search
+
+# Damping rises by this factor until there is a Cholesky factor, and no further than the mean diagonal itself.
+_RISE = 4.0
+_MOST_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The order in which columns are rounded, cut into segments of one group each: (first position, end, group)."""
+
+    order: torch.Tensor
+    segments: list[tuple[int, int, int]]
+
+
+def round_gptq(weight: torch.Tensor, format: Format, statistics: Statistics | None, options: GptqOptions) -> Rounded:
+    """Pack a weight [out, in] for the inputs that statistics describe."""
+    assert statistics is not None, "gptq rounds by statistics"
+    if format.kind == "kquant":
+        raise RecipeError(
+            f"gptq chooses codes under scales that it can read, and {format} hides its own in blocks: "
+            "take an int format with the same bits, or the rounder rtn"
+        )
+    hessian = statistics.hessian
+    factor, damping = invert_factor(hessian, options.damping)
+    note = f"damping raised to {damping:g}" if damping > options.damping else ""
+    target = weight.detach().float()
+    if options.correction and statistics.cross is not None:
+        target = target + options.correction * _correct(target, statistics.cross, hessian, damping)
+    static = _needs_static(format) or options.static_groups
+    columns = order_columns(hessian.diagonal(), format, options.order, static)
+    if not torch.equal(columns.order, torch.arange(len(columns.order), device=columns.order.device)):
+        factor, _ = invert_factor(hessian[columns.order][:, columns.order], damping)
+    grid = quantize(target, format, Search(), _importance(hessian.diagonal())) if static else None
+    rounding = _Rounding(target, format, columns, factor, grid)
+    for first, end in _blocks(columns.segments, options.block_columns):
+        rounding.round_block_(first, end)
+    return Rounded(rounding.packed(), note)
+
+
+def invert_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """U, upper triangular with U^T U = (H + damping)^-1, and the damping that it took."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    unit = torch.where(mean > 0, mean, torch.ones_like(mean))
+    while True:
+        damped = hessian.flip(0, 1)
+        damped.diagonal().add_(unit * damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        usable = not bool(failed) and bool(torch.isfinite(lower).all())
+        if usable:
+            unity = torch.eye(len(lower), device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower, unity, upper=False)
+            if bool(torch.isfinite(inverse).all()):
+                return inverse.flip(0, 1), damping
+        if damping >= _MOST_DAMPING:
+            raise RecipeError(
+                "the Hessian has no Cholesky factor at any damping: its inputs hold NaN or infinite values"
+            )
+        damping = min(damping * _RISE, _MOST_DAMPING)
+
+
+def order_columns(diagonal: torch.Tensor, format: Format, order: str, static: bool) -> Columns:
+    """Which column is rounded when. Where scales are fixed beforehand the order may mix groups."""
+    count = len(diagonal)
+    size = format.group_size if format.group_size > 0 else count
+    starts = range(0, count, size)
+    if order == "activation" and static:
+        mixed = torch.argsort(diagonal, descending=True, stable=True)
+        return Columns(mixed, [(i, i + 1, int(c) // size) for i, c in enumerate(mixed.tolist())])
+    groups = [(diagonal[start : start + size], start) for start in starts]
+    inside = [torch.argsort(values, descending=True, stable=True) + start for values, start in groups]
+    visited = list(range(len(groups)))
+    if order == "none":
+        inside = [torch.arange(start, start + len(values), device=diagonal.device) for values, start in groups]
+    else:
+        largest = torch.stack([values.amax() for values, _ in groups])
+        visited = torch.argsort(largest, descending=True, stable=True).tolist()
+    segments, position = [], 0
+    for group in visited:
+        segments.append((position, position + len(inside[group]), group))
+        position += len(inside[group])
+    return Columns(torch.cat([inside[group] for group in visited]), segments)
+
+
+def _blocks(segments: list[tuple[int, int, int]], least: int) -> list[tuple[int, int]]:
+    """Runs of whole segments of at least so many columns: first and end of each."""
+    blocks, first = [], 0
+    for _, end, _ in segments:
+        if end - first >= least or end == segments[-1][1]:
+            blocks.append((first, end))
+            first = end
+    return blocks
+
+
+def _needs_static(format: Format) -> bool:
+    """Whether the scale of one group depends on those of others."""
+    return bool(format.scale_block) or format.has_global_scale or format.group_size == 0
+
+
+def _importance(values: torch.Tensor) -> torch.Tensor:
+    """An importance without zeros: a group of inputs that were never seen is searched like any other."""
+    return values.clamp_min(float(values.mean()) * 1e-4 + 1e-20)
+
+
+def _correct(weight: torch.Tensor, cross: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """W C H^-1."""
+    damped = hessian.clone()
+    damped.diagonal().add_(hessian.diagonal().mean() * damping)
+    lower = torch.linalg.cholesky(damped)
+    return torch.cholesky_solve((weight @ cross).t(), lower).t()
+
+
+class _Rounding:
+    """The weight while it is being rounded, as [in, out] in the order of rounding: a column is a row in memory."""
+
+    def __init__(
+        self, weight: torch.Tensor, format: Format, columns: Columns, factor: torch.Tensor, grid: PackedTensor | None
+    ) -> None:
+        self.shape, self.format, self.columns, self.factor = tuple(weight.shape), format, columns, factor
+        self.work = weight.t()[columns.order].contiguous()
+        self.codes = torch.empty(self.work.shape, dtype=torch.uint8, device=weight.device)
+        self.grid = grid
+        # Laid out as the weight is stored: [out, G].
+        self.buffers = grid.tensors() if grid else empty_buffers(format, self.shape, torch)
+        self.buffers = {name: tensor.to(weight.device) for name, tensor in self.buffers.items() if name != "codes"}
+        self.scales = effective_scales(grid) if grid else None
+
+    def round_block_(self, first: int, end: int) -> None:
+        """Round the columns of some whole segments, and pass on what they lost."""
+        errors = torch.empty(end - first, self.shape[0], device=self.work.device)
+        factor = self.factor[first:end, first:end].contiguous()
+        diagonal = factor.diagonal().tolist()
+        block = self.work[first:end]
+        for start, stop, group in self.columns.segments:
+            if start < first or stop > end:
+                continue
+            scale, zero = self._grid_of(group, start, stop)
+            for i in range(start - first, stop - first):
+                column = block[i]
+                codes = nearest_codes(column, scale, zero, self.format)
+                self.codes[first + i] = codes.to(torch.uint8)
+                error = (column - scale * code_values(codes, zero, self.format)) / diagonal[i]
+                errors[i] = error
+                block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        self.work[end:].addmm_(self.factor[first:end, end:].t(), errors, alpha=-1)
+
+    def _grid_of(self, group: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The scale and zero point [out] of a group: as they were fixed, or fitted to its columns as they are now."""
+        if self.scales is not None:
+            column = group if self.scales.shape[-1] > 1 else 0
+            zeros = self.buffers.get("zeros")
+            zero = None if zeros is None else zeros[:, column].float()
+            return self.scales[:, column], zero
+        cost = self.factor.diagonal()[start:stop].square().reciprocal()
+        weight = self.work[start:stop].t().contiguous()
+        fitted = quantize(weight, self.format, Search(), _importance(cost))
+        for name in ("scales", "zeros"):
+            if name in self.buffers:
+                self.buffers[name][:, group] = getattr(fitted, name)[:, 0]
+        zero = None if fitted.zeros is None else fitted.zeros[:, 0].float()
+        return effective_scales(fitted)[:, 0], zero
+
+    def packed(self) -> PackedTensor:
+        """The weight in its stored form, columns back where they were."""
+        codes = torch.empty_like(self.codes)
+        codes[self.columns.order] = self.codes
+        stored = pack_codes(codes.t().contiguous(), self.format.bits)
+        return PackedTensor(self.format, self.shape, stored, **self.buffers)

@@ -1,0 +1,127 @@
+"""Calibration: the tokens that activations are collected on, as windows [n, length] of one text.
+
+    calibration_from("manual.txt", tokenizer)         a text file
+    calibration_from(["one text", "another"])         texts
+    calibration_from(ids)                             token ids: rows of windows, or one long row that is cut
+    calibration_from("default", tokenizer)            the text that the demo's assets bring: sqlite_train
+
+Windows are spread evenly over the text, because a manual or a novel changes its subject as it goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.errors import RecipeError
+from lowbit.evaluate import token_ids
+from lowbit.options import LENGTH, SAMPLES
+
+_ASSETS = "lowbit_assets"
+_NAMED = {"default": "sqlite_train", "sqlite_train": "sqlite_train", "moby_dick": "moby_dick"}
+_LARGEST_BATCH = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Windows of tokens [n, length], and where they came from."""
+
+    tokens: torch.Tensor
+    source: str = "tokens"
+
+    def __post_init__(self) -> None:
+        kind = self.tokens.dtype
+        if self.tokens.dim() != 2 or not self.tokens.numel() or kind.is_floating_point or kind == torch.bool:
+            raise RecipeError(
+                f"calibration tokens are whole numbers [windows, length], not {kind} {list(self.tokens.shape)}"
+            )
+        if int(self.tokens.min()) < 0:
+            raise RecipeError("calibration tokens hold a negative number, which no token has: leave padding out")
+
+    @property
+    def digest(self) -> str:
+        """A name for these very tokens."""
+        data = self.tokens.to(torch.int64).contiguous().numpy().tobytes()
+        return hashlib.sha256(f"{list(self.tokens.shape)}".encode() + data).hexdigest()[:16]
+
+    def batches(self, largest: int = _LARGEST_BATCH) -> list[torch.Tensor]:
+        """The windows in batches of one size, so that what a block gets beside its hidden state has one shape."""
+        count = len(self.tokens)
+        size = next(size for size in range(min(largest, count), 0, -1) if count % size == 0)
+        return list(torch.split(self.tokens, size))
+
+    def __str__(self) -> str:
+        return f"{self.source}, {len(self.tokens)} x {self.tokens.shape[1]} tokens ({self.digest})"
+
+
+def calibration_from(source: Any, tokenizer: Any = None, samples: int = SAMPLES, length: int = LENGTH) -> Calibration:
+    """Calibration tokens from a file, texts, token ids, or the name of a text."""
+    if isinstance(source, Calibration):
+        return source
+    if samples < 1 or length < 2:
+        raise RecipeError(f"calibration takes at least 1 window of at least 2 tokens, not {samples} of {length}")
+    if isinstance(source, str | Path):
+        text, name = _read_text(source)
+        return _cut(_tokens(tokenizer, [text], name), samples, length, name)
+    if isinstance(source, Sequence) and source and all(isinstance(text, str) for text in source):
+        return _cut(_tokens(tokenizer, list(source), "the texts"), samples, length, f"{len(source)} texts")
+    if isinstance(source, Sequence) and not source:
+        raise RecipeError("the list of calibration texts is empty: give it at least one text")
+    try:
+        tokens = torch.as_tensor(source).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise RecipeError(
+            f"a {type(source).__name__} is no calibration text: give a file, a list of texts, or token ids of equal length"
+        ) from None
+    return _cut(tokens, samples, length, "token ids") if tokens.dim() == 1 else Calibration(tokens)
+
+
+def _read_text(source: str | Path) -> tuple[str, str]:
+    """A text and its name."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(source)
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{source} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+    if str(source) not in _NAMED:
+        raise RecipeError(f"there is no calibration text {str(source)!r}: name a file, or {', '.join(sorted(_NAMED))}")
+    if importlib.util.find_spec(_ASSETS) is None:
+        raise RecipeError(
+            f"the calibration text {str(source)!r} comes with the assets of the demo, which are not installed: "
+            "name a text file of your own"
+        )
+    return importlib.import_module(_ASSETS).text(_NAMED[str(source)]), str(source)
+
+
+def _tokens(tokenizer: Any, texts: list[str], name: str) -> torch.Tensor:
+    if tokenizer is None:
+        raise RecipeError(f"{name} must be cut into tokens first: pass the tokenizer of the model with it")
+    if not any(text.strip() for text in texts):
+        raise RecipeError(f"{name} holds no text: calibration needs some that is like what the model will read")
+    return torch.tensor([i for text in texts if text.strip() for i in token_ids(tokenizer, text)])
+
+
+def _cut(tokens: torch.Tensor, samples: int, length: int, name: str) -> Calibration:
+    """Windows that do not overlap, spread evenly."""
+    held = len(tokens) // length
+    if not held:
+        raise RecipeError(
+            f"{name} has {len(tokens)} tokens, less than one window of {length}: "
+            f"give a longer text, or a length of at most {len(tokens)}"
+        )
+    if held < samples:
+        warnings.warn(
+            f"{name} holds {held} windows of {length} tokens, less than the {samples} asked for", stacklevel=3
+        )
+    count = min(held, samples)
+    stride = len(tokens) // count
+    return Calibration(torch.stack([tokens[i * stride : i * stride + length] for i in range(count)]), name)

@@ -1,0 +1,151 @@
+"""The options of the algorithms, as frozen values that a recipe carries and a saved folder keeps.
+
+    ROUNDER_OPTIONS    how codes and scales are chosen      {name: its options}
+    SCALER_OPTIONS     how inputs are scaled beforehand     {name: its options}
+
+Command line flags (`--algorithm-option damping=0.05`) and the saved form are both read off the fields, so that an
+option is said once: here, with its default and its limits. `algorithms.ROUNDERS` and `algorithms.SCALERS` say what
+runs under each name. Nothing here imports torch: a recipe is read without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lowbit.errors import RecipeError, nearest
+
+ORDERS = ("group", "activation", "none")
+# Windows of calibration text, and tokens of each.
+SAMPLES = 128
+LENGTH = 512
+_TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the options of all algorithms can do.
+
+    `data`: whether calibration tokens are "needed", "used" where they are given, or "none" of the algorithm's business.
+    """
+
+    data: ClassVar[str] = "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class PlainOptions(Options):
+    """An algorithm that has nothing to choose."""
+
+
+@dataclass(frozen=True)
+class RtnOptions(Options):
+    """`importance`: where calibration tokens are given, the search of scales weighs each input by its mean square."""
+
+    data: ClassVar[str] = "used"
+    importance: bool = True
+
+
+@dataclass(frozen=True)
+class GptqOptions(Options):
+    """`damping` is the share of the mean diagonal added to the Hessian; it rises by itself until there is a Cholesky factor.
+
+    `order`: in which order columns are rounded: "group" (by activation inside groups and groups by their largest, nothing
+    is reordered in what is saved), "activation" (act-order, which needs `static_groups`), "none".
+    `static_groups`: all scales are fixed before the first column is rounded.
+    `true_sequential`: linears see the rounded output of those before them in their block.
+    `correction`: GPTAQ's alpha: how much of the difference to the inputs in full precision is made good; 0 is off.
+    `least_share`: below this share of all tokens a weight (an expert, mostly) is rounded to nearest instead.
+    """
+
+    data: ClassVar[str] = "needed"
+    damping: float = 0.01
+    order: str = "group"
+    static_groups: bool = False
+    true_sequential: bool = True
+    correction: float = 0.0
+    least_share: float = 0.005
+    block_columns: int = 128
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise RecipeError(f"gptq has no order {self.order!r}: {nearest(self.order, ORDERS)}")
+        if self.order == "activation" and not self.static_groups:
+            raise RecipeError(
+                "order='activation' mixes the columns of all groups, so that every call would have to gather its inputs: "
+                "set static_groups=True with it, or leave order='group', which is as good and needs neither"
+            )
+        limits = {"damping": (1e-6, 1.0), "correction": (0.0, 1.0), "least_share": (0.0, 1.0)}
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise RecipeError(f"gptq takes a {name} from {low:g} to {high:g}, and was given {getattr(self, name)}")
+        if self.block_columns < 1:
+            raise RecipeError(f"gptq rounds at least one column at a time, not block_columns={self.block_columns}")
+
+
+# One row for each algorithm.
+ROUNDER_OPTIONS: dict[str, type[Options]] = {
+    "rtn": RtnOptions,
+    "plain_rtn": PlainOptions,
+    "gptq": GptqOptions,
+}
+SCALER_OPTIONS: dict[str, type[Options]] = {}
+
+
+def options_for(kind: str, name: str, given: Options | None, table: dict[str, type[Options]]) -> Options | None:
+    """The options of the algorithm `name` of a table, checked to be its own; None for no algorithm."""
+    if not name and given is None:
+        return None
+    if name not in table:
+        known = nearest(name, table) if table else "there is none yet"
+        raise RecipeError(f"no {kind} is called {name!r}: {known}")
+    if given is None:
+        return table[name]()
+    if type(given) is not table[name]:
+        raise RecipeError(f"the {kind} {name} takes {table[name].__name__}, and was given {type(given).__name__}")
+    return given
+
+
+def options_from(kind: str, name: str, fields: dict[str, Any], table: dict[str, type[Options]]) -> Options | None:
+    """The options of an algorithm from plain values, as a saved recipe holds them."""
+    if not name:
+        return None
+    options_for(kind, name, None, table)
+    found = table[name]
+    types = {field.name: type(field.default) for field in dataclasses.fields(found)}
+    values = {}
+    for key, value in fields.items():
+        if key not in types:
+            known = nearest(key, types) if types else "it has none"
+            raise RecipeError(f"the {kind} {name} has no option {key!r}: {known}")
+        whole = types[key] is float and type(value) is int
+        values[key] = float(value) if whole else value
+        if type(values[key]) is not types[key]:
+            raise RecipeError(f"the option {key} of {name} is a {types[key].__name__}, not {value!r}")
+    return found(**values)
+
+
+def _read_value(kind: Any, text: str) -> Any:
+    return _TRUTHS[text.lower()] if kind is bool else kind(text)
+
+
+def parse_options(kind: str, name: str, texts: Iterable[str], table: dict[str, type[Options]]) -> Options | None:
+    """The options of an algorithm from `field=value`, as they are typed."""
+    found = options_for(kind, name, None, table)
+    types = {field.name: type(field.default) for field in dataclasses.fields(found)} if found else {}
+    fields: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"{text!r} is not an option: write NAME=VALUE, for example damping=0.05")
+        try:
+            fields[key] = _read_value(types.get(key, str), value)
+        except (KeyError, ValueError):
+            raise RecipeError(f"the option {key} of {name} is a {types[key].__name__}, not {value!r}") from None
+    if fields and found is None:
+        raise RecipeError(f"the option {next(iter(fields))} belongs to a {kind}, and none is named")
+    return options_from(kind, name, fields, table)
