@@ -251,6 +251,11 @@ def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = N
         raise RecipeError(
             f"{files.path} is low-bit already: make it low-bit anew from the original model, or leave out the format"
         )
+    if recipe is not None and recipe.asks_for_data:
+        raise RecipeError(
+            f"{recipe.scaler or recipe.rounder} looks at activations, which there are none of while a model loads: "
+            "make the model low-bit with 'lowbit quantize' first"
+        )
     places = spec.locate(files.names)
     _account_for_rest(files, spec, {name for place in places.values() for name in place.all_names})
     with progress("packing" if recipe else "loading", len(places)) as advance:
