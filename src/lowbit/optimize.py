@@ -142,4 +142,6 @@ def _explain_generate(model: nn.Module) -> str:
     if not isinstance(generate, EngineGenerate):
         return ""
     reason = generate.model_refusal()
-    return "the engine of the compiled core" if reason is None else f"transformers' own loop, since {reason}"
+    if reason is not None:
+        return f"transformers' own loop, since {reason}"
+    return f"the engine of the compiled core, keys and values in {generate.cache}"

@@ -98,7 +98,16 @@ def test_training_and_hooks_go_to_transformers() -> None:
     model.generate(IDS, max_new_tokens=2)
     assert "forward hooks" in model.generate.why_not and seen
     handle.remove()
-    assert "engine" in lowbit.explain(model).generate
+    assert lowbit.explain(model).generate == "the engine of the compiled core, keys and values in fp32"
+
+
+def test_low_bit_models_keep_the_cache_that_transformers_has() -> None:
+    """The engine by itself takes int8 for such a model; `generate` promised transformers' tokens."""
+    model: Any = tiny_model_in_memory("llama").eval()
+    lowbit.optimize_model(model, low_bit="int4")
+    assert lowbit.explain(model).generate == "the engine of the compiled core, keys and values in fp16"
+    model.generate(IDS, max_new_tokens=2)
+    assert model.generate.engine(20).cache == "fp16"
 
 
 def test_formats_without_a_core_kernel_say_so() -> None:

@@ -178,3 +178,17 @@ def test_numbers_that_are_none_end_in_a_sentence() -> None:
         model.generate(IDS, max_new_tokens=2)
     with pytest.raises(KernelError, match="appears in layer 1, in the query, key and value projections"):
         model.generate(IDS, max_new_tokens=2, check=True)
+
+
+def test_a_prompt_beyond_the_sliding_window_is_refused_where_asked() -> None:
+    model = packed_model("gemma2")
+    window = model.config.sliding_window
+    whole, long = torch.full((1, window), 7), torch.full((2, window + 3), 7)
+    mask = torch.ones_like(long)
+    mask[:, :2] = 0
+    assert model.generate(whole, max_new_tokens=2, within_window=True).shape[1] > window
+    assert model.generate(long, attention_mask=mask, max_new_tokens=2).shape[1] > window + 3
+    with pytest.raises(LowbitError, match=f"{window + 1} tokens and the model's sliding window shows {window}"):
+        model.generate(long, attention_mask=mask, max_new_tokens=2, within_window=True)
+    with pytest.raises(LowbitError, match="within_window needs the engine, which cannot run this call: max_time"):
+        model.generate(whole, max_new_tokens=2, within_window=True, max_time=9.0)

@@ -26,6 +26,8 @@ from lowbit.core.library import last_error, library, library_path
 from lowbit.demo import model_path
 from lowbit.errors import LowbitError
 from lowbit.runtime import load, splitting
+from lowbit.runtime.abi import CACHE_TYPES, engine_library
+from lowbit.runtime.engine import Engine
 from lowbit.runtime.engine_file import ENGINE_FILE, conversation_form, write_engine_file
 from lowbit.runtime.text import Tokenizer
 
@@ -195,6 +197,21 @@ def assert_same_answer(path: Path, most: int = 40) -> None:
 )
 def test_the_greedy_answer_is_the_runtimes(low_bit: str, tmp_path: Path) -> None:
     assert_same_answer(save_model(tmp_path, low_bit))
+
+
+@pytest.mark.parametrize("low_bit", ["int4", "bf16"])
+def test_the_cache_is_of_the_runtimes_type(low_bit: str, tmp_path: Path) -> None:
+    path = save_model(tmp_path, "int4")
+    if low_bit == "bf16":  # nothing of the original is low-bit, and nothing rounds
+        path = tmp_path / "source"
+        write_engine_file(path)
+    engine, face = load(path).engine, Folder(path)
+    assert isinstance(engine, Engine)
+    core = engine_library()
+    core.lowbit_folder_engine.restype, core.lowbit_folder_engine.argtypes = P, [P]
+    taken = CACHE_TYPES[core.lowbit_engine_cache_type(core.lowbit_folder_engine(face.handle))]
+    assert taken == engine.cache == {"int4": "int8", "bf16": "fp16"}[low_bit]
+    face.close()
 
 
 @pytest.mark.parametrize("tied,compact", [(True, True), (False, False)])

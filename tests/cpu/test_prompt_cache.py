@@ -81,7 +81,12 @@ def cut(file: Path) -> None:
     ("family", "cache", "damage", "sentence"),
     [
         ("gpt2", "fp16", None, "made with another model: name another file, or remove it"),
-        ("llama", "int8", None, "made with another cache type"),
+        (
+            "llama",
+            "int8",
+            None,
+            "holds keys and values in fp16, and this engine keeps int8: load the model with cache='fp16'",
+        ),
         ("llama", "fp16", foreign, "is no prompt cache, or a damaged one"),
         ("llama", "fp16", cut, "is no prompt cache, or a damaged one"),
     ],

@@ -15,7 +15,10 @@ import torch
 import transformers
 
 from lowbit.errors import CheckpointError, LowbitError, RecipeError
+from lowbit.formats import format_from_name
+from lowbit.recipe import Recipe
 from lowbit.runtime import Model, load
+from lowbit.runtime.engine import Engine
 from lowbit.runtime.slots import Slot
 from lowbit_assets import smollm2_gguf, tiny_model
 
@@ -249,6 +252,25 @@ def test_mistakes_are_said(model: Model, prompt: object, settings: dict[str, obj
         model.generate(prompt, **settings)  # type: ignore[arg-type]
 
 
+def test_a_prompt_beyond_the_sliding_window_is_refused_where_asked(folders: dict[str, Path]) -> None:
+    model, whole = load(folders["gemma2"]), load(folders["llama"])
+    window = model.spec.shortest_window
+    assert window is not None and window < model.context - 1 and whole.spec.shortest_window is None
+    fitting, long = [5] * window, [5] * (window + 1)
+    said = f"the prompt has {window + 1} tokens and the model's sliding window shows {window}: shorten it"
+    with pytest.raises(LowbitError, match=said):
+        model.generate(long, max_new_tokens=2, within_window=True)
+    with pytest.raises(LowbitError, match=said):
+        next(model.stream(long, max_new_tokens=2, within_window=True))
+    assert len(model.generate(fitting, max_new_tokens=2, within_window=True, ignore_end=True).tokens) == 2
+    assert len(model.generate(long, max_new_tokens=2, ignore_end=True).tokens) == 2
+    model.settings = model.settings.change(within_window=True)
+    for call in (model.encode, model.logits, model.embed, model.beams):
+        with pytest.raises(LowbitError, match=said):
+            call(long)
+    assert len(whole.generate(long, max_new_tokens=2, within_window=True, ignore_end=True).tokens) == 2
+
+
 def test_mistakes_in_a_conversation_are_said(model: Model) -> None:
     with pytest.raises(LowbitError, match="the conversation is empty"):
         model.chat([])
@@ -259,6 +281,35 @@ def test_mistakes_in_a_conversation_are_said(model: Model) -> None:
 def test_contexts_out_of_range_are_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(RecipeError, match="context=129 is out of range; this model was made for 1 to 128 tokens"):
         load(folders["llama"], context=129)
+
+
+@pytest.mark.parametrize(
+    ("format", "compute", "cache"),
+    [
+        (None, "auto", "fp16"),
+        ("int4", "auto", "int8"),
+        ("int4", "int8", "int8"),
+        ("nf4", "auto", "int8"),
+        ("int4", "fp32", "fp16"),
+        ("int4", "bf16", "fp16"),
+        (Recipe(format_from_name("int4"), overrides=((r"layers\.1\.self_attn\.v_proj", None),)), "auto", "fp16"),
+        (Recipe(format_from_name("int4"), overrides=((r"mlp", None),)), "auto", "int8"),
+    ],
+    ids=["plain", "int4", "int8 products", "nf4", "fp32 products", "bf16 products", "plain values", "plain MLP"],
+)
+def test_the_cache_is_int8_where_the_products_of_keys_and_values_are(
+    format: str | Recipe | None, compute: str, cache: str, folders: dict[str, Path]
+) -> None:
+    for family in ("llama", "gpt2"):
+        if family == "gpt2" and isinstance(format, Recipe):
+            continue  # its q, k and v are one weight
+        model = load(folders[family], format=format, compute=compute)
+        assert isinstance(model.engine, Engine) and model.engine.cache == cache
+        named = load(folders[family], format=format, compute=compute, cache=cache)
+        assert np.array_equal(model.logits([5, 6, 7]), named.logits([5, 6, 7]))
+        assert model.embed([5, 6, 7]).tolist() == named.embed([5, 6, 7]).tolist()
+    other = load(folders["llama"], format=format, compute=compute, cache="fp32")
+    assert isinstance(other.engine, Engine) and other.engine.cache == "fp32"
 
 
 def test_a_model_without_a_tokenizer_takes_numbers(folders: dict[str, Path], tmp_path: Path) -> None:

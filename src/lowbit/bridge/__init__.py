@@ -10,6 +10,7 @@ each sequence, and reads the weights once for all.
     lowbit.explain(model).generate                    which of the two runs a plain call, and why
     model.generate(ids, prompt_cache="book.cache")    what was read of a prompt is kept in a file
     model.generate(ids, check=True)                   if a number overflows, say in which layer
+    model.generate(ids, within_window=True)           refuse a prompt longer than the model's sliding window
 """
 
 from __future__ import annotations
@@ -29,18 +30,22 @@ from lowbit.core import threads
 from lowbit.errors import LowbitError
 from lowbit.layers import PackedWeight
 from lowbit.runtime import beam
-from lowbit.runtime.engine import DEFAULT_CACHE, Engine
+from lowbit.runtime.engine import Engine
 from lowbit.runtime.prompt_cache import PromptCache
 from lowbit.runtime.selection import Selection, Selector
-from lowbit.runtime.slots import Floats, Slot
+from lowbit.runtime.slots import Floats, Slot, check_window
 
 SHORTEST_CONTEXT = 512
+# transformers keeps keys and values as the model computes them, and these answers are to be its answers.
+CACHE = "fp16"
+# What `generate` takes and transformers' does not know.
+OWN_KEYWORDS = ("prompt_cache", "check", "within_window")
 
 
 class EngineGenerate:
     """Stands as `generate` on one model: the engine where it can, transformers' own loop elsewhere."""
 
-    def __init__(self, model: nn.Module, cache: str = DEFAULT_CACHE) -> None:
+    def __init__(self, model: nn.Module, cache: str = CACHE) -> None:
         self.model, self.cache = model, cache
         self.why_not: str | None = None
         self._engine: Engine | None = None
@@ -55,16 +60,20 @@ class EngineGenerate:
     @torch.no_grad()
     def __call__(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         model = cast(Any, self.model)
-        prompt_cache, check = kwargs.pop("prompt_cache", None), bool(kwargs.pop("check", False))
+        asked = {name: given for name in OWN_KEYWORDS if (given := kwargs.pop(name, None))}
+        prompt_cache, check = asked.get("prompt_cache"), "check" in asked
         try:
             request, engine = self._read(inputs, generation_config, kwargs, check)
             self.why_not = None
         except LowbitError as refusal:
             self.why_not = str(refusal)
-            if prompt_cache is not None or check:
-                name = "check" if prompt_cache is None else "prompt_cache"
-                raise LowbitError(f"{name} needs the engine, which cannot run this call: {refusal}") from None
+            if asked:
+                raise LowbitError(
+                    f"{next(iter(asked))} needs the engine, which cannot run this call: {refusal}"
+                ) from None
             return type(model).generate(model, inputs, generation_config, **kwargs)
+        if "within_window" in asked:
+            check_window(max(map(len, request.prompts)), engine.spec.shortest_window)
         engine.check(check)
         threads.follow(torch.get_num_threads())
         cache_file = None if prompt_cache is None else PromptCache(Path(prompt_cache))

@@ -16,7 +16,7 @@ int check_options(const lowbit_engine_options& options) {
         options.chunk > kMostChunk)
         return fail(LOWBIT_BAD_ARGUMENT, "a context of %lld tokens, %d slots and chunks of %d tokens make no sense", static_cast<long long>(options.context),
                     options.slots, options.chunk);
-    if (options.cache_type < LOWBIT_CACHE_FP32 || options.cache_type > LOWBIT_CACHE_INT8)
+    if (options.cache_type < LOWBIT_CACHE_FP32 || options.cache_type > LOWBIT_CACHE_AUTO)
         return fail(LOWBIT_BAD_ARGUMENT, "no cache is of type %d", options.cache_type);
     return check_compute(options.compute);
 }
@@ -99,11 +99,11 @@ int make_engine(const lowbit_model& model, const lowbit_engine_options& options,
     if (int status = check_options(options)) return status;
     if (int status = make_plans(model, &engine->plans)) return status;
     if (int status = check_cache(model, options)) return status;
-    engine->options = options;
-    if (int status = engine->cache.make(model, options)) return status;
+    engine->options = with_cache_type(model, options);
+    if (int status = engine->cache.make(model, engine->options)) return status;
     engine->lengths = std::vector<std::atomic<int64_t>>(static_cast<size_t>(options.slots));
     engine->asked_threads = thread_count();
-    return make_workspace(engine->plans, options, Team::measure(engine->asked_threads), &engine->work);
+    return make_workspace(engine->plans, engine->options, Team::measure(engine->asked_threads), &engine->work);
 }
 
 }  // namespace
@@ -130,8 +130,10 @@ extern "C" void lowbit_engine_destroy(lowbit_engine* engine) { delete engine; }
 extern "C" int64_t lowbit_engine_bytes(const lowbit_model* model, const lowbit_engine_options* options) {
     if (!model || !options) return fail(LOWBIT_BAD_ARGUMENT, "no description of a model was given"), -1;
     if (check_options(*options) != LOWBIT_OK || check_sizes(*model) != LOWBIT_OK || check_cache(*model, *options) != LOWBIT_OK) return -1;
-    return cache_bytes(*model, *options);
+    return cache_bytes(*model, with_cache_type(*model, *options));
 }
+
+extern "C" int lowbit_engine_cache_type(const lowbit_engine* handle) { return handle ? handle->engine.options.cache_type : -1; }
 
 extern "C" int lowbit_engine_step(lowbit_engine* handle, const int32_t* tokens, const int32_t* slots, const uint8_t* wanted, int64_t count,
                                   float* logits) {

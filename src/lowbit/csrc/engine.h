@@ -80,6 +80,8 @@ int refuse_logits(const Engine& engine);
 
 int check_sizes(const lowbit_model& model);  // everything but the weights
 int make_plans(const lowbit_model& model, Plans* plans);
+// The options with LOWBIT_CACHE_AUTO settled.
+lowbit_engine_options with_cache_type(const lowbit_model& model, lowbit_engine_options options);
 int make_workspace(const Plans& plans, const lowbit_engine_options& options, int threads, Workspace* work);
 
 }  // namespace lowbit

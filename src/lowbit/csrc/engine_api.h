@@ -59,7 +59,9 @@ enum lowbit_activation { LOWBIT_SILU = 0, LOWBIT_GELU = 1, LOWBIT_GELU_TANH = 2,
 enum lowbit_gate { LOWBIT_NO_GATE = 0, LOWBIT_SEPARATE = 1, LOWBIT_CONCATENATED = 2, LOWBIT_INTERLEAVED = 3 };
 enum lowbit_pairing { LOWBIT_HALVES = 0, LOWBIT_NEIGHBOURS = 1 };
 enum lowbit_rope_change { LOWBIT_ROPE_FIXED = 0, LOWBIT_ROPE_LONG = 1, LOWBIT_ROPE_DYNAMIC = 2 };
-enum lowbit_cache_type { LOWBIT_CACHE_FP32 = 0, LOWBIT_CACHE_FP16 = 1, LOWBIT_CACHE_INT8 = 2 };
+/* LOWBIT_CACHE_AUTO: int8 where the products that make queries, keys and values round their inputs to int8 in every layer (low-bit
+ * weights, computed as LOWBIT_COMPUTE_INT8 or LOWBIT_COMPUTE_INT8_GROUPS), fp16 elsewhere. */
+enum lowbit_cache_type { LOWBIT_CACHE_FP32 = 0, LOWBIT_CACHE_FP16 = 1, LOWBIT_CACHE_INT8 = 2, LOWBIT_CACHE_AUTO = 3 };
 
 /* Rotary positions; frequencies that change with the length of the sequence do so past `trained_positions`. */
 typedef struct lowbit_rope {
@@ -121,6 +123,9 @@ LOWBIT_API lowbit_engine* lowbit_engine_create(const lowbit_model* model, const 
 LOWBIT_API void lowbit_engine_destroy(lowbit_engine* engine);
 /* Bytes that an engine of these options would allocate, the cache above all; -1 with a sentence. */
 LOWBIT_API int64_t lowbit_engine_bytes(const lowbit_model* model, const lowbit_engine_options* options);
+
+/* The type of its cache, which LOWBIT_CACHE_AUTO has become; -1 for no engine. */
+LOWBIT_API int lowbit_engine_cache_type(const lowbit_engine* engine);
 
 /* tokens[count] continue slots[count]; tokens of one slot follow one another. wanted[count] says whose logits to write, one row of
  * vocab_size floats each, in order. Returns LOWBIT_CANCELLED when lowbit_engine_cancel was called meanwhile: then the lengths are

@@ -204,6 +204,21 @@ int make_plans(const lowbit_model& model, Plans* plans) {
     return LOWBIT_OK;
 }
 
+// Keys and values in int8 cost a KL of 0.0015 (benchmarks/results/cache_kl.md): nothing beside activations that are rounded to int8 in
+// every product, and the only loss of a model whose products round nothing.
+lowbit_engine_options with_cache_type(const lowbit_model& model, lowbit_engine_options options) {
+    if (options.cache_type != LOWBIT_CACHE_AUTO) return options;
+    options.cache_type = LOWBIT_CACHE_INT8;
+    for (int32_t i = 0; i < model.layer_count; ++i)
+        for (int role : {LOWBIT_Q, LOWBIT_K, LOWBIT_V, LOWBIT_QKV}) {
+            const lowbit_matrix& matrix = model.layers[i].matrices[role];
+            if (matrix.kind == LOWBIT_ABSENT) continue;
+            const Header* header = matrix.kind == LOWBIT_PREPARED ? check_prepared(matrix.data, matrix.bytes) : nullptr;
+            if (!header || !rounds_to_int8(*header, options.compute)) options.cache_type = LOWBIT_CACHE_FP16;
+        }
+    return options;
+}
+
 namespace {
 
 // Bytes of the activations of any product, for so many tokens.

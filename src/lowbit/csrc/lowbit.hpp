@@ -31,10 +31,10 @@ struct Message {
 // A model saved by save_low_bit. Movable; one answer at a time.
 class Folder {
 public:
-    explicit Folder(const std::string& path, int64_t context = 0) {
+    explicit Folder(const std::string& path, int64_t context = 0, lowbit_cache_type cache = LOWBIT_CACHE_AUTO) {
         lowbit_engine_options options{};
         options.context = context;
-        options.cache_type = LOWBIT_CACHE_FP16;
+        options.cache_type = cache;
         handle_.reset(lowbit_folder_open(path.c_str(), &options));
         if (!handle_) throw Error(LOWBIT_BAD_ARGUMENT);
     }

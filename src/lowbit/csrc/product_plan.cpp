@@ -62,9 +62,13 @@ void fold_form(const Header& header, const FoldedProducts& folded, Form* form) {
 
 }  // namespace
 
+bool rounds_to_int8(const Header& header, int compute) {
+    return (compute == LOWBIT_COMPUTE_INT8 || compute == LOWBIT_COMPUTE_INT8_GROUPS) && header.kind != LOWBIT_DENSE;
+}
+
 Form plan_form(const Header& header, int64_t tokens, int compute) {
     Form form{};
-    form.integer = (compute == LOWBIT_COMPUTE_INT8 || compute == LOWBIT_COMPUTE_INT8_GROUPS) && header.kind != LOWBIT_DENSE;
+    form.integer = rounds_to_int8(header, compute);
     form.few = form.integer && tokens <= kFewTokens;
     form.folded = form.integer && !form.few && compute == LOWBIT_COMPUTE_INT8 && isa().folded;
     form.panel_blocks = isa().panel_blocks;

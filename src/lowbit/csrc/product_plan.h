@@ -25,6 +25,8 @@ struct Form {
     ProductJob job(const Header& header) const;
 };
 
+// Whether a product rounds its activations to int8.
+bool rounds_to_int8(const Header& header, int compute);
 Form plan_form(const Header& header, int64_t tokens, int compute);
 // Whether the activations made for one serve the other.
 bool same_form(const Form& a, const Form& b);

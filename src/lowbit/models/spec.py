@@ -294,6 +294,11 @@ class DecoderSpec:
         if any(layer.sparse for layer in self.layers) and self.experts is None:
             raise RecipeError(f"{self.family}: has sparse layers but says nothing of its experts")
 
+    @property
+    def shortest_window(self) -> int | None:
+        """The fewest tokens that a layer with a sliding window sees; None where every layer sees all."""
+        return min((layer.window for layer in self.layers if layer.window is not None), default=None)
+
     def weight(self, role: str) -> WeightSpec | None:
         """The weight of a role, or None in families without it."""
         return next((weight for weight in self.weights if weight.role == role), None)

@@ -38,7 +38,7 @@ QK_NORMS = ("none", "head", "heads", "width")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 GATES = ("none", "separate", "concatenated", "interleaved")
 PAIRINGS = ("halves", "neighbours")
-CACHE_TYPES = ("fp32", "fp16", "int8")
+CACHE_TYPES = ("fp32", "fp16", "int8", "auto")
 PROFILE_PARTS = [
     "embed",
     "norm",
@@ -153,6 +153,7 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "lowbit_engine_create": (_P, [ctypes.POINTER(CModel), ctypes.POINTER(COptions)]),
     "lowbit_engine_destroy": (None, [_P]),
     "lowbit_engine_bytes": (_L, [ctypes.POINTER(CModel), ctypes.POINTER(COptions)]),
+    "lowbit_engine_cache_type": (ctypes.c_int, [_P]),
     "lowbit_engine_step": (ctypes.c_int, [_P, _P, _P, _P, _L, _P]),
     "lowbit_engine_greedy": (ctypes.c_int, [_P, _I, _I, _L, _P, _L, _P, ctypes.POINTER(_L)]),
     "lowbit_engine_length": (_L, [_P, _I]),

@@ -31,8 +31,9 @@ from lowbit.runtime import abi
 from lowbit.runtime.describe import Description
 from lowbit.runtime.weights import EngineWeights, Floats, fingerprint
 
-# The one switch of the cache's type. int8 per head and token costs what benchmarks/results/cache_kl.md says.
-DEFAULT_CACHE = "fp16"
+# int8 per head and token where products round their inputs to int8 anyway, fp16 elsewhere: benchmarks/results/cache_kl.md says what
+# it costs.
+DEFAULT_CACHE = "auto"
 LONGEST_CHUNK = 512  # tokens of one step: as many as keep the activations of a layer in the caches
 # A step that takes longer than this runs beside the main thread, so that Ctrl-C ends it; the detour costs 0.05 ms.
 NOTICED_SECONDS = 0.05
@@ -59,7 +60,6 @@ class Engine:
         if compute not in COMPUTES:
             raise RecipeError(f"the engine cannot compute in {compute!r}: {nearest(compute, COMPUTES)}")
         self.spec, self.context, self.slots, self.vocab_size = spec, context, slots, spec.vocab_size
-        self.cache = cache
         self._fingerprint: str | None = None
         self.chunk = max(1, min(LONGEST_CHUNK, context)) if slots == 1 else max(LONGEST_CHUNK, slots)
         self._core = abi.engine_library()
@@ -69,6 +69,7 @@ class Engine:
         self._handle: int | None = self._core.lowbit_engine_create(self._description.model, options)
         if not self._handle:
             raise RecipeError(last_error())
+        self.cache = abi.CACHE_TYPES[self._core.lowbit_engine_cache_type(self._handle)]
         self._beside: tuple[int, ThreadPoolExecutor] | None = None
         self._step_seconds = 0.0
 

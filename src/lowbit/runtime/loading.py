@@ -43,7 +43,8 @@ def load(
     """A model from a folder or a .gguf file.
 
     `context` is the most tokens that a prompt and its answer have together, `slots` how many sequences (or beams) are kept at once,
-    `cache` the type of their keys and values, `compute` how products are made: "int8" rounds activations, "fp32" rounds nothing.
+    `cache` the type of their keys and values ("auto": int8 where products round to int8, else fp16), `compute` how products are
+    made: "int8" rounds activations, "fp32" rounds nothing.
     """
     recipe = None if format is None else recipe_named(format)
     return load_files(open_files(path), recipe, context, slots, cache, compute)
@@ -64,7 +65,7 @@ def load_files(
     model = Model(engine, files.tokenizer(), settings_from(files.generation_config, spec.tokens.eos))
     model.notes = files.notes
     model.check_files = files.check
-    model.make_embedder = lambda: Embedder(spec, weights, engine.context, cache, compute)
+    model.make_embedder = lambda: Embedder(spec, weights, engine.context, engine.cache, compute)
     return model
 
 

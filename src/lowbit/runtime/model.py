@@ -22,7 +22,7 @@ from lowbit.runtime import beam
 from lowbit.runtime.embedding import Embedder, Pooling
 from lowbit.runtime.generation import Answer, Chosen, Guess, Piece, answer_pieces, choose_tokens, join
 from lowbit.runtime.settings import Settings
-from lowbit.runtime.slots import Engine, Floats, Slot, Tokens, check_prompt
+from lowbit.runtime.slots import Engine, Floats, Slot, Tokens, check_prompt, check_window
 from lowbit.runtime.speculate import DraftModel, PromptLookup
 from lowbit.runtime.text import Message, Tokenizer
 
@@ -68,9 +68,16 @@ class Model:
 
     def encode(self, prompt: Prompt) -> Tokens:
         """A prompt as tokens that the engine takes."""
+        return self._read_prompt(prompt, self.settings)
+
+    def _read_prompt(self, prompt: Prompt, settings: Settings, spare: int = 0) -> Tokens:
+        """A prompt as tokens; `spare` is 1 where no answer follows and it may fill the whole context."""
         self.check_files()
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return check_prompt(tokens, self.spec.vocab_size, self.context, self.spec.max_positions)
+        checked = check_prompt(tokens, self.spec.vocab_size, self.context + spare, self.spec.max_positions)
+        if settings.within_window:
+            check_window(len(checked), self.spec.shortest_window)
+        return checked
 
     def stream(
         self, prompt: Prompt, *, draft: Model | None = None, prompt_cache: str | Path | None = None, **settings: Any
@@ -82,7 +89,7 @@ class Model:
         chosen = self.settings.change(**settings)
         if chosen.beams.num_beams > 1:
             raise LowbitError("beam search has no text before its end: use generate, or num_beams=1 to stream")
-        tokens = self.encode(prompt)
+        tokens = self._read_prompt(prompt, chosen)
         return self._pieces(tokens, chosen, draft, self._cache_file(prompt_cache))
 
     def generate(
@@ -91,14 +98,15 @@ class Model:
         """A whole answer. With `num_beams` the likeliest that beam search finds; with a `draft` model, or a `prompt_cache`
         file that holds the start of the prompt, the same answer sooner."""
         chosen = self.settings.change(**settings)
-        tokens = self.encode(prompt)
+        tokens = self._read_prompt(prompt, chosen)
         if chosen.beams.num_beams > 1:
             return self._beams(tokens, chosen, self._cache_file(prompt_cache))[0]
         return join(self._pieces(tokens, chosen, draft, self._cache_file(prompt_cache)), len(tokens))
 
     def beams(self, prompt: Prompt, **settings: Any) -> list[Answer]:
         """The `num_return_sequences` best answers of a beam search, best first, each with its score."""
-        return self._beams(self.encode(prompt), self.settings.change(**settings), None)
+        chosen = self.settings.change(**settings)
+        return self._beams(self._read_prompt(prompt, chosen), chosen, None)
 
     def _beams(self, tokens: Tokens, chosen: Settings, cache_file: PromptCache | None) -> list[Answer]:
         with self._lock:
@@ -126,9 +134,7 @@ class Model:
 
     def logits(self, prompt: Prompt) -> Floats:
         """The logits after every token of a text, [tokens, vocabulary]."""
-        self.check_files()
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        tokens = check_prompt(tokens, self.spec.vocab_size, self.context + 1)  # no answer follows
+        tokens = self._read_prompt(prompt, self.settings, spare=1)
         slot = self.slots[0]
         with self._lock:
             slot.clear()
@@ -143,10 +149,7 @@ class Model:
 
     def embed(self, prompt: Prompt, pooling: Pooling = "mean", normalize: bool = True) -> Floats:
         """A text as one vector [hidden size]: the mean of the last layer's states, or the last one; of length 1 if normalised."""
-        self.check_files()
-        if isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt)
-        tokens = check_prompt(prompt, self.spec.vocab_size, self.context + 1)
+        tokens = self._read_prompt(prompt, self.settings, spare=1)
         with self._lock:
             if self._embedder is None:
                 if self.make_embedder is None:

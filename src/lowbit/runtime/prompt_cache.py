@@ -98,8 +98,7 @@ class PromptCache:
                 for name, value in {"version": VERSION, **identity}.items():
                     if about.get(name) != value:
                         raise CheckpointError(
-                            f"the prompt cache {self.path} was made with another {name.replace('_', ' ')}: "
-                            "name another file, or remove it"
+                            f"the prompt cache {self.path} {_difference(name, about.get(name), value)}"
                         )
                 return file.get_tensor("tokens"), file.get_tensor("cache")
         except (SafetensorError, OSError) as error:
@@ -108,6 +107,17 @@ class PromptCache:
             raise CheckpointError(
                 f"{self.path} is no prompt cache, or a damaged one ({error}): name another file, or remove it"
             ) from None
+
+
+def _difference(name: str, found: str | None, own: str) -> str:
+    """What is said of a file that another engine made. Its bytes are taken as they are or not at all: no other type brings back
+    what int8 has lost, and the same prompt would have one answer from the file and another without."""
+    if name == "cache_type" and found is not None:
+        return (
+            f"holds keys and values in {found}, and this engine keeps {own}: load the model with cache={found!r} "
+            f"(--cache {found}), or name another file"
+        )
+    return f"was made with another {name.replace('_', ' ')}: name another file, or remove it"
 
 
 def _saving(slot: Slot) -> SavingEngine:

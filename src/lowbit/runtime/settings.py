@@ -51,7 +51,8 @@ class BeamSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything about an answer but its prompt. `check` looks for NaN after every stage, to name the layer that makes it."""
+    """Everything about an answer but its prompt. `check` looks for NaN after every stage, to name the layer that makes it;
+    `within_window` refuses a prompt longer than the model's sliding window, whose beginning layers with one would not see."""
 
     max_new_tokens: int = _DEFAULT_NEW_TOKENS
     stop: tuple[str, ...] = ()
@@ -61,6 +62,7 @@ class Settings:
     prompt_lookup_num_tokens: int = 0
     num_assistant_tokens: int = 5
     check: bool = False
+    within_window: bool = False
     selection: Selection = field(default_factory=Selection)
     beams: BeamSettings = field(default_factory=BeamSettings)
 

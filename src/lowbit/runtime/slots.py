@@ -160,3 +160,12 @@ def check_prompt(tokens: Sequence[int] | Tokens, vocabulary: int, context: int, 
             f"shorten it{f', or load the model with a longer one, up to {longest} (context=, --context)' if longer else ''}"
         )
     return prompt.astype(np.int32)
+
+
+def check_window(length: int, window: int | None) -> None:
+    """Refuse a prompt whose last token would not see its first in layers with a sliding window."""
+    if window is not None and length > window:
+        raise LowbitError(
+            f"the prompt has {length} tokens and the model's sliding window shows {window}: shorten it, or leave out "
+            "within_window (--within-window), and layers with that window forget its beginning"
+        )

@@ -80,6 +80,24 @@ void check_mixed(const TinyLlama& llama) {
     EXPECT(lowbit_engine_length(engine.get(), 0) == 20 && lowbit_engine_length(engine.get(), 1) == 9);
 }
 
+// LOWBIT_CACHE_AUTO follows the products.
+void expect_auto_cache(const TinyLlama& llama, int compute, int type) {
+    const lowbit_engine_options asked = options(kContext, 1, LOWBIT_CACHE_AUTO, compute, 8), named = options(kContext, 1, type, compute, 8);
+    const Engine engine = make(llama, asked);
+    EXPECT(lowbit_engine_cache_type(engine.get()) == type);
+    EXPECT(lowbit_engine_bytes(&llama.model, &asked) == lowbit_engine_bytes(&llama.model, &named));
+}
+
+void check_auto_cache(const TinyLlama& plain) {
+    const TinyLlama packed(&format_named("int4_g32_bf16"));
+    for (int compute : {LOWBIT_COMPUTE_INT8, LOWBIT_COMPUTE_INT8_GROUPS}) {
+        expect_auto_cache(packed, compute, LOWBIT_CACHE_INT8);
+        expect_auto_cache(plain, compute, LOWBIT_CACHE_FP16);
+    }
+    for (int compute : {LOWBIT_COMPUTE_FP32, LOWBIT_COMPUTE_BF16, LOWBIT_COMPUTE_FP16}) expect_auto_cache(packed, compute, LOWBIT_CACHE_FP16);
+    EXPECT(lowbit_engine_cache_type(nullptr) == -1);
+}
+
 // The most likely token again and again, by one call and by steps.
 void check_greedy(const TinyLlama& llama) {
     constexpr int64_t kMade = 12;
@@ -115,6 +133,7 @@ void check_engine() {
     check_logits(TinyLlama(nullptr, 64));  // as wide as register tiles; 11 tokens are then a tile and a part of one
     check_mixed(plain);
     check_greedy(plain);
+    check_auto_cache(plain);
     for (const char* name : {"int4_g32_bf16", "int5_g128_fp32", "int6_asym_channel", "nf4_g64"}) check_logits(TinyLlama(&format_named(name)));
 }
 

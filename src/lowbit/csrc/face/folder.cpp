@@ -53,7 +53,7 @@ lowbit_folder::lowbit_folder(const std::string& path, const lowbit_engine_option
     if (own.find("refusal").is_null()) tokenizer.emplace(own, Json::parse(read_file(path + "/tokenizer.json"), path + "/tokenizer.json"));
     for (const Json& token : description.at("ends").list()) ends.push_back(static_cast<int32_t>(token.integer()));
     if (asked) options = *asked;
-    else options.cache_type = LOWBIT_CACHE_FP16;
+    else options.cache_type = LOWBIT_CACHE_AUTO;
     const int64_t longest = description.at("context").integer();
     if (options.context == 0) options.context = std::min(longest, kLongestDefaultContext);
     if (options.context < 1 || options.context > longest)
