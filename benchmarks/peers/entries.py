@@ -124,7 +124,11 @@ OUR_RECIPES: dict[str, tuple[int, tuple[str, ...]]] = {
 # SmolLM2's Q4_K_M has 6.2 bits, see gguf_quality; at the 1.1 B's 5 bits no such recipe is needed.
 ONLY_SMALL = ("int6_g64",)
 SPARE = 64  # positions that a cache has more than a task needs
-OUR_CACHES = (variant(cache="fp16"), variant(cache="int8"))
+
+
+def our_caches(width: int) -> tuple[Variant, ...]:
+    """The engine's own choice, which is int8 for low-bit weights and fp16 for others, and the type that it did not choose."""
+    return (variant(), variant(cache="int8" if width == 16 else "fp16"))
 
 
 def our_folder(models: Path, model: str, name: str) -> Path:
@@ -145,7 +149,8 @@ def our_entries(place: Place, model: str, width: int) -> list[Entry]:
         path = our_folder(place.models, model, name)
         megabytes = (linears + head) * 2 / 1e6 if name == "bf16" else our_megabytes(path, model)
         make = partial(our_runner, place, path)
-        variants = {"decode": OUR_CACHES, "start": OUR_CACHES[:1]}
+        caches = our_caches(width)
+        variants = {"decode": caches, "start": caches[:1]}
         stored_bits = megabytes * 8e6 / (linears + head)
         found.append(Entry("lowbit", name, path, stored_bits, megabytes, make, variants, f"lowbit {name}", ours=True))
     return found

@@ -69,6 +69,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "lowbit_quantize": (_I, [_F, _P, _I, _L, _L, _L, _S, _P, _P, _P, _P]),
     "lowbit_select": (_I, [_P, _L, _P, _P, _L, _P, _P, _P]),
     "lowbit_probabilities": (_I, [_P, _L, _P, _P, _L, _P]),
+    "lowbit_adjust": (_I, [_P, _L, _P, _P, _L]),
     "lowbit_pack": (_I, [_I, _L, _L, _P, _P]),
     "lowbit_unpack": (_I, [_I, _L, _L, _P, _P]),
     "lowbit_dequantize": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _I, _L, _P]),

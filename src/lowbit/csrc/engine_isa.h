@@ -54,6 +54,18 @@ struct DenseJob {
     const uint8_t* next;  // what this thread reads after these rows, or NULL
 };
 
+// Tokens to choose among: by how much each is preferred, and e^((logit - top) / temperature).
+struct Choice {
+    const float* keys;
+    const float* weights;
+};
+
+// How many tokens, and their weights together.
+struct Tally {
+    int64_t count;
+    double mass;
+};
+
 struct EngineIsa {
     void (*normalize)(const NormJob& job, const float* x, int64_t count, float* y);
     // act(gate) * up, or act(gate) without up.
@@ -62,6 +74,16 @@ struct EngineIsa {
     void (*cap)(float* x, float multiplier, float soft_cap, int64_t count);
     void (*widen)(const void* from, int dtype, int64_t index, int64_t count, float* to);
     int64_t (*largest)(const float* x, int64_t count);
+    // e^((logit - top) * inverse), 0 where that is no normal number.
+    void (*weigh)(const float* logits, int64_t count, float top, float inverse, float* weights);
+    // Of the tokens [begin, end) those whose key is at least `low`, which is finite; so too below.
+    Tally (*tally)(const Choice& choice, int64_t begin, int64_t end, float low);
+    // Sum of weight * (top - key).
+    double (*moment)(const Choice& choice, int64_t count, float low, float top);
+    // -|key - middle|, and -infinity for the others.
+    void (*fold)(const float* keys, int64_t count, float low, float middle, float* to);
+    // Where they are; returns how many.
+    int64_t (*gather)(const float* keys, int64_t count, float low, int32_t* places);
     void (*dense)(const DenseJob& job);
     void (*attend)(const AttendJob& job);
     // One key or value of a head into the cache; int8 returns its scale.

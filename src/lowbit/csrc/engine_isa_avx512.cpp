@@ -1,9 +1,10 @@
 #include <immintrin.h>
 
 #include "attention_lanes.h"
+#include "choice_lanes.h"
 #include "engine_lanes.h"
 
 namespace lowbit {
-const EngineIsa kEngineAvx512 = {normalize,     activate,      add_scaled, cap_values, widen_numbers,
-                             largest_index, dense_product, attend,     store_key,  store_value};
+const EngineIsa kEngineAvx512 = {normalize,    activate,   add_scaled,  cap_values, widen_numbers, largest_index, weigh_logits, tally_from,
+                                 moment_from,  fold_keys,  gather_from, dense_product, attend,     store_key,     store_value};
 }  // namespace lowbit

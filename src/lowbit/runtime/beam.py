@@ -23,7 +23,7 @@ import numpy as np
 
 from lowbit.errors import RecipeError
 from lowbit.runtime.generation import log_softmax
-from lowbit.runtime.selection import Selection
+from lowbit.runtime.selection import Selector
 from lowbit.runtime.settings import BeamSettings, Settings
 from lowbit.runtime.slots import Floats, Slot, Tokens
 
@@ -55,6 +55,7 @@ def search(slots: Sequence[Slot], prompt: Tokens, settings: Settings, seen: Toke
     seen = prompt if seen is None else seen
     beams = settings.beams
     _refuse(slots, settings)
+    selector = Selector(settings.selection, settings.ends)
     size = beams.num_beams // beams.num_beam_groups
     groups = [Group(size, [Beam((), 0.0, slot=g * size)]) for g in range(beams.num_beam_groups)]
     room = min(settings.max_new_tokens, slots[0].engine.context - len(prompt))
@@ -70,7 +71,7 @@ def search(slots: Sequence[Slot], prompt: Tokens, settings: Settings, seen: Toke
             at += len(group.running)
             _step(
                 group,
-                _scores(rows, group.running, seen, settings) - beams.diversity_penalty * chosen,
+                _scores(rows, group.running, seen, selector) - beams.diversity_penalty * chosen,
                 settings,
                 made == room,
             )
@@ -95,28 +96,12 @@ def _refuse(slots: Sequence[Slot], settings: Settings) -> None:
         raise RecipeError("beam search knows no stop strings: name stop_tokens, or set num_beams=1")
 
 
-def _scores(logits: Floats, beams: Sequence[Beam], prompt: Tokens, settings: Settings) -> Floats:
+def _scores(logits: Floats, beams: Sequence[Beam], prompt: Tokens, selector: Selector) -> Floats:
     """The log probabilities [beams, vocabulary] with the settings applied to them."""
     scores = log_softmax(logits)
     for row, beam in zip(scores, beams, strict=True):
-        history = np.concatenate([prompt, np.asarray(beam.tokens, np.int32)])
-        _apply(settings.selection, row, history)
-        if len(beam.tokens) < settings.selection.min_new_tokens:
-            row[list(settings.ends)] = -np.inf
+        selector.adjust_(row, np.concatenate([prompt, np.asarray(beam.tokens, np.int32)]), len(beam.tokens))
     return scores
-
-
-def _apply(selection: Selection, scores: Floats, history: Tokens) -> None:
-    """Penalties, biases and forbidden words on the scores of one beam, in place."""
-    seen, counts = np.unique(history, return_counts=True)
-    if selection.repetition_penalty != 1:
-        scores[seen] *= np.where(scores[seen] < 0, selection.repetition_penalty, 1 / selection.repetition_penalty)
-    scores[seen] -= (selection.presence_penalty + selection.frequency_penalty * counts).astype(np.float32)
-    for token, bias in selection.bias.items():
-        scores[token] += bias
-    for *start, last in selection.forbidden:
-        if len(start) <= len(history) and list(history[len(history) - len(start) :]) == start:
-            scores[last] = -np.inf
 
 
 def _step(group: Group, log_probabilities: Floats, settings: Settings, at_the_end: bool) -> None:

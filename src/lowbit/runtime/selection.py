@@ -8,6 +8,7 @@ penalties are those of the chat servers. temperature 0 (the default) is greedy. 
 from __future__ import annotations
 
 import ctypes
+import math
 import secrets
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -37,6 +38,11 @@ class CSelection(ctypes.Structure):
         ("bias_count", ctypes.c_int32),
         ("bias_tokens", ctypes.c_void_p),
         ("bias_values", ctypes.c_void_p),
+        ("word_count", ctypes.c_int32),
+        ("word_ends", ctypes.c_void_p),
+        ("word_tokens", ctypes.c_void_p),
+        ("banned_count", ctypes.c_int32),
+        ("banned_tokens", ctypes.c_void_p),
     ]
 
 
@@ -59,7 +65,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         limits = {
-            "temperature": self.temperature >= 0,
+            "temperature": 0 <= self.temperature < math.inf,
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
             "min_p": 0 <= self.min_p <= 1,
@@ -69,6 +75,8 @@ class Selection:
         for name, holds in limits.items():
             if not holds:
                 raise RecipeError(f"{name}={getattr(self, name)} is out of range; {_RANGES[name]}")
+        if not all(self.forbidden):
+            raise RecipeError("a forbidden sequence without tokens is out of range; use one token or more")
 
     @classmethod
     def from_generation_config(cls, config: dict[str, Any]) -> Selection:
@@ -102,19 +110,34 @@ _RANGES = {
 
 
 class Selector:
-    """Chooses the tokens of one sequence. Holds the generator, and knows which tokens may not come now."""
+    """Chooses the tokens of one sequence: the settings as the core reads them, and the generator of its draws."""
 
     def __init__(self, selection: Selection, stop_tokens: tuple[int, ...] = ()) -> None:
         self.selection = selection
-        self.stop_tokens = stop_tokens
         seed = selection.seed if selection.seed is not None else secrets.randbits(63)
         self.generator = ctypes.c_uint64(seed)
         self.chosen = 0
+        self._bans = len(stop_tokens)
+        words = selection.forbidden
+        # What the struct points to, made once: a call costs 4 microseconds, and building it again cost 40.
+        self._kept = [
+            np.fromiter(selection.bias, np.int32, len(selection.bias)),
+            np.fromiter(selection.bias.values(), np.float32, len(selection.bias)),
+            np.cumsum([len(word) for word in words], dtype=np.int32),
+            np.asarray([token for word in words for token in word], np.int32),
+            np.asarray(stop_tokens, np.int32),
+        ]
+        tokens, values, ends, flat, stops = (array.ctypes.data for array in self._kept)
+        s = selection
+        self._settings = CSelection(
+            s.temperature, s.top_k, s.top_p, s.min_p, s.typical_p, s.repetition_penalty, s.presence_penalty,
+            s.frequency_penalty, len(s.bias), tokens, values, len(words), ends, flat, 0, stops,
+        )  # fmt: skip
 
     def choose(self, logits: Floats, history: Tokens) -> int:
         """The next token; `history` are all tokens so far."""
         token = ctypes.c_int32()
-        arguments = self._arguments(logits, history)
+        arguments = self._arguments(logits, history, self.chosen)
         check(library().lowbit_select(*arguments, ctypes.byref(self.generator), ctypes.byref(token), None))
         self.chosen += 1
         return int(token.value)
@@ -122,13 +145,18 @@ class Selector:
     def probabilities(self, logits: Floats, history: Tokens) -> Floats:
         """The distribution that `choose` draws from."""
         result = np.empty(len(logits), np.float32)
-        check(library().lowbit_probabilities(*self._arguments(logits, history), result.ctypes.data))
+        arguments = self._arguments(logits, history, self.chosen)
+        check(library().lowbit_probabilities(*arguments, result.ctypes.data))
         return result
 
-    def _arguments(self, logits: Floats, history: Tokens) -> tuple[Any, ...]:
+    def adjust_(self, scores: Floats, history: Tokens, made: int) -> None:
+        """Biases, penalties and what is forbidden after `made` new tokens, on a row of scores in place."""
+        check(library().lowbit_adjust(*self._arguments(scores, history, made)))
+
+    def _arguments(self, logits: Floats, history: Tokens, made: int) -> tuple[Any, ...]:
         self._logits = np.ascontiguousarray(logits, np.float32)
         self._history = np.ascontiguousarray(history, np.int32)
-        self._settings = self._c_selection(self._history)
+        self._settings.banned_count = self._bans if made < self.selection.min_new_tokens else 0
         return (
             self._logits.ctypes.data,
             len(self._logits),
@@ -136,24 +164,3 @@ class Selector:
             self._history.ctypes.data,
             len(self._history),
         )
-
-    def _c_selection(self, history: Tokens) -> CSelection:
-        s = self.selection
-        bias = dict(s.bias)
-        for token in self._forbidden_now(history):
-            bias[token] = -np.inf
-        self._bias_tokens = np.fromiter(bias, np.int32, len(bias))
-        self._bias_values = np.fromiter(bias.values(), np.float32, len(bias))
-        return CSelection(
-            s.temperature, s.top_k, s.top_p, s.min_p, s.typical_p, s.repetition_penalty, s.presence_penalty,
-            s.frequency_penalty, len(bias), self._bias_tokens.ctypes.data, self._bias_values.ctypes.data,
-        )  # fmt: skip
-
-    def _forbidden_now(self, history: Tokens) -> list[int]:
-        """Tokens that would complete a forbidden sequence, and the stop tokens while the answer is too short."""
-        forbidden = list(self.stop_tokens) if self.chosen < self.selection.min_new_tokens else []
-        for words in self.selection.forbidden:
-            *start, last = words
-            if len(start) <= len(history) and list(history[len(history) - len(start) :]) == start:
-                forbidden.append(last)
-        return forbidden

@@ -139,6 +139,27 @@ void refuse_selection() {
     biased.bias_count = 1;
     EXPECT_REFUSED(select(biased), kBad);
     const int32_t outside = 10;
+    for (int32_t end : {0, -1}) {
+        lowbit_selection empty = s;
+        empty.word_count = 1;
+        empty.word_ends = &end;
+        empty.word_tokens = &token;
+        EXPECT_REFUSED(select(empty), kBad);
+    }
+    const int32_t one = 1;
+    lowbit_selection words = s;
+    words.word_count = 1;
+    EXPECT_REFUSED(select(words), kBad);
+    words.word_ends = &one;
+    EXPECT_REFUSED(select(words), kBad);
+    words.word_tokens = &outside;
+    EXPECT_REFUSED(select(words), kBad);
+    lowbit_selection banned = s;
+    banned.banned_count = 1;
+    EXPECT_REFUSED(select(banned), kBad);
+    banned.banned_tokens = &outside;
+    EXPECT_REFUSED(select(banned), kBad);
+    EXPECT_REFUSED(lowbit_adjust(nullptr, 10, &s, nullptr, 0), kBad);
     EXPECT_REFUSED(lowbit_select(logits.data(), 10, &s, &outside, 1, &generator, &token, nullptr), kBad);
     EXPECT_REFUSED(lowbit_select(nullptr, 10, &s, nullptr, 0, &generator, &token, nullptr), kBad);
     EXPECT_REFUSED(lowbit_select(logits.data(), 0, &s, nullptr, 0, &generator, &token, nullptr), kBad);

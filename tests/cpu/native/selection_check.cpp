@@ -81,6 +81,27 @@ void check_penalties(const std::vector<float>& logits, int32_t best) {
     EXPECT(lowbit_select(logits.data(), kVocab, &selection, nullptr, 0, &generator, &token, nullptr) == LOWBIT_OK && token != best);
 }
 
+void check_forbidden(const std::vector<float>& logits, int32_t best) {
+    lowbit_selection selection = plain_selection(0.0f);
+    uint64_t generator = 1;
+    int32_t token = -1;
+    const std::vector<int32_t> history = {4, 5}, words = {4, 5, best, 9, best}, ends = {3, 5};
+    const auto select = [&](int64_t length) {
+        return lowbit_select(logits.data(), kVocab, &selection, history.data(), length, &generator, &token, nullptr);
+    };
+    selection.word_count = 2;
+    selection.word_ends = ends.data();
+    selection.word_tokens = words.data();
+    EXPECT(select(2) == LOWBIT_OK && token != best);
+    EXPECT(select(1) == LOWBIT_OK && token == best);
+    EXPECT(select(0) == LOWBIT_OK && token == best);
+    selection.banned_count = 1;
+    selection.banned_tokens = &best;
+    EXPECT(select(0) == LOWBIT_OK && token != best);
+    std::vector<float> scores = logits;
+    EXPECT(lowbit_adjust(scores.data(), kVocab, &selection, nullptr, 0) == LOWBIT_OK && std::isinf(scores[static_cast<size_t>(best)]));
+}
+
 }  // namespace
 
 void check_selection() {
@@ -88,6 +109,7 @@ void check_selection() {
     const int32_t best = 17;
     logits[static_cast<size_t>(best)] = 5.0f;
     check_penalties(logits, best);
+    check_forbidden(logits, best);
     logits[static_cast<size_t>(best)] = 2.0f;
     for (float& logit : logits) logit *= 2.0f;
     check_filters(logits);
