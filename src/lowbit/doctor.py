@@ -30,6 +30,7 @@ OLDEST_PYTHON = (3, 11)
 USUAL_SHAPE = (2048, 2048)
 LITTLE_MEMORY = 2 * 10**9
 TOO_OLD, ABSENT = "too old", "absent"
+CACHE = "int8 where the weights are low-bit and computed in int8, else fp16; in transformers' generate fp16"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Diagnosis:
     kernels: list[Service] = field(default_factory=list)
     devices: list[str] = field(default_factory=list)
     prefill: str = ""
+    cache: str = ""
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -131,7 +133,8 @@ def examine(device: str = "cpu") -> Diagnosis:
         devices=_devices() if has_torch else ["cpu"],
         kernels=services(device, has_torch),
     )
-    found.prefill = calls.folding() if found.instruction_set else ""
+    if found.instruction_set:
+        found.prefill, found.cache = calls.folding(), CACHE
     found.problems = [*package_problems(packages), *([broken] if broken else []), *_machine_problems(found)]
     return found
 

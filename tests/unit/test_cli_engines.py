@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ import lowbit
 from lowbit.cli import main
 from lowbit.cli.engine_session import EngineSession
 from lowbit.cli.engines import open_session
-from lowbit.cli.options import LoadOptions, Sampling
+from lowbit.cli.options import CACHES, LoadOptions, Sampling
 from lowbit.cli.session import Session
 from lowbit.cli.source import find_source
 from lowbit.errors import LowbitError
 from lowbit.recipe import recipe_named
+from lowbit.runtime.abi import CACHE_TYPES
 from lowbit.runtime.loading import LONGEST_DEFAULT_CONTEXT
 from lowbit_assets import tiny_model, tiny_model_in_memory
 from lowbit_assets.tiny import write_byte_tokenizer
@@ -119,11 +121,39 @@ def test_a_context_of_ones_own(small: Path, plain: Path, tmp_path: Path, capsys:
         )
     assert main([*words, "x", "--context", "129"]) == 1
     assert "context=129 is out of range; this model was made for 1 to 128 tokens" in capsys.readouterr().err
-    for option in (["--context", "40"], ["--check"]):
+    for option in (["--context", "40"], ["--check"], ["--cache", "int8"], ["--within-window"]):
         assert main(["generate", str(plain), "--prompt", "x", *option]) == 1
         assert f"{option[0]} belongs to lowbit's own engine" in capsys.readouterr().err
     assert main(["bench", "--help"]) == 0
     assert f"at most {LONGEST_DEFAULT_CONTEXT}" in capsys.readouterr().out
+
+
+def test_the_cache_is_named_and_shown(small: Path, plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(CACHES) == set(CACHE_TYPES)
+    words = ["--engine", "lowbit", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1"]
+    for folder, extra, cache in (
+        (small, [], "int8"),
+        (plain, [], "fp16"),
+        (small, ["--cache", "fp32"], "fp32"),
+        (plain, ["--format", "int4"], "int8"),
+    ):
+        assert main(["bench", str(folder), *words, *extra]) == 0
+        assert re.search(rf"keys and values +{cache}\n", capsys.readouterr().out)
+    assert main(["bench", str(small), *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cache"] == "int8"
+    assert main(["doctor"]) == 0
+    assert "int8 where the weights are low-bit" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_prompt_beyond_the_sliding_window_is_refused_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tiny_model("mistral", tmp_path / "mistral"))
+    words = ["generate", folder, "--engine", "lowbit", "--raw", "--max-new-tokens", "2", "--prompt"]
+    assert main([*words, "x" * 60]) == main([*words, "x" * 4, "--within-window"]) == 0
+    capsys.readouterr()
+    assert main([*words, "x" * 60, "--within-window"]) == 1
+    assert "the prompt has 60 tokens and the model's sliding window shows 8: shorten it" in capsys.readouterr().err
 
 
 def test_commands_run_without_torch(small: Path, plain: Path) -> None:

@@ -83,13 +83,14 @@ def run(options: argparse.Namespace) -> int:
     with progress("timing", options.rounds + 1, still=True) as advance:
         timings = measure(generate, len(prompt), options.new_tokens, options.rounds, advance)
     facts = timings.to_dict() | {"load_seconds": session.load_seconds, "peak_bytes": session.peak_memory()}
-    print_timings(output, timings, session.load_seconds, session.peak_memory())
+    cache = session.cache if isinstance(session, EngineSession) else None
+    print_timings(output, timings, session.load_seconds, session.peak_memory(), cache)
     if isinstance(session, EngineSession) and options.profile:
         with progress("profiling"):
             reading, later = session.profile(prompt, options.new_tokens)
         print_profile(output, reading, later)
         facts |= {"profile": {"prompt": reading, "later": later}}
-    output.result({"model": options.model} | facts)
+    output.result({"model": options.model, "cache": cache} | facts)
     return 0
 
 
@@ -98,7 +99,9 @@ def prompt_of(tokens: list[int], length: int) -> list[int]:
     return (tokens * (length // len(tokens) + 1))[:length]
 
 
-def print_timings(output: Output, timings: Timings, load_seconds: float, peak_bytes: int) -> None:
+def print_timings(
+    output: Output, timings: Timings, load_seconds: float, peak_bytes: int, cache: str | None = None
+) -> None:
     reading = f"{timings.prompt_tokens} tokens ({timings.prompt_tokens_per_second:.0f} tokens/s)"
     later = (
         f"{seconds_text(timings.later_mean)} mean, {seconds_text(timings.later_p90)} P90, "
@@ -110,6 +113,7 @@ def print_timings(output: Output, timings: Timings, load_seconds: float, peak_by
             ("first token", f"{seconds_text(timings.first_token)} for {reading}"),
             ("later tokens", later),
             ("peak memory", size_text(peak_bytes)),
+            *([("keys and values", cache)] if cache else []),
             ("measured", f"{timings.rounds} rounds of {timings.new_tokens} tokens after one to warm up"),
         ]
     )

@@ -29,8 +29,8 @@ class EngineSession:
         start = time.perf_counter()
         if threads is not None:
             set_threads(threads)
-        model = load_files(files, options.recipe, options.context)
-        model.settings = model.settings.change(check=options.check)
+        model = load_files(files, options.recipe, options.context, cache=options.cache)
+        model.settings = model.settings.change(check=options.check, within_window=options.within_window)
         return cls(model, time.perf_counter() - start)
 
     @property
@@ -41,6 +41,17 @@ class EngineSession:
     def context_length(self) -> int | None:
         """How many tokens a prompt and its answer may have together."""
         return self.model.context
+
+    @property
+    def cache(self) -> str:
+        """The type of the keys and values that are kept."""
+        return self.engine.cache
+
+    @property
+    def engine(self) -> Engine:
+        if not isinstance(self.model.engine, Engine):
+            raise LowbitError("this model runs in an engine of another kind, which has neither profile nor cache types")
+        return self.model.engine
 
     @property
     def vocabulary(self) -> int:
@@ -85,9 +96,7 @@ class EngineSession:
 
     def profile(self, prompt: list[int], new_tokens: int) -> tuple[dict[str, int], dict[str, int]]:
         """Nanoseconds of one thread by part of a step, while a prompt is read and while the later tokens are made."""
-        engine = self.model.engine
-        if not isinstance(engine, Engine):
-            raise LowbitError("this model's engine does not count its parts")
+        engine = self.engine
         self.forget()
         engine.reset()
         engine.profile(True)

@@ -93,7 +93,12 @@ def is_installed(name: str) -> bool:
 def _through_transformers(source: Source, options: LoadOptions, threads: int | None) -> Session:
     if _missing():
         raise MissingPackageError(_missing()[0], "running a model through transformers", "torch")
-    for option, given in (("--check", options.check), ("--context", options.context is not None)):
+    for option, given in (
+        ("--check", options.check),
+        ("--context", options.context is not None),
+        ("--cache", options.cache != "auto"),
+        ("--within-window", options.within_window),
+    ):
         if given:
             raise LowbitError(
                 f"{option} belongs to lowbit's own engine, and this model runs through transformers: add --engine lowbit"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAVE = "none"
 ENGINES = ("auto", "lowbit", "transformers")
+CACHES = ("auto", "fp32", "fp16", "int8")
 FORMAT_NAMES = "int4, nf4, q4_k, ...; lowbit doctor lists them"
 
 
@@ -30,7 +31,9 @@ class LoadOptions:
     trust_remote_code: bool = False
     engine: str = "auto"
     context: int | None = None
+    cache: str = "auto"
     check: bool = False
+    within_window: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "lowbit's own engine)",
     )
     group.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="auto",
+        help="what keys and values are kept in (default: int8 for low-bit models, fp16 for others; lowbit's own engine)",
+    )
+    group.add_argument(
+        "--within-window",
+        action="store_true",
+        help="refuse a prompt longer than the model's sliding window (lowbit's own engine)",
+    )
+    group.add_argument(
         "--check", action="store_true", help="if a number overflows, say in which layer (slower; lowbit's own engine)"
     )
 
@@ -184,5 +198,7 @@ def loading_from(options: argparse.Namespace) -> LoadOptions:
         options.trust_remote_code,
         options.engine,
         options.context,
+        options.cache,
         options.check,
+        options.within_window,
     )
