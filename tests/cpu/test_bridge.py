@@ -170,3 +170,29 @@ def test_weights_are_held_once() -> None:
     _, weights = model.generate._parts
     packed = {held.tensors["prepared"].data_ptr() for held in packed_weights(model).values()}
     assert packed <= {matrix.address for matrix in weights.matrices.values()}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"do_sample": False, "min_new_tokens": 12},
+        {"do_sample": False, "repetition_penalty": 1.3, "bad_words_ids": [[3], [5, 7]]},
+        {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9},
+    ],
+    ids=["least", "penalised", "drawn"],
+)
+def test_tokens_chosen_in_the_core_are_those_chosen_one_by_one(asked: dict[str, object]) -> None:
+    """A streamer makes the engine hand out every token by itself; without one the core runs the whole loop."""
+
+    class Silent:
+        def put(self, tokens: torch.Tensor) -> None: ...
+        def end(self) -> None: ...
+
+    model = packed_model()
+    ids = torch.tensor([[2, 9, 4, 11]])
+    torch.manual_seed(5)
+    alone = model.generate(ids, max_new_tokens=24, **asked)
+    torch.manual_seed(5)
+    handed_out = model.generate(ids, max_new_tokens=24, streamer=Silent(), **asked)
+    assert model.generate.why_not is None
+    assert torch.equal(alone, handed_out)

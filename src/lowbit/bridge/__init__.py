@@ -32,7 +32,7 @@ from lowbit.layers import PackedWeight
 from lowbit.runtime import beam
 from lowbit.runtime.engine import Engine
 from lowbit.runtime.prompt_cache import PromptCache
-from lowbit.runtime.selection import Selection, Selector
+from lowbit.runtime.selection import Selector
 from lowbit.runtime.slots import Floats, Slot, check_window
 
 SHORTEST_CONTEXT = 512
@@ -164,13 +164,15 @@ class EngineGenerate:
     ) -> list[list[int]]:
         """Every sequence continued token by token, all in one step."""
         selection, stops = request.settings.selection, request.settings.stop_tokens
-        if request.slots == 1 and selection == Selection() and streamer is None and cache_file is None:
-            return [
-                request.seen[0].tolist() + engine.generate(request.prompts[0], request.settings.max_new_tokens, stops)
-            ]
         logits = self._prefill(engine, request, cache_file)
         rows = [seen.tolist() for seen in request.seen for _ in range(request.returns)]
         selectors = [Selector(selection.replace(seed=seed), stops) for seed in request.seeds]
+        if request.slots == 1 and streamer is None:
+            first = selectors[0].choose(logits[0], np.asarray(rows[0], np.int32))
+            rows[0].append(first)
+            left = request.settings.max_new_tokens - 1
+            rest = engine.continue_chosen(selectors[0], rows[0], left, stops) if left and first not in stops else []
+            return [rows[0] + rest]
         active = list(range(len(rows)))
         for made in range(1, request.settings.max_new_tokens + 1):
             for place, row in enumerate(active):

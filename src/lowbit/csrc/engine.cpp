@@ -151,31 +151,73 @@ extern "C" int lowbit_engine_step(lowbit_engine* handle, const int32_t* tokens, 
     }
 }
 
-extern "C" int lowbit_engine_greedy(lowbit_engine* handle, int32_t slot, int32_t token, int64_t count, const int32_t* stops, int64_t stop_count,
-                                    int32_t* made, int64_t* made_count) {
-    if (!handle || !made || !made_count || stop_count < 0 || (stop_count > 0 && !stops)) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
+namespace {
+
+// Where the tokens of a call end, and how many it made.
+struct Continuation {
+    int32_t slot;
+    int64_t count;
+    const int32_t* stops;
+    int64_t stop_count;
+    int64_t* made_count;
+
+    bool ends(int32_t token) const { return std::find(stops, stops + stop_count, token) != stops + stop_count; }
+};
+
+// One token after another: a step, then `choose(logits, made, &token)`, which also writes the token down.
+template <class Choose>
+int continue_slot(lowbit_engine* handle, const Continuation& job, int32_t token, const Choose& choose) {
     Engine& engine = handle->engine;
-    *made_count = 0;
-    if (count < 0 || count > engine.options.context)
-        return fail(LOWBIT_BAD_ARGUMENT, "%lld tokens do not fit a context of %lld", static_cast<long long>(count), static_cast<long long>(engine.options.context));
-    if (int status = check_slot(engine, slot)) return status;
-    if (int status = check_end(engine, slot, engine.lengths[static_cast<size_t>(slot)] + count)) return status;
+    *job.made_count = 0;
+    if (job.count < 0 || job.count > engine.options.context)
+        return fail(LOWBIT_BAD_ARGUMENT, "%lld tokens do not fit a context of %lld", static_cast<long long>(job.count), static_cast<long long>(engine.options.context));
+    if (int status = check_slot(engine, job.slot)) return status;
+    if (int status = check_end(engine, job.slot, engine.lengths[static_cast<size_t>(job.slot)] + job.count)) return status;
     const Busy busy(engine);
     if (!busy.mine()) return refuse_busy();
     engine.cancelled.store(false);
     const uint8_t wanted = 1;
     try {
         engine.logits.resize(static_cast<size_t>(engine.plans.model.vocab_size));
-        while (*made_count < count) {
-            if (int status = step_checked(engine, {&token, &slot, &wanted, 1}, engine.logits.data())) return status;
-            token = static_cast<int32_t>(engine_isa().largest(engine.logits.data(), engine.plans.model.vocab_size));
-            made[(*made_count)++] = token;
-            if (std::find(stops, stops + stop_count, token) != stops + stop_count) break;
+        while (*job.made_count < job.count) {
+            if (int status = step_checked(engine, {&token, &job.slot, &wanted, 1}, engine.logits.data())) return status;
+            if (int status = choose(engine.logits.data(), *job.made_count, &token)) return status;
+            ++*job.made_count;
+            if (job.ends(token)) break;
         }
         return LOWBIT_OK;
-    } catch (const std::bad_alloc&) {
-        return fail(LOWBIT_NO_MEMORY, "not enough memory for a step");
+    } catch (...) {
+        return caught();
     }
+}
+
+}  // namespace
+
+extern "C" int lowbit_engine_greedy(lowbit_engine* handle, int32_t slot, int32_t token, int64_t count, const int32_t* stops, int64_t stop_count,
+                                    int32_t* made, int64_t* made_count) {
+    if (!handle || !made || !made_count || stop_count < 0 || (stop_count > 0 && !stops)) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
+    const int32_t vocab = handle->engine.plans.model.vocab_size;
+    return continue_slot(handle, {slot, count, stops, stop_count, made_count}, token, [&](const float* logits, int64_t index, int32_t* chosen) {
+        made[index] = *chosen = static_cast<int32_t>(engine_isa().largest(logits, vocab));
+        return LOWBIT_OK;
+    });
+}
+
+extern "C" int lowbit_engine_choose(lowbit_engine* handle, int32_t slot, int32_t* tokens, int64_t length, int64_t count,
+                                    const lowbit_selection* selection, int64_t least, const int32_t* stops, int64_t stop_count,
+                                    uint64_t* generator, int64_t* made_count) {
+    if (!handle || !tokens || !selection || !made_count || stop_count < 0 || (stop_count > 0 && !stops)) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
+    if (length < 1) return fail(LOWBIT_BAD_ARGUMENT, "there is no token to go on from");
+    lowbit_selection settings = *selection;
+    settings.banned_tokens = stops;
+    const int32_t vocab = handle->engine.plans.model.vocab_size;
+    return continue_slot(handle, {slot, count, stops, stop_count, made_count}, tokens[length - 1], [&](const float* logits, int64_t index, int32_t* chosen) {
+        settings.banned_count = index < least ? static_cast<int32_t>(stop_count) : 0;
+        const int64_t so_far = length + index;
+        if (int status = lowbit_select(logits, vocab, &settings, tokens, so_far, generator, chosen, nullptr)) return status;
+        tokens[so_far] = *chosen;
+        return static_cast<int>(LOWBIT_OK);
+    });
 }
 
 extern "C" void lowbit_engine_cancel(lowbit_engine* handle) {

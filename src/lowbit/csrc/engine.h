@@ -59,7 +59,7 @@ struct Engine {
     Cache cache;
     Workspace work;
     std::vector<std::atomic<int64_t>> lengths;  // of each slot; asked for by other threads while a step runs
-    std::vector<float> logits;  // of lowbit_engine_greedy
+    std::vector<float> logits;  // of tokens that are made without the caller
     std::atomic<bool> cancelled{false};
     std::atomic<bool> busy{false};
     bool profiling = false;

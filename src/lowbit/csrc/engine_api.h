@@ -136,6 +136,11 @@ LOWBIT_API int lowbit_engine_step(lowbit_engine* engine, const int32_t* tokens, 
  * them and their number. Ends early with LOWBIT_CANCELLED. */
 LOWBIT_API int lowbit_engine_greedy(lowbit_engine* engine, int32_t slot, int32_t token, int64_t count, const int32_t* stops,
                                     int64_t stop_count, int32_t* made, int64_t* made_count);
+/* Likewise, with each token chosen as lowbit_select does: tokens [length + count] holds the sequence so far, of which the last one is
+ * not in the cache yet, and the new ones are written behind it. Before `least` are made, none of `stops` is chosen. */
+LOWBIT_API int lowbit_engine_choose(lowbit_engine* engine, int32_t slot, int32_t* tokens, int64_t length, int64_t count,
+                                    const lowbit_selection* selection, int64_t least, const int32_t* stops, int64_t stop_count,
+                                    uint64_t* generator, int64_t* made_count);
 /* Tokens in a slot, or -1. */
 LOWBIT_API int64_t lowbit_engine_length(const lowbit_engine* engine, int32_t slot);
 /* Forget what follows the first `length` tokens of a slot. A model with sliding windows keeps only the windows: such a slot can be

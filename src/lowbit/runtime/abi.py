@@ -156,6 +156,7 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "lowbit_engine_cache_type": (ctypes.c_int, [_P]),
     "lowbit_engine_step": (ctypes.c_int, [_P, _P, _P, _P, _L, _P]),
     "lowbit_engine_greedy": (ctypes.c_int, [_P, _I, _I, _L, _P, _L, _P, ctypes.POINTER(_L)]),
+    "lowbit_engine_choose": (ctypes.c_int, [_P, _I, _P, _L, _L, _P, _L, _P, _L, _P, ctypes.POINTER(_L)]),
     "lowbit_engine_length": (_L, [_P, _I]),
     "lowbit_engine_truncate": (ctypes.c_int, [_P, _I, _L]),
     "lowbit_engine_shortest": (_L, [_P, _I]),

@@ -29,6 +29,7 @@ from lowbit.errors import KernelError, LowbitError, RecipeError, nearest
 from lowbit.models.spec import DecoderSpec
 from lowbit.runtime import abi
 from lowbit.runtime.describe import Description
+from lowbit.runtime.selection import Selector
 from lowbit.runtime.weights import EngineWeights, Floats, fingerprint
 
 # int8 per head and token where products round their inputs to int8 anyway, fp16 elsewhere: benchmarks/results/cache_kl.md says what
@@ -137,13 +138,28 @@ class Engine:
                 )
             )
 
-        before = self.length(slot)
-        try:
-            self._run(call)
-        except KeyboardInterrupt:
-            self._return_to(slot, before)
-            raise
+        self._run_or_return(call, slot)
         return [int(t) for t in made[: found.value]]
+
+    def continue_chosen(
+        self, selector: Selector, tokens: Sequence[int], count: int, stops: Tokens = (), slot: int = 0
+    ) -> list[int]:
+        """As `continue_greedy` from the last of `tokens`, each new one chosen by a selector that looks at all before it."""
+        length, found, ends = len(tokens), ctypes.c_int64(), _integers(stops)
+        room = np.concatenate([_integers(tokens), np.empty(count, np.int32)])
+        least = max(selector.selection.min_new_tokens - selector.chosen, 0)
+
+        def call() -> int:
+            return int(
+                self._core.lowbit_engine_choose(
+                    self._open(), slot, room.ctypes.data, length, count, selector.address, least, ends.ctypes.data,
+                    ends.size, ctypes.byref(selector.generator), found,
+                )
+            )  # fmt: skip
+
+        self._run_or_return(call, slot)
+        selector.chosen += found.value
+        return [int(t) for t in room[length : length + found.value]]
 
     def length(self, slot: int = 0) -> int:
         """Tokens in a slot."""
@@ -223,6 +239,15 @@ class Engine:
             self._return_to(slot, before)
             raise
         return np.concatenate(out)
+
+    def _run_or_return(self, call: Callable[[], int], slot: int) -> None:
+        """Make a call that advances a slot by itself; Ctrl-C leaves the slot as it was."""
+        before = self.length(slot)
+        try:
+            self._run(call)
+        except KeyboardInterrupt:
+            self._return_to(slot, before)
+            raise
 
     def _return_to(self, slot: int, length: int) -> None:
         """Forget what an interrupted call has read; where windows have moved on meanwhile, everything."""

@@ -134,6 +134,11 @@ class Selector:
             s.frequency_penalty, len(s.bias), tokens, values, len(words), ends, flat, 0, stops,
         )  # fmt: skip
 
+    @property
+    def address(self) -> int:
+        """Where the core reads the settings."""
+        return ctypes.addressof(self._settings)
+
     def choose(self, logits: Floats, history: Tokens) -> int:
         """The next token; `history` are all tokens so far."""
         token = ctypes.c_int32()
