@@ -28,10 +28,8 @@ import torch
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.grid import (
-    PLAIN,
     Grid,
     ScaleRounder,
-    Search,
     fit_grid,
     from_codes,
     group_weight,
@@ -41,6 +39,7 @@ from lowbit.grid import (
     to_codes,
 )
 from lowbit.packing import PackedTensor
+from lowbit.search import PLAIN, Search
 
 
 @dataclass(frozen=True)
