@@ -1,0 +1,124 @@
+"""Calibration tokens from all that may be given, and what cannot be calibrated on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from lowbit.calibration import Calibration, calibration_from
+from lowbit.cli import FAILED, OK, main
+from lowbit.errors import RecipeError
+from lowbit_assets import text, tiny_model
+
+PROSE = "A page of a database holds rows, and every row holds columns. " * 40
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("dense") / "llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(dense: Path) -> transformers.PreTrainedTokenizerBase:
+    return transformers.AutoTokenizer.from_pretrained(dense)
+
+
+def test_every_kind_of_source(tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(PROSE)
+    ids = tokenizer(PROSE, add_special_tokens=False)["input_ids"]
+    sources = [file, str(file), [PROSE], ids, np.array(ids), torch.tensor(ids)]
+    found = [calibration_from(source, tokenizer, 4, 64) for source in sources]
+    assert all(torch.equal(one.tokens, found[0].tokens) for one in found)
+    assert found[0].tokens.shape == (4, 64)
+    starts = [len(ids) // 4 * i for i in range(4)]
+    assert found[0].tokens.tolist() == [ids[start : start + 64] for start in starts]
+    assert torch.equal(calibration_from(found[0].tokens).tokens, found[0].tokens)
+    assert calibration_from(found[0]) is found[0]
+    assert len({one.digest for one in found}) == 1 and Calibration(found[0].tokens[:3]).digest != found[0].digest
+
+
+def test_named_text(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    default = calibration_from("default", tokenizer, 2, 32)
+    first = tokenizer.decode(default.tokens[0].tolist())
+    assert text("sqlite_train").startswith(first)
+
+
+def test_batches_have_one_size() -> None:
+    for count, sizes in {8: [8], 12: [6, 6], 7: [7], 11: [1] * 11, 32: [8] * 4}.items():
+        batches = Calibration(torch.zeros(count, 4, dtype=torch.long)).batches()
+        assert [len(batch) for batch in batches] == sizes
+
+
+def test_what_cannot_be_calibrated_on(tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    cases = {
+        str(tmp_path / "empty.txt"): "holds no text",
+        str(tmp_path / "short.txt"): "has 10 tokens, less than one window of 64",
+        str(tmp_path / "bytes.txt"): "no text in UTF-8",
+        "no_such_text": "there is no calibration text 'no_such_text'",
+    }
+    for source, message in cases.items():
+        with pytest.raises(RecipeError, match=message):
+            calibration_from(source, tokenizer, 4, 64)
+    wrong = {
+        "list of calibration texts is empty": [],
+        "whole numbers": torch.rand(4, 8),
+        "negative number": torch.tensor([[1, -100]]),
+        "no calibration text": [[1, 2], [3]],
+    }
+    for message, source in wrong.items():
+        with pytest.raises(RecipeError, match=message):
+            calibration_from(source, tokenizer)
+    with pytest.raises(RecipeError, match="pass the tokenizer"):
+        calibration_from([PROSE])
+    with pytest.raises(RecipeError, match="at least 1 window"):
+        calibration_from([PROSE], tokenizer, 0)
+    with pytest.warns(UserWarning, match="holds 38 windows of 64 tokens, less than the 128"):
+        assert len(calibration_from([PROSE], tokenizer, length=64).tokens) == len(PROSE) // 64 == 38
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_quantize_with_an_algorithm(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(text("sqlite_train")[:20000])
+    arguments = ["--algorithm", "gptq", "--format", "int4_g64", "--calibration", str(file), "--samples", "8"]
+    arguments += ["--length", "32", "--algorithm-option", "damping=0.05", "--resume", str(tmp_path / "run"), "--json"]
+    assert main(["quantize", str(dense), str(tmp_path / "out"), *arguments]) == OK
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["layers"]) == 15
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert '"rounder": "gptq"' in json.dumps(config) and '"damping": 0.05' in json.dumps(config)
+    assert (tmp_path / "run" / "block_0001.json").is_file()
+    assert main(["quantize", str(dense), str(tmp_path / "again"), *arguments]) == OK
+    first, second = (tmp_path / name / "model.safetensors" for name in ("out", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--algorithm", "gptk"], "no rounder is called 'gptk': did you mean gptq"),
+        (["--algorithm", "plain_rtn", "--calibration", "default", "--length", "64"], "looks at no activations"),
+        (["--samples", "4"], "--samples belongs to calibration"),
+        (["--algorithm", "gptq", "--algorithm-option", "damping=2"], "a damping from 1e-06 to 1"),
+        (["--algorithm", "gptq", "--calibration", "nowhere.txt"], "no calibration text 'nowhere.txt'"),
+    ],
+)
+def test_quantize_tells_what_contradicts(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    capsys.readouterr()
+    assert main(["quantize", str(dense), str(tmp_path / "out"), *arguments]) == FAILED
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert not (tmp_path / "out").exists()
