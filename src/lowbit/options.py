@@ -87,11 +87,71 @@ class GptqOptions(Options):
             raise RecipeError(f"gptq rounds at least one column at a time, not block_columns={self.block_columns}")
 
 
+@dataclass(frozen=True)
+class HqqOptions(Options):
+    """The power of the objective, how fast beta rises from where, and for how many turns: the defaults of the project hqq.
+
+    `reach` is the share of a scale below which it may not fall: 1 lets it only grow, 0 lets it give up large weights.
+    """
+
+    power: float = 0.7
+    beta: float = 10.0
+    growth: float = 1.01
+    iterations: int = 20
+    reach: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not 0 < self.power <= 1:
+            raise RecipeError(f"hqq: a power of {self.power}; it is above 0 and at most 1")
+        if not 0 <= self.reach <= 1:
+            raise RecipeError(f"hqq: a reach of {self.reach}; it is a share of the scale, from 0 to 1")
+        if self.beta <= 0 or self.growth < 1 or self.iterations < 0:
+            raise RecipeError("hqq: beta is above 0, its growth at least 1, and there is no negative number of turns")
+
+
+@dataclass(frozen=True)
+class AutoRoundOptions(Options):
+    """How long and how fast a block is tuned; a recipe of `AUTOROUND_RECIPES` is such a value.
+
+    `rate` is the first step of the votes and `range_rate` that of the ranges; 0 leaves them to the number of iterations.
+    `outliers`: the share of the largest errors that is left out of the loss at 2 and 3 bits.
+    `enable_quanted_input`: a block is tuned on what the rounded blocks before it give.
+    `samples`: windows of calibration text, where nobody says how many.
+    """
+
+    data: ClassVar[str] = "needed"
+    iterations: int = 200
+    batch_rows: int = 8
+    rate: float = 0.0
+    range_rate: float = 0.0
+    outliers: float = 0.001
+    enable_quanted_input: bool = True
+    samples: int = SAMPLES
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.batch_rows < 1 or self.samples < 1:
+            raise RecipeError("autoround: at least one iteration over at least one row of one sample")
+        if not 0 <= self.outliers < 1:
+            raise RecipeError(f"autoround: a share of outliers of {self.outliers}; it is at least 0 and below 1")
+        if self.rate < 0 or self.range_rate < 0:
+            raise RecipeError("autoround: rates are positive, or 0 for those that fit the number of iterations")
+
+
+# The recipes of the project auto-round, by its names.
+AUTOROUND_RECIPES: dict[str, AutoRoundOptions] = {
+    "light": AutoRoundOptions(iterations=50, rate=5e-3),
+    "default": AutoRoundOptions(),
+    "best": AutoRoundOptions(iterations=1000, samples=512),
+}
+
 # One row for each algorithm.
 ROUNDER_OPTIONS: dict[str, type[Options]] = {
     "rtn": RtnOptions,
     "plain_rtn": PlainOptions,
+    "hqq": HqqOptions,
     "gptq": GptqOptions,
+    "autoround": AutoRoundOptions,
 }
 SCALER_OPTIONS: dict[str, type[Options]] = {}
 

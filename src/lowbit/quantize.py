@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lowbit.algorithms.rtn import round_weight_best
+from lowbit.algorithms import ROUNDERS
+from lowbit.algorithms.rtn import relative_error, round_weight
 from lowbit.blockwise import Chosen, Where, check_data, describe_packed, round_in_blocks_
 from lowbit.calibration import Calibration
 from lowbit.errors import RecipeError
@@ -168,10 +169,19 @@ def pack_weight(
     """Pack one weight and write its line of the report."""
     check_finite(weight, name)
     formats, note = _fit_formats(choice.formats, weight.shape[-1])
-    packed = round_weight_best(weight, formats, recipe.rounder)
+    offers = [_round_alone(weight, format, recipe) for format in formats]
+    packed = offers[0] if len(offers) == 1 else min(offers, key=lambda offer: relative_error(weight, offer))
     text = "; ".join(part for part in (note, choice.note) if part)
     report.layers.append(describe_packed(name, role, weight, packed, text))
     return packed
+
+
+def _round_alone(weight: torch.Tensor, format: Format, recipe: Recipe) -> PackedTensor:
+    """A weight without data; to nearest where the rounder needs data that is not to be had for this weight."""
+    rounder, options = ROUNDERS[recipe.rounder].round_weight, recipe.rounder_options
+    if rounder is None or options is None or options.data == "needed":
+        return round_weight(weight, format)
+    return rounder(weight, format, None, options).packed
 
 
 def _for_blocks(targets: list[Target], plans: dict[str, Choice]) -> list[Chosen]:

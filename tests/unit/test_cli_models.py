@@ -292,7 +292,7 @@ def test_ctrl_c_while_packing_leaves_nothing(tmp_path: Path) -> None:
         "packed = 0\n"
         "def watch(frame, event, argument):\n"
         "    global packed\n"
-        "    if event == 'call' and frame.f_code.co_name == 'round_weight_best':\n"
+        "    if event == 'call' and frame.f_code.co_name == 'pack_weight':\n"
         "        packed += 1\n"
         "        if packed == 20:\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.algorithms.hqq import HqqOptions, round_hqq
+from lowbit.algorithms.hqq import round_hqq
 from lowbit.algorithms.rtn import relative_error, round_weight
 from lowbit.errors import RecipeError
 from lowbit.formats import as_format
 from lowbit.grid import group_weight, unpack
+from lowbit.options import HqqOptions
 from lowbit.packing import PackedTensor
+from lowbit.quantize import quantize_
+from lowbit.recipe import recipe_named
+from lowbit_assets import tiny_model_in_memory
 
 FORMATS = [
     "int2", "int3_g32", "int4", "int8", "int2_asym", "int4_asym_g32", "int3_asym_channel", "int4_asym_tensor",
@@ -90,3 +94,14 @@ def test_what_it_cannot_do_is_refused() -> None:
         HqqOptions(power=2)
     with pytest.raises(RecipeError, match="growth at least 1"):
         HqqOptions(growth=0.5)
+
+
+def test_a_model_is_rounded_by_the_recipe() -> None:
+    model = tiny_model_in_memory("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    options = HqqOptions(iterations=3)
+    quantize_(model, recipe_named("int3_asym_g32").replace(rounder="hqq", rounder_options=options))
+    packed = model.model.layers[0].mlp.up_proj.packed_weight.packed()
+    expected = round_hqq(weight, as_format("int3_asym_g32"), options)
+    assert torch.equal(unpack(packed), unpack(expected))
+    assert not torch.equal(unpack(packed), unpack(round_weight(weight, as_format("int3_asym_g32"))))

@@ -21,10 +21,10 @@ five times as large, |w - w^| / |w| is 0.228 instead of 0.123 while the objectiv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from lowbit.algorithms.statistics import Statistics
+from lowbit.algorithms.table import Rounded
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.grid import (
@@ -38,31 +38,9 @@ from lowbit.grid import (
     store_grid,
     to_codes,
 )
+from lowbit.options import HqqOptions
 from lowbit.packing import PackedTensor
 from lowbit.search import PLAIN, Search
-
-
-@dataclass(frozen=True)
-class HqqOptions:
-    """The power of the objective, how fast beta rises from where, and for how many turns: the defaults of the project hqq.
-
-    `reach` is the share of a scale below which it may not fall: 1 lets it only grow, 0 lets it give up large weights.
-    """
-
-    power: float = 0.7
-    beta: float = 10.0
-    growth: float = 1.01
-    iterations: int = 20
-    reach: float = 0.95
-
-    def __post_init__(self) -> None:
-        if not 0 < self.power <= 1:
-            raise RecipeError(f"hqq: a power of {self.power}; it is above 0 and at most 1")
-        if not 0 <= self.reach <= 1:
-            raise RecipeError(f"hqq: a reach of {self.reach}; it is a share of the scale, from 0 to 1")
-        if self.beta <= 0 or self.growth < 1 or self.iterations < 0:
-            raise RecipeError("hqq: beta is above 0, its growth at least 1, and there is no negative number of turns")
-
 
 _DEFAULTS = HqqOptions()
 Fit = tuple[torch.Tensor, torch.Tensor | None]
@@ -83,6 +61,13 @@ def round_hqq(weight: torch.Tensor, format: Format, options: HqqOptions = _DEFAU
         # A second level of scales is fitted to all groups at once, and may undo what each of them gained alone.
         grid = min([grid, *starts], key=lambda grid: _total(groups, format, grid, options.power))
     return pack(weight, format, grid)
+
+
+def round_half_quadratic(
+    weight: torch.Tensor, format: Format, statistics: Statistics | None, options: HqqOptions
+) -> Rounded:
+    """The row `hqq`."""
+    return Rounded(round_hqq(weight, format, options))
 
 
 def objective(groups: torch.Tensor, format: Format, fit: Fit, power: float) -> torch.Tensor:

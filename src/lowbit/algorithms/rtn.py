@@ -1,10 +1,8 @@
 """Round to nearest: every weight on its own.
 
-    plain_rtn   the scale that covers the group, nothing searched
-    rtn         the scale of each group searched for the least squared error (see `search.Search`); the default. Where
-                calibration tokens are given, the error of an input weighs as much as the mean square of what it gets
-
-With several formats offered for one weight, the one with the least error is taken.
+plain_rtn   the scale that covers the group, nothing searched
+rtn         the scale of each group searched for the least squared error (see `search.Search`); the default. Where
+            calibration tokens are given, the error of an input weighs as much as the mean square of what it gets
 """
 
 from __future__ import annotations
@@ -34,12 +32,6 @@ def round_weight(
     return quantize(weight, format, SEARCHES.get(rounder, Search()), importance)
 
 
-def round_weight_best(weight: torch.Tensor, formats: tuple[Format, ...], rounder: str) -> PackedTensor:
-    """Pack a weight in the format, of those offered, that keeps it best."""
-    offers = [round_weight(weight, format, rounder) for format in formats]
-    return offers[0] if len(offers) == 1 else min(offers, key=lambda packed: relative_error(weight, packed))
-
-
 def round_to_nearest(
     weight: torch.Tensor, format: Format, statistics: Statistics | None, options: RtnOptions
 ) -> Rounded:
@@ -56,7 +48,11 @@ def round_plain(weight: torch.Tensor, format: Format, statistics: Statistics | N
 
 def importance_of(statistics: Statistics) -> torch.Tensor:
     """The mean square of each input [in], none of them nothing."""
-    square = statistics.mean_square
+    return floored(statistics.mean_square)
+
+
+def floored(square: torch.Tensor) -> torch.Tensor:
+    """Mean squares [in], none of them nothing."""
     return square.clamp_min(float(square.mean()) * _LEAST_IMPORTANCE)
 
 

@@ -33,13 +33,15 @@ class BlockWork:
     """One block, and what an algorithm that sees all of it needs.
 
     `formats` names the linears to be rounded by their path inside the block. `calls` come out of the blocks before as they
-    are after rounding; `targets` is what the block gives in full precision, for a row that asks for it.
+    are after rounding; `targets` is what the block gives in full precision, and `full_calls` what it is called with there, for a
+    row that asks for them.
     """
 
     block: nn.Module
     formats: dict[str, Format]
     calls: list[Call]
     targets: list[torch.Tensor] = field(default_factory=list)
+    full_calls: list[Call] = field(default_factory=list)
 
 
 RoundWeight = Callable[[torch.Tensor, Format, Statistics | None, Any], Rounded]

@@ -207,7 +207,7 @@ class _Run:
 
     def _work(self, state: _State) -> BlockWork:
         formats = {path: c.formats[0] for path, c in state.chosen.items() if c.target.role != "experts"}
-        return BlockWork(state.block, formats, state.calls, state.targets)
+        return BlockWork(state.block, formats, state.calls, state.targets, state.full_calls)
 
     def _round_linears_(self, state: _State) -> None:
         done: set[str] = set()

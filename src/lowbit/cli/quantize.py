@@ -147,7 +147,8 @@ def calibrating_from(options: argparse.Namespace, recipe: Recipe) -> Calibrating
             raise RecipeError(f"--{given[0]} belongs to calibration: name a text with --calibration as well")
         return None
     text = options.calibration or "default"
-    return Calibrating(text, options.samples or SAMPLES, options.length or LENGTH, options.resume)
+    samples = options.samples or getattr(recipe.rounder_options, "samples", SAMPLES)
+    return Calibrating(text, samples, options.length or LENGTH, options.resume)
 
 
 def quantize_and_save(
