@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowbit.algorithms import ROUNDERS
+from lowbit.algorithms.allocate import OFFERED_BITS
 from lowbit.algorithms.rtn import relative_error, round_weight
+from lowbit.algorithms.sensitivity import allocate_formats, linear_weights, measure_moments
 from lowbit.blockwise import Chosen, Where, check_data, describe_packed, round_in_blocks_
 from lowbit.calibration import Calibration
 from lowbit.errors import RecipeError
@@ -30,6 +32,9 @@ from lowbit.progress import progress
 from lowbit.recipe import OVERRIDES_OF_RECIPES, Choice, Recipe
 from lowbit.report import Report, Skipped
 from lowbit.swap import low_bit_module, replace_module
+
+# Windows of calibration text on which sensitivities are measured, forward and backward.
+MEASURED_WINDOWS = 32
 
 
 def quantize_(
@@ -182,6 +187,26 @@ def _round_alone(weight: torch.Tensor, format: Format, recipe: Recipe) -> Packed
     if rounder is None or options is None or options.data == "needed":
         return round_weight(weight, format)
     return rounder(weight, format, None, options).packed
+
+
+def allocate_bits(model: nn.Module, recipe: Recipe, calibration: Calibration, bits_per_weight: float) -> Recipe:
+    """The recipe with 2 to 8 bits for each linear and the head, where they save most, at so many bits per weight in all.
+
+    Scales are included in the budget; weights that the recipe leaves, or gives a format by an override, are not touched.
+    """
+    formats = [recipe.linear.replace(bits=bits) for bits in OFFERED_BITS] if recipe.linear.kind == "int" else []
+    if not formats:
+        raise RecipeError(
+            f"bits are allocated among integers, and the recipe asks for {recipe.linear}: name an int format"
+        )
+    targets = find_targets(model)
+    free = {t.path for t in targets if plan(t, targets, recipe).formats[:1] in ((recipe.linear,), (recipe.head,))}
+    weights = {path: weight for path, weight in linear_weights(model).items() if path in free}
+    device = next(model.parameters()).device
+    moments = measure_moments(model, calibration.tokens[:MEASURED_WINDOWS].to(device))
+    chosen = allocate_formats(weights, moments, formats, bits_per_weight)
+    overrides = tuple((f"^{re.escape(path)}$", format) for path, format in chosen.items())
+    return recipe.replace(overrides=(*overrides, *recipe.overrides), name=f"{recipe.name}, {bits_per_weight:g} bits")
 
 
 def _for_blocks(targets: list[Target], plans: dict[str, Choice]) -> list[Chosen]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +14,14 @@ from hypothesis import strategies as st
 
 from lowbit.algorithms.allocate import OFFERED_BITS, allocate, byte_budget, stored_bytes
 from lowbit.algorithms.sensitivity import allocate_formats, expected_divergence, linear_weights, measure_moments
+from lowbit.cli import FAILED, OK, main
 from lowbit.errors import RecipeError
 from lowbit.evaluate import divergence
 from lowbit.formats import as_format
 from lowbit.grid import PLAIN, quantize, unpack
 from lowbit.quantize import quantize_
 from lowbit.recipe import Recipe
-from lowbit_assets import tiny_model_in_memory
+from lowbit_assets import tiny_model, tiny_model_in_memory
 
 OPTION = st.tuples(st.integers(1, 30), st.floats(0, 10, allow_nan=False))
 WEIGHTS = st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5)
@@ -110,3 +114,20 @@ def test_a_tied_weight_is_allocated_once() -> None:
     assert len(weights) == 2 * 7 + 1
     moments = measure_moments(model, torch.randint(3, 259, (2, 16)))
     assert allocate_formats(weights, moments, [as_format("int4")], 8.0)["lm_head"] == as_format("int4")
+
+
+def test_the_command_spends_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, text = tiny_model("llama", tmp_path / "dense"), tmp_path / "text.txt"
+    text.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20)
+    words = ["quantize", str(source), str(tmp_path / "out"), "--format", "int4_g32", "--bits", "4", "--json"]
+    words += ["--calibration", str(text), "--length", "32", "--override", "0.mlp.up_proj$=int8"]
+    assert main(words) == OK
+    found = json.loads(capsys.readouterr().out)
+    formats = {row["path"]: row["format"] for row in found["layers"]}
+    assert formats["model.layers.0.mlp.up_proj"] == "int8"
+    free = [row for row in found["layers"] if row["path"] != "model.layers.0.mlp.up_proj"]
+    assert len({row["format"] for row in free}) > 1 and all(row["format"].endswith("_g32") for row in free)
+    weights = sum(math.prod(row["shape"]) for row in free)
+    assert 3.5 < sum(row["bytes_after"] for row in free) * 8 / weights <= 4
+    assert main([*words[:4], "nf4", *words[5:], "--force"]) == FAILED
+    assert "name an int format" in capsys.readouterr().err

@@ -67,6 +67,7 @@ def number(kind: Callable[[str], Any], low: float, high: float, what: str) -> Ca
 
 COUNT = number(int, 1, 1 << 31, "a number from 1 up")
 THREADS = number(int, 1, 1024, "a number of threads from 1 to 1024")
+BITS = number(float, 2, 9, "a number of bits from 2 to 9")
 SEED = number(int, 0, (1 << 63) - 1, "a number from 0 up")
 TEMPERATURE = number(float, 0, 100, "a number from 0 (always the likeliest token) to 100")
 SHARE = number(float, 1e-9, 1, "a number between 0 and 1")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.folder import refuse_to_replace_others
-from lowbit.cli.options import COUNT, LEAVE, LoadOptions, add_json, add_loading, path
+from lowbit.cli.options import BITS, COUNT, LEAVE, LoadOptions, add_json, add_loading, path
 from lowbit.cli.output import Output, size_text
 from lowbit.cli.source import Source, find_source
 from lowbit.contents import CONFIG
@@ -36,6 +36,7 @@ EXAMPLES = """\
   lowbit quantize ./model ./small --format int4_g128 --head none  one width, dense head: as vLLM and SGLang want it
   lowbit quantize ./model ./small --algorithm gptq --format int4_g64 --calibration text.txt    rounded for what it reads
   lowbit quantize ./model ./small --algorithm gptq --resume ./unfinished    goes on there after a kill
+  lowbit quantize ./model ./small --format int4_g64 --bits 3.5    2 to 8 bits a weight, where they save most
   lowbit quantize ./model ./small --json > report.json            the report for a script"""
 
 
@@ -98,6 +99,12 @@ def add_algorithms(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="a text file like what the model will read, or 'default' (default: that, where the algorithm needs one)",
     )
+    group.add_argument(
+        "--bits",
+        type=BITS,
+        metavar="B",
+        help="give each weight 2 to 8 bits, B per weight in all with its scales, where they save most (int formats)",
+    )
     group.add_argument("--samples", type=COUNT, metavar="N", help="windows of the text (default: 128)")
     group.add_argument("--length", type=COUNT, metavar="N", help="tokens of a window (default: 512)")
     group.add_argument(
@@ -137,18 +144,19 @@ class Calibrating:
     samples: int
     length: int
     resume: Path | None = None
+    bits: float | None = None
 
 
 def calibrating_from(options: argparse.Namespace, recipe: Recipe) -> Calibrating | None:
     """What the arguments say about calibration, or None where there is none."""
-    if options.calibration is None and not recipe.asks_for_data:
+    if options.calibration is None and not recipe.asks_for_data and options.bits is None:
         given = [name for name in ("samples", "length", "resume") if getattr(options, name) is not None]
         if given:
             raise RecipeError(f"--{given[0]} belongs to calibration: name a text with --calibration as well")
         return None
     text = options.calibration or "default"
     samples = options.samples or getattr(recipe.rounder_options, "samples", SAMPLES)
-    return Calibrating(text, samples, options.length or LENGTH, options.resume)
+    return Calibrating(text, samples, options.length or LENGTH, options.resume, options.bits)
 
 
 def quantize_and_save(
@@ -186,8 +194,14 @@ def _calibrated(source: Source, load: LoadOptions, tokenizer: Any, calibrating: 
     assert load.recipe is not None
     refuse_low_bit(source)
     calibration = calibration_from(calibrating.text, tokenizer, calibrating.samples, calibrating.length)
-    model = load_model(source, replace(load, recipe=None))
-    return optimize_model(model, None, recipe=load.recipe, calibration=calibration, resume=calibrating.resume)
+    model, recipe = load_model(source, replace(load, recipe=None)), load.recipe
+    if calibrating.bits is None:
+        return optimize_model(model, None, recipe=recipe, calibration=calibration, resume=calibrating.resume)
+    from lowbit.quantize import allocate_bits
+
+    recipe = allocate_bits(model, recipe, calibration, calibrating.bits)
+    used = calibration if recipe.uses_data else None
+    return optimize_model(model, None, recipe=recipe, calibration=used, resume=calibrating.resume)
 
 
 def recipe_from(options: argparse.Namespace) -> Recipe:
