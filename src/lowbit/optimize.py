@@ -43,7 +43,8 @@ def optimize_model(
     `low_bit` is a format or an old system's name for one; a plain dtype (`bf16`) casts the model, and None leaves it alone.
     `modules_to_not_convert` names layers to leave out, by any part of their path. `cpu_embedding` leaves the embedding dense.
     `optimize_llm` is kept for old scripts: kernels are chosen per layer in any case. Further keywords: the fields of `Choices`;
-    `calibration` is what `lowbit.calibration.calibration_from` takes or gives, `resume` a folder for finished blocks.
+    `calibration` is what `lowbit.calibration.calibration_from` takes or gives, `resume` a folder for
+    finished blocks, `spill` one for activations.
     """
     if not isinstance(model, nn.Module):
         raise RecipeError(f"optimize_model takes a torch module, not a {type(model).__name__}")
@@ -61,7 +62,7 @@ def optimize_model(
         return model
     recipe = build_recipe(low_bit, modules_to_not_convert, cpu_embedding, choices)
     calibration = None if choices.calibration is None else calibration_from(choices.calibration)
-    report = quantize_(model, recipe, choices.progress, False, calibration, Where(choices.resume))
+    report = quantize_(model, recipe, choices.progress, False, calibration, Where(choices.resume, choices.spill))
     if is_transformers_model(model):
         from lowbit.checkpoint.hf import Job, attach
 

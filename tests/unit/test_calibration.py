@@ -93,6 +93,7 @@ def test_quantize_with_an_algorithm(dense: Path, tmp_path: Path, capsys: pytest.
     file.write_text(text("sqlite_train")[:20000])
     arguments = ["--algorithm", "gptq", "--format", "int4_g64", "--calibration", str(file), "--samples", "8"]
     arguments += ["--length", "32", "--algorithm-option", "damping=0.05", "--resume", str(tmp_path / "run"), "--json"]
+    arguments += ["--spill", str(tmp_path / "spilled")]
     assert main(["quantize", str(dense), str(tmp_path / "out"), *arguments]) == OK
     report = json.loads(capsys.readouterr().out)
     assert len(report["layers"]) == 15

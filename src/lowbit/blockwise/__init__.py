@@ -105,6 +105,8 @@ def round_in_blocks_(
 ) -> list[LayerReport]:
     """Round the chosen weights that lie in the blocks of a model, in place; returns their lines of the report."""
     _check_vocabulary(model, calibration)
+    if where.spill is not None:
+        Path(where.spill).mkdir(parents=True, exist_ok=True)
     training = model.training
     model.eval()
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=where.spill, prefix="lowbit-") as scratch:

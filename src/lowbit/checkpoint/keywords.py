@@ -36,6 +36,7 @@ class Choices:
     progress: bool | None = None
     calibration: Any = None
     resume: str | Path | None = None
+    spill: str | Path | None = None
 
 
 CHOICES = tuple(Choices.__dataclass_fields__)

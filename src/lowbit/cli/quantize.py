@@ -113,6 +113,9 @@ def add_algorithms(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="keep finished blocks in FOLDER, and go on from those that it holds",
     )
+    group.add_argument(
+        "--spill", type=path, metavar="FOLDER", help="keep activations in files of FOLDER instead of in memory"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -144,19 +147,21 @@ class Calibrating:
     samples: int
     length: int
     resume: Path | None = None
+    spill: Path | None = None
     bits: float | None = None
 
 
 def calibrating_from(options: argparse.Namespace, recipe: Recipe) -> Calibrating | None:
     """What the arguments say about calibration, or None where there is none."""
     if options.calibration is None and not recipe.asks_for_data and options.bits is None:
-        given = [name for name in ("samples", "length", "resume") if getattr(options, name) is not None]
+        given = [name for name in ("samples", "length", "resume", "spill") if getattr(options, name) is not None]
         if given:
             raise RecipeError(f"--{given[0]} belongs to calibration: name a text with --calibration as well")
         return None
     text = options.calibration or "default"
     samples = options.samples or getattr(recipe.rounder_options, "samples", SAMPLES)
-    return Calibrating(text, samples, options.length or LENGTH, options.resume, options.bits)
+    length = options.length or LENGTH
+    return Calibrating(text, samples, length, options.resume, options.spill, options.bits)
 
 
 def quantize_and_save(
@@ -195,13 +200,14 @@ def _calibrated(source: Source, load: LoadOptions, tokenizer: Any, calibrating: 
     refuse_low_bit(source)
     calibration = calibration_from(calibrating.text, tokenizer, calibrating.samples, calibrating.length)
     model, recipe = load_model(source, replace(load, recipe=None)), load.recipe
+    where: dict[str, Any] = {"resume": calibrating.resume, "spill": calibrating.spill}
     if calibrating.bits is None:
-        return optimize_model(model, None, recipe=recipe, calibration=calibration, resume=calibrating.resume)
+        return optimize_model(model, None, recipe=recipe, calibration=calibration, **where)
     from lowbit.quantize import allocate_bits
 
     recipe = allocate_bits(model, recipe, calibration, calibrating.bits)
     used = calibration if recipe.uses_data else None
-    return optimize_model(model, None, recipe=recipe, calibration=used, resume=calibrating.resume)
+    return optimize_model(model, None, recipe=recipe, calibration=used, **where)
 
 
 def recipe_from(options: argparse.Namespace) -> Recipe:
