@@ -21,6 +21,7 @@ ORDERS = ("group", "activation", "none")
 # Windows of calibration text, and tokens of each.
 SAMPLES = 128
 LENGTH = 512
+DUOS = ("on", "off", "both")
 _TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -145,6 +146,74 @@ AUTOROUND_RECIPES: dict[str, AutoRoundOptions] = {
     "best": AutoRoundOptions(iterations=1000, samples=512),
 }
 
+
+@dataclass(frozen=True)
+class AwqOptions(Options):
+    """`steps`: how many ratios are tried from 0 up to 1. `duo`: whether the room that the weights leave counts too:
+    "on", "off", or "both" ways are tried. `clip`: whether the largest weights of each group may be clipped.
+    `tokens`: over how many tokens a loss is taken, of those that calibration gives.
+    """
+
+    data: ClassVar[str] = "needed"
+    steps: int = 20
+    duo: str = "both"
+    clip: bool = True
+    tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.duo not in DUOS:
+            raise RecipeError(f"awq has no duo {self.duo!r}: {nearest(self.duo, DUOS)}")
+        _at_least_one("awq", self, "steps", "tokens")
+
+
+@dataclass(frozen=True)
+class SmoothQuantOptions(Options):
+    """`alpha`: how much of the spread of activations moves into the weights, 0 to 1. `search`: instead of one alpha for
+    all, each group of linears takes the best of `steps` + 1 alphas from `lowest` to `highest`. `tokens`: as for awq.
+    """
+
+    data: ClassVar[str] = "needed"
+    alpha: float = 0.5
+    search: bool = True
+    lowest: float = 0.0
+    highest: float = 1.0
+    steps: int = 10
+    tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "lowest", "highest"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"the {name} of smoothquant is from 0 to 1, and was given as {getattr(self, name):g}")
+        if self.lowest > self.highest:
+            raise RecipeError(f"smoothquant searches from {self.lowest:g} up, so highest cannot be {self.highest:g}")
+        _at_least_one("smoothquant", self, "steps", "tokens")
+
+
+@dataclass(frozen=True)
+class TeqOptions(Options):
+    """`steps` of Adam with a `rate` that falls to nothing, on one call each; of `checks` looks at the loss over `tokens`
+    tokens, spread over the steps, the best is kept.
+    """
+
+    data: ClassVar[str] = "needed"
+    steps: int = 200
+    rate: float = 0.01
+    checks: int = 8
+    tokens: int = 16384
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.rate > 0:
+            raise RecipeError(f"teq trains with a rate above 0, and was given {self.rate:g}")
+        _at_least_one("teq", self, "steps", "checks", "tokens")
+
+
+def _at_least_one(name: str, options: Options, *fields: str) -> None:
+    for field in fields:
+        if getattr(options, field) < 1:
+            raise RecipeError(f"{name} needs {field} of at least 1, and was given {getattr(options, field)}")
+
+
 # One row for each algorithm.
 ROUNDER_OPTIONS: dict[str, type[Options]] = {
     "rtn": RtnOptions,
@@ -153,7 +222,11 @@ ROUNDER_OPTIONS: dict[str, type[Options]] = {
     "gptq": GptqOptions,
     "autoround": AutoRoundOptions,
 }
-SCALER_OPTIONS: dict[str, type[Options]] = {}
+SCALER_OPTIONS: dict[str, type[Options]] = {
+    "awq": AwqOptions,
+    "smoothquant": SmoothQuantOptions,
+    "teq": TeqOptions,
+}
 
 
 def options_for(kind: str, name: str, given: Options | None, table: dict[str, type[Options]]) -> Options | None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitExperts, LowBitLinear, PackedWeight
-from lowbit.models.walk import Target, up_name
+from lowbit.models.walk import Target, gate_of, up_name
 
 # Hooks that somebody put on a module hold for the one in its place.
 _HOOKS = (
@@ -60,10 +57,3 @@ def _experts(module: Any, weights: list[PackedWeight]) -> LowBitExperts:
     for name in list(module._parameters):
         del module._parameters[name]
     return LowBitExperts(weights[0], weights[1], gate, biases[0], biases[1], up)
-
-
-def gate_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What fused experts do between their two products."""
-    gate: Callable[[torch.Tensor], torch.Tensor]
-    gate = partial(type(module)._apply_gate, module) if up_name(module) == "gate_up_proj" else module.act_fn
-    return gate

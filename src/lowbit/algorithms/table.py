@@ -32,9 +32,10 @@ class Rounded:
 class BlockWork:
     """One block, and what an algorithm that sees all of it needs.
 
-    `formats` names the linears to be rounded by their path inside the block. `calls` come out of the blocks before as they
-    are after rounding; `targets` is what the block gives in full precision, and `full_calls` what it is called with there, for a
-    row that asks for them.
+    `formats` names the linears to be rounded by their path inside the block, `experts` the weights of fused experts, and
+    `shared` the parameters that belong to another block too. `calls` come out of the blocks before as they are after
+    rounding; `targets` is what the block gives in full precision, and `full_calls` what it is called with there, for a row
+    that asks for them.
     """
 
     block: nn.Module
@@ -42,6 +43,8 @@ class BlockWork:
     calls: list[Call]
     targets: list[torch.Tensor] = field(default_factory=list)
     full_calls: list[Call] = field(default_factory=list)
+    experts: dict[str, Format] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
 
 
 RoundWeight = Callable[[torch.Tensor, Format, Statistics | None, Any], Rounded]

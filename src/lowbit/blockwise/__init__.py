@@ -208,8 +208,19 @@ class _Run:
             state.notes = scaler.scale_block_(self._work(state), self.recipe.scaler_options)
 
     def _work(self, state: _State) -> BlockWork:
+        """The block as algorithms see it. A parameter that is found outside it too is another block's as well."""
         formats = {path: c.formats[0] for path, c in state.chosen.items() if c.target.role != "experts"}
-        return BlockWork(state.block, formats, state.calls, state.targets, state.full_calls)
+        experts = {
+            f"{path}.{suffix}": c.formats[0]
+            for path, c in state.chosen.items()
+            if c.target.role == "experts"
+            for suffix, _ in dense_weights(c.target)
+        }
+        own = dict(state.block.named_parameters(remove_duplicate=False))
+        everything = self.model.named_parameters(remove_duplicate=False)
+        outside = {id(p) for name, p in everything if not name.startswith(f"{state.name}.")}
+        shared = frozenset(name for name, parameter in own.items() if id(parameter) in outside)
+        return BlockWork(state.block, formats, state.calls, state.targets, state.full_calls, experts, shared)
 
     def _round_linears_(self, state: _State) -> None:
         done: set[str] = set()
@@ -291,7 +302,8 @@ class _Run:
     def _settle(self, state: _State, path: str, weight: torch.Tensor, rounded: Rounded, suffix: str = "") -> None:
         """Write the line of the report, put W^ in the dense module, and keep the packed weight for later."""
         chosen = state.chosen[path]
-        note = "; ".join(text for text in (chosen.note, state.notes.get(path, ""), rounded.note) if text)
+        scaled = state.notes.get(f"{path}.{suffix}" if suffix else path, "")
+        note = "; ".join(text for text in (chosen.note, scaled, rounded.note) if text)
         name = f"{chosen.target.path}.{suffix}" if suffix else chosen.target.path
         state.rows.append(describe_packed(name, chosen.target.role, weight, rounded.packed, note))
         state.packed.setdefault(path, []).append(PackedWeight(rounded.packed, weight.dtype))

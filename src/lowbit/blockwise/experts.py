@@ -16,9 +16,8 @@ from torch import nn
 from lowbit.algorithms.statistics import Statistics
 from lowbit.algorithms.table import Rounded
 from lowbit.models.capture import Call, run_block
-from lowbit.models.walk import Target, dense_weights, up_name
+from lowbit.models.walk import Target, dense_weights, gate_of, up_name
 from lowbit.packing import PackedTensor
-from lowbit.swap import gate_of
 
 RoundOne = Callable[[torch.Tensor, Statistics], Rounded]
 # More experts than this are counted in the report instead of being named.

@@ -14,8 +14,9 @@ weights saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -125,6 +126,13 @@ def _is_experts(module: nn.Module) -> bool:
 
 def up_name(module: nn.Module) -> str:
     return next((name for name in _EXPERT_UP_NAMES if getattr(module, name, None) is not None), _EXPERT_UP_NAMES[0])
+
+
+def gate_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What fused experts do between their two products."""
+    gate: Callable[[torch.Tensor], torch.Tensor]
+    gate = partial(type(module)._apply_gate, module) if up_name(module) == "gate_up_proj" else module.act_fn
+    return gate
 
 
 def _call(model: nn.Module, name: str) -> nn.Module | None:

@@ -1,0 +1,83 @@
+"""What the scalers share: rounding as it is asked for, the inputs of linears, and the groups of weights that share a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.algorithms.rtn import round_weight
+from lowbit.algorithms.statistics import Statistics
+from lowbit.formats import Format
+from lowbit.grid import unpack
+from lowbit.models.capture import Call, run_block
+from lowbit.models.groups import first_tensor
+
+# Weight [.., out, in], format, importance [in] or None -> the weight that comes back.
+Round = Callable[[torch.Tensor, Format, torch.Tensor | None], torch.Tensor]
+
+
+def round_by_search(weight: torch.Tensor, format: Format, importance: torch.Tensor | None) -> torch.Tensor:
+    """Rounded to nearest with the searched scale, by importance where one is given."""
+    return unpack(round_weight(weight, format, importance=importance))
+
+
+def some_of(calls: Sequence[Call], tokens: int) -> Sequence[Call]:
+    """Every so many-th call, so that there are about `tokens` tokens and at least one call."""
+    length = max(calls[0].hidden.shape[:-1].numel(), 1)
+    return calls[:: max(len(calls) * length // max(tokens, length), 1)]
+
+
+@contextmanager
+def watching(module: nn.Module, note: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+    """Inside, `note` gets what a module is called with."""
+    hook = module.register_forward_pre_hook(lambda module, args, kwargs: note(args, kwargs), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def collect_inputs(block: nn.Module, calls: Sequence[Call], reader: nn.Module) -> Statistics | None:
+    """Statistics of what a module of a block is given over all calls; None where it is not called."""
+    found: list[Statistics] = []
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_tensor((args, kwargs))
+        if not found:
+            found.append(Statistics(x.shape[-1], x.device, hessian=False))
+        found[0].add_(x)
+
+    with watching(reader, read):
+        for call in calls:
+            run_block(block, call)
+    return found[0] if found else None
+
+
+def inputs_of(block: nn.Module, calls: Sequence[Call], reader: nn.Module, tokens: int) -> torch.Tensor | None:
+    """Up to about `tokens` rows [tokens, in] of what a module of a block is given; None where it is not called."""
+    rows: list[torch.Tensor] = []
+    with watching(reader, lambda args, kwargs: rows.append(first_tensor((args, kwargs)).flatten(0, -2))):
+        for call in some_of(calls, tokens):
+            run_block(block, call)
+    if not rows:
+        return None
+    joined = torch.cat(rows)
+    return joined[:: max(len(joined) // tokens, 1)]
+
+
+def group_max(size: torch.Tensor, format: Format) -> torch.Tensor:
+    """The largest of each group of |w| [.., out, in]: [.., out, G]; never nothing."""
+    largest = grouped(size, format).amax(-1) if format.group_size else size.amax((-2, -1), keepdim=True)
+    return largest.clamp_min(float(torch.finfo(torch.float32).tiny))
+
+
+def grouped(values: torch.Tensor, format: Format) -> torch.Tensor:
+    """[.., in] as [.., G, group], the last group filled with zeros."""
+    width = values.shape[-1]
+    group = format.group_size if 0 < format.group_size < width else width
+    padded = nn.functional.pad(values, (0, -width % group))
+    return padded.view(*padded.shape[:-1], -1, group)
