@@ -21,7 +21,7 @@ from typing import Any
 
 import lowbit
 from lowbit.core import calls, library
-from lowbit.errors import one_line
+from lowbit.errors import KernelError, one_line
 from lowbit.formats import FORMATS, Format
 from lowbit.machine import Machine, this_machine
 
@@ -155,7 +155,7 @@ def _instruction_set() -> str | None:
         return None
     try:
         return calls.instruction_set()
-    except (OSError, AttributeError):  # built for another system, or by another version
+    except KernelError:  # built for another system, or by another version
         return None
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _ctypes
 import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +89,29 @@ def test_a_torch_that_does_not_load_is_broken() -> None:
     assert done.returncode == FAILED, done.stderr
     assert "wrong: torch is installed and does not load: " in done.stderr
     assert "mend: pip install --force-reinstall 'torch>=2.9'" in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"no library at all", None], ids=["damaged", "of another version"])
+def test_a_core_that_does_not_fit_is_broken(content: bytes | None, tmp_path: Path) -> None:
+    """It is found first where the package looks first; for another version any library does, this one knows no lowbit."""
+    core = tmp_path / "liblowbit.so"
+    if content is None:
+        core.symlink_to(_ctypes.__file__)
+    else:
+        core.write_bytes(content)
+    program = (
+        "import sys, lowbit\n"
+        f"lowbit.__path__.insert(0, {str(tmp_path)!r})\n"
+        "from lowbit.core.library import library\n"
+        "from lowbit.cli import main\n"
+        "try:\n    library()\n"
+        "except lowbit.KernelError as error:\n    print(error, file=sys.stderr)\n"
+        "sys.exit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == FAILED
+    assert done.stderr.startswith("the compiled core ") and "reinstall lowbit" in done.stderr
+    assert "wrong: the compiled core is missing or does not load" in done.stdout
 
 
 def test_a_numbered_device_is_its_kind() -> None:

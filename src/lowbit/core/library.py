@@ -9,12 +9,12 @@ imported here.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import lowbit
-from lowbit.errors import KernelError, WeightError
+from lowbit.errors import KernelError, WeightError, one_line
 from lowbit.formats import Format
 
 LIBRARY = "liblowbit.so"
@@ -83,6 +83,9 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
 }
 
 
+_REINSTALL = "reinstall lowbit with a C++17 compiler at hand"
+
+
 def library_path() -> Path | None:
     """Where the compiled core lies, or None when the package was installed without it."""
     return next((Path(entry) / LIBRARY for entry in lowbit.__path__ if (Path(entry) / LIBRARY).is_file()), None)
@@ -95,13 +98,26 @@ def library() -> ctypes.CDLL:
     if path is None:
         raise KernelError(
             f"the compiled core {LIBRARY} is not beside the package (looked in {', '.join(map(str, lowbit.__path__))}); "
-            "reinstall lowbit with a C++17 compiler at hand"
+            f"{_REINSTALL}"
         )
-    core = ctypes.CDLL(str(path))
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(core, name)
-        function.restype, function.argtypes = result, arguments
+    try:
+        core = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelError(f"the compiled core does not load ({one_line(str(error))}); {_REINSTALL}") from None
+    declare(core, _FUNCTIONS)
     return core
+
+
+def declare(core: ctypes.CDLL, functions: Mapping[str, tuple[type | None, list[type]]]) -> None:
+    """Say what functions of the core take and give."""
+    for name, (result, arguments) in functions.items():
+        try:
+            function = getattr(core, name)
+        except AttributeError:
+            raise KernelError(
+                f"the compiled core is of another version of lowbit: it has no {name}; {_REINSTALL}"
+            ) from None
+        function.restype, function.argtypes = result, arguments
 
 
 def last_error() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from functools import lru_cache
 
-from lowbit.core.library import library
+from lowbit.core.library import declare, library
 
 LAYER_MATRICES = [
     "q",
@@ -174,7 +174,5 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
 def engine_library() -> ctypes.CDLL:
     """The loaded core with the engine's functions declared."""
     core = library()
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(core, name)
-        function.restype, function.argtypes = result, arguments
+    declare(core, _FUNCTIONS)
     return core
