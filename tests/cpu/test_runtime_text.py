@@ -81,6 +81,10 @@ def test_ends_follow_the_config(folder: Path) -> None:
     config = {"bos_token": {"content": "<s>"}}
     assert Tokenizer(cutter, config).encode("a") == [1, 0]
     assert Tokenizer(cutter, config | {"add_bos_token": False}).encode("a") == [0]
+    # The first token of a text that spells it is not one that was added.
+    plain = tokenizer(folder, add_bos_token=False)
+    spelt = f"{plain.cutter.id_to_token(1)}a"
+    assert plain.encode(spelt) == plain.encode(spelt, special=False) and plain.encode(spelt)[0] == 1
 
 
 TEMPLATES = {

@@ -56,19 +56,23 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a text; `special` adds those that the model expects around it, such as the beginning."""
-        tokens = list(self.cutter.encode(text, add_special_tokens=special).ids)
-        return self._with_ends(tokens) if special else tokens
+        tokens = list(self.cutter.encode(text, add_special_tokens=False).ids)
+        return self._with_ends(text, tokens) if special else tokens
 
     def decode(self, tokens: Sequence[int], special: bool = False) -> str:
         """The text of tokens; special tokens are left out unless asked for."""
         return str(self.cutter.decode(list(tokens), skip_special_tokens=not special))
 
-    def _with_ends(self, tokens: list[int]) -> list[int]:
-        """tokenizer_config.json may overrule tokenizer.json about the token at the beginning and at the end."""
+    def _with_ends(self, text: str, plain: list[int]) -> list[int]:
+        """The tokens with those around them. tokenizer_config.json may overrule tokenizer.json about the first and the last."""
+        tokens = list(self.cutter.encode(text, add_special_tokens=True).ids)
         bos, eos = self.number("bos_token"), self.number("eos_token")
         adds_bos, adds_eos = self.config.get("add_bos_token"), self.config.get("add_eos_token")
-        if bos is not None and adds_bos is not None and (tokens[:1] == [bos]) != adds_bos:
-            tokens = [bos, *tokens] if adds_bos else tokens[1:]
+        if bos is not None and adds_bos and tokens[:1] != [bos]:
+            tokens = [bos, *tokens]
+        # One that stands in the text itself stays.
+        elif tokens[:1] == [bos] and adds_bos is False and tokens[1 : 1 + len(plain)] == plain:
+            tokens = tokens[1:]
         if eos is not None and adds_eos and tokens[-1:] != [eos]:
             tokens = [*tokens, eos]
         return tokens
