@@ -1,4 +1,4 @@
-"""pack / unpack: between codes, one per byte, and the canonical dense bit stream, in torch.
+"""Between codes, one per byte, and the canonical dense bit stream, in torch.
 
 Element i of a row occupies bits [i*bits, (i+1)*bits) of the row's little-endian stream of 32-bit words. Whatever the
 width, 32 elements fill exactly `bits` words, so the shifts form a table of 32 rows; an element that crosses a word
@@ -6,8 +6,6 @@ adds to two of them:
 
     word[k]     |= code << offset          k, offset = divmod(i * bits, 32)
     word[k + 1] |= code >> (32 - offset)   when offset + bits > 32
-
-`pack` and `unpack` go between a whole PackedTensor and its codes, scales and zero points ready for arithmetic.
 """
 
 from __future__ import annotations

@@ -2,15 +2,17 @@
 
 A weight [.., out, in] becomes a few plain arrays (shapes for an integer or codebook format, G groups along `in`):
 
-    codes         int32 [.., out, words]   each row one dense bit stream, least significant bit first, element i at bit
-    i*bits scales        [.., out, G]             fp16 / bf16 / fp32, or 8 bit (see Format) zeros         uint8 [..,
-    out, G]       asymmetric integers only scale_scales  fp32 [blocks]            second level: scale = scales[i] *
-    scale_scales[i // scale_block] + scale_offset scale_offset  fp32 [1] order         int32 [in]               a
-    permutation of the input, where an algorithm needs one
+    codes         int32 [.., out, words]   each row one dense bit stream, least significant bit first
+    scales        [.., out, G]             fp16, bf16 or fp32; or 8 bit (see Format)
+    zeros         uint8 [.., out, G]       asymmetric integers only
+    scale_scales  fp32 [blocks]            second level: scale = scales[i] * scale_scales[i // scale_block] + scale_offset
+    scale_offset  fp32 [1]
+    order         int32 [in]               a permutation of the input, where an algorithm needs one
 
 The bit stream equals compressed-tensors' `weight_packed`, so our saved form is theirs, byte for byte. k-quants keep
 GGUF's blocks in `codes` as uint8 and have nothing else. The class holds numpy arrays or torch tensors alike and
-imports neither: it only slices and names. `pack` and `unpack`, which compute, are in `bits.py`.
+imports neither: it only slices and names. What computes is elsewhere: `bits.py` goes between codes and the stream,
+`grid.py` between a PackedTensor and the weight.
 """
 
 from __future__ import annotations
@@ -62,10 +64,7 @@ class PackedTensor:
 
     @property
     def bits_per_weight(self) -> float:
-        count = 1
-        for n in self.shape:
-            count *= n
-        return self.nbytes * 8 / max(count, 1)
+        return self.nbytes * 8 / max(math.prod(self.shape), 1)
 
     def with_tensors(self, tensors: dict[str, Any]) -> PackedTensor:
         """The same weight over other arrays (moved, copied, mapped)."""

@@ -71,12 +71,12 @@ def quantize_(
                 held[target.path] = held.get(target.tied_to or "") or _pack_target(target, choice, recipe, report)
                 replace_module(model, target.path, low_bit_module(target, held[target.path]))
             else:
-                report.skipped.append(_skipped(target, choice.reason))
+                report.skipped.append(left_out(target, choice.reason))
             advance(target.path)
     order = {target.path: place for place, target in enumerate(targets)}
     report.layers.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
     if not report.layers:
-        raise RecipeError(_nothing_to_do(report))
+        raise RecipeError(nothing_packed(report))
     warn_about_idle_exceptions([target.path for target in targets], recipe)
     finish(model, report, prepare)
     report.seconds = time.perf_counter() - start
@@ -252,13 +252,15 @@ def _pack_target(target: Target, choice: Choice, recipe: Recipe, report: Report)
     return weights
 
 
-def _skipped(target: Target, reason: str) -> Skipped:
+def left_out(target: Target, reason: str) -> Skipped:
+    """The report's line for a target that stays as it is."""
     tied = f" (tied to {target.tied_to})" if target.tied_to else ""
     size = 0 if target.tied_to else sum(p.nbytes for p in target.module.parameters(recurse=False))
     return Skipped(target.path, reason + tied, size)
 
 
-def _nothing_to_do(report: Report) -> str:
+def nothing_packed(report: Report) -> str:
+    """The sentence for a model of which nothing was packed."""
     if report.skipped:
         return (
             f"nothing was packed: {len(report.skipped)} weights were left, the first because {report.skipped[0].reason}"

@@ -49,10 +49,7 @@ class LayerReport:
 
     @property
     def bits_per_weight(self) -> float:
-        count = 1
-        for n in self.shape:
-            count *= n
-        return self.bytes_after * 8 / max(count, 1)
+        return self.bytes_after * 8 / max(math.prod(self.shape), 1)
 
 
 @dataclass

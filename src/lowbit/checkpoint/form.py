@@ -13,6 +13,7 @@ that is not tied lies packed in a file of its own (`ASIDE`, in a folder below, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,10 +149,7 @@ def _aside(held: list[Held]) -> list[Held]:
 
 
 def _size(held: Held) -> int:
-    count = 1
-    for n in held.weight.shape:
-        count *= n
-    return int(count * held.weight.format.bits_per_weight / 8)
+    return int(math.prod(held.weight.shape) * held.weight.format.bits_per_weight / 8)
 
 
 def _maker(held: Held, form: SavedForm) -> Callable[[], dict[str, torch.Tensor]]:

@@ -31,9 +31,9 @@ from lowbit.layers import LowBitLinear, PackedWeight
 from lowbit.methods import OWN_METHOD
 from lowbit.models.walk import Target, dense_weights, find_targets, stored_order, up_name
 from lowbit.packing import BUFFERS, PackedTensor
-from lowbit.quantize import pack_weight, plan, warn_about_idle_exceptions
+from lowbit.quantize import left_out, nothing_packed, pack_weight, plan, warn_about_idle_exceptions
 from lowbit.recipe import Choice, Recipe
-from lowbit.report import Report, Skipped
+from lowbit.report import Report
 from lowbit.schemes import scheme_of
 from lowbit.swap import low_bit_module, replace_module
 
@@ -157,10 +157,7 @@ class Packing(Sites):
             elif target.path not in self.placed:
                 self._skip(target, self.choices[target.path].reason)
         if not self.report.layers:
-            reason = self.report.skipped[0].reason if self.report.skipped else "it has no Linear, Embedding or experts"
-            raise RecipeError(
-                f"nothing was packed: {len(self.report.skipped)} weights were left, the first because {reason}"
-            )
+            raise RecipeError(nothing_packed(self.report))
         self.settle_biases()
         return self.report
 
@@ -180,9 +177,7 @@ class Packing(Sites):
             self._skip(target, "it is not in the checkpoint and starts from random numbers")
 
     def _skip(self, target: Target, reason: str) -> None:
-        tied = f" (tied to {target.tied_to})" if target.tied_to else ""
-        size = 0 if target.tied_to else sum(p.nbytes for p in target.module.parameters(recurse=False))
-        self.report.skipped.append(Skipped(target.path, reason + tied, size))
+        self.report.skipped.append(left_out(target, reason))
 
 
 class Reading(Sites):
