@@ -47,6 +47,8 @@ _NUMBERS = (
 _LENGTH = struct.Struct("<Q")
 # A header is JSON of names and offsets; one of more than this is a file of another kind (the safetensors library's limit).
 _LONGEST_HEADER = 100_000_000
+# A file of a split GGUF series that is not its first.
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", "pytorch_model.bin.index.json")
 # `name` or `owner/name`, as the hub spells them.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -196,6 +198,22 @@ def file_names(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir()]
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF's, by its name."""
+    return path.suffix.lower() == ".gguf"
+
+
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF file that a folder without a config.json stands for, of a split series the first; None where it has none."""
+    if (folder / CONFIG).is_file():
+        return None
+    names = sorted(name for name in file_names(folder) if is_gguf(Path(name)) and not _LATER_PART.search(name))
+    if len(names) > 1:
+        some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        raise CheckpointError(f"the folder {folder} holds {len(names)} GGUF files: name one of them ({some})")
+    return folder / names[0] if names else None
+
+
 def pickles_alone(names: Iterable[str]) -> list[str]:
     """The pickles among a model's files, if there are no safetensors beside them."""
     names = sorted(names)
@@ -272,7 +290,7 @@ def _counts(value: Any) -> tuple[int, ...] | None:
 
 def is_hub_name(text: str) -> bool:
     """Whether a word could be the name of a model on the hub."""
-    return _HUB_NAME.fullmatch(text) is not None and Path(text).suffix not in (".gguf", ".safetensors")
+    return _HUB_NAME.fullmatch(text) is not None and not is_gguf(Path(text)) and Path(text).suffix != ".safetensors"
 
 
 def missing(path: Path) -> str:

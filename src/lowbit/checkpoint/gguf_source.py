@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lowbit.contents import gguf_in, is_gguf
 from lowbit.errors import CheckpointError
 from lowbit.interop.gguf import GgufModel, GgufTensor
 
@@ -36,19 +37,13 @@ class LazyTensor:
 
 def gguf_file(source: Path, named: str | None) -> Path | None:
     """The GGUF file that a source means: itself, the one named in it, or the only one in a folder without other weights."""
-    if source.is_file() and source.suffix == ".gguf":
+    if source.is_file() and is_gguf(source):
         return source
     if named is not None:
         if not (source / named).is_file():
             raise CheckpointError(f"{source} has no file {named}")
         return source / named
-    if not source.is_dir() or (source / "config.json").exists():
-        return None
-    found = sorted(source.glob("*.gguf"))
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise CheckpointError(f"{source} holds several GGUF files ({names}); say which with gguf_file=")
-    return found[0] if found else None
+    return gguf_in(source) if source.is_dir() else None
 
 
 def lazy_tensors(gguf: GgufModel, dtype: torch.dtype) -> dict[str, LazyTensor]:

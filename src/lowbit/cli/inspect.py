@@ -18,6 +18,8 @@ from lowbit.contents import (
     OWN_CONFIG,
     REPORT,
     StoredTensor,
+    gguf_in,
+    is_gguf,
     missing,
     quantization_config,
     read_header,
@@ -107,7 +109,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return _read_model_folder(path)
     if not path.exists():
         raise CheckpointError(missing(path))
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         metadata, tensors = read_gguf(path)
         facts = {"model_type": metadata.get("general.architecture"), "quant_method": "gguf"}
         return _checkpoint(path, tensors, facts, Hints())
@@ -126,9 +128,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
 
 
 def _read_model_folder(folder: Path) -> Checkpoint:
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) == 1 and not (folder / CONFIG).is_file():
-        return read_checkpoint(files[0])
+    gguf = gguf_in(folder)
+    if gguf is not None:
+        return read_checkpoint(gguf)
     return _checkpoint(folder, read_tensors(folder), *_about(folder))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit.contents import CONFIG, OWN_CONFIG, is_hub_name, missing, read_config
+from lowbit.contents import CONFIG, OWN_CONFIG, gguf_in, is_gguf, is_hub_name, missing, read_config
 from lowbit.errors import CheckpointError, check_text
 
 
@@ -54,7 +54,7 @@ def find_source(text: str) -> Source:
 
 
 def _file_source(path: Path) -> Source:
-    if path.suffix.lower() == ".gguf":
+    if is_gguf(path):
         return Source("gguf", str(path))
     if path.name == CONFIG or path.suffix == ".safetensors":
         raise CheckpointError(f"{path} is one file of a model: name its folder, {path.parent}")
@@ -64,9 +64,9 @@ def _file_source(path: Path) -> Source:
 def _folder_source(path: Path) -> Source:
     if (path / CONFIG).is_file():
         return Source("folder", str(path))
-    files = sorted(path.glob("*.gguf"))
-    if files:
-        return Source("gguf", str(files[0])) if len(files) == 1 else _ask_which(path, files)
+    gguf = gguf_in(path)
+    if gguf is not None:
+        return Source("gguf", str(gguf))
     if (path / OWN_CONFIG).is_file():
         raise CheckpointError(
             f"the folder {path} holds a torch module of yours and no language model: load it in Python with lowbit.load_low_bit"
@@ -75,8 +75,3 @@ def _folder_source(path: Path) -> Source:
     raise CheckpointError(
         f"the folder {path} is no model: it has no {CONFIG} ({'it holds ' + held if held else 'it is empty'})"
     )
-
-
-def _ask_which(path: Path, files: list[Path]) -> Source:
-    names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
-    raise CheckpointError(f"the folder {path} holds {len(files)} GGUF files: name one of them ({names})")

@@ -22,6 +22,8 @@ import numpy as np
 
 from lowbit.contents import (
     CONFIG,
+    gguf_in,
+    is_gguf,
     missing,
     quantization_config,
     read_config,
@@ -107,11 +109,8 @@ class Loaded:
 def open_files(path: str | Path) -> ModelFiles:
     """A model folder or a GGUF file."""
     path = Path(path).expanduser()
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        return GgufFiles(path)
-    if path.is_dir() and not (path / CONFIG).is_file() and len(found := sorted(path.glob("*.gguf"))) == 1:
-        return GgufFiles(found[0])
-    return FolderFiles(path)
+    gguf = gguf_in(path) if path.is_dir() else path if path.is_file() and is_gguf(path) else None
+    return FolderFiles(path) if gguf is None else GgufFiles(gguf)
 
 
 class FolderFiles:
