@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowbit.bridge import request as calls
+from lowbit.bridge import request as reading
 from lowbit.bridge.request import Request
 from lowbit.bridge.weights import model_weights
 from lowbit.core import threads
@@ -87,19 +87,19 @@ class EngineGenerate:
         )
         if streamer is not None:
             streamer.end()
-        return calls.fill_rows(found, request.fill, ids.dtype)
+        return reading.fill_rows(found, request.fill, ids.dtype)
 
     def _read(self, inputs: Any, generation_config: Any, kwargs: dict[str, Any], check: bool) -> tuple[Request, Engine]:
         """A call as the engine takes it, and the engine; a LowbitError says why it does not."""
         ids, streamer = kwargs.get("input_ids", inputs), kwargs.get("streamer")
         extra = {k: v for k, v in kwargs.items() if k not in ("input_ids", "streamer")}
-        _refuse(calls.input_refusal(ids, extra))
+        _refuse(reading.input_refusal(ids, extra))
         config, rest = cast(Any, self.model)._prepare_generation_config(generation_config, **extra)
-        _refuse(calls.config_refusal(config, rest))
+        _refuse(reading.config_refusal(config, rest))
         _refuse(self.model_refusal())
-        mask = calls.attention_mask(ids, config, rest.get("attention_mask"))
-        _refuse(calls.batch_refusal(ids, mask, self._parts[0], streamer, config.num_beams or 1))
-        request = calls.read(ids, mask, config, kwargs.get("max_length"), check)
+        mask = reading.attention_mask(ids, config, rest.get("attention_mask"))
+        _refuse(reading.batch_refusal(ids, mask, self._parts[0], streamer, config.num_beams or 1))
+        request = reading.read(ids, mask, config, kwargs.get("max_length"), check)
         return request, self.engine(request.length, request.slots)
 
     def model_refusal(self) -> str | None:

@@ -1,8 +1,8 @@
 """One call of transformers' generate, read for the engine: its prompts without their padding, and what is asked of them.
 
-    refusal(...)   why transformers' own loop must run a call (a keyword the engine does not know, a mask with holes), or None
-    read(...)      the call as a `Request`
-    fill(...)      rows of different lengths as one tensor, filled up as transformers does
+    .._refusal(...)    why transformers' own loop must run a call (a keyword the engine does not know, a mask with holes), or None
+    read(...)          the call as a `Request`
+    fill_rows(...)     rows of different lengths as one tensor, filled up as transformers does
 
 Prompts of a batch are padded on the left, and the attention mask says how far; the engine has a slot for each and needs no padding.
 Penalties count the padding all the same, because transformers' do.

@@ -22,6 +22,7 @@ from lowbit.errors import WeightError
 from lowbit.models.spec import DecoderSpec, Located
 from lowbit.packing import PackedTensor
 from lowbit.runtime.abi import LAYER_MATRICES, OUTER_MATRICES, PLAIN, PREPARED
+from lowbit.runtime.stored import addresses
 
 Floats = NDArray[np.float32]
 Key = tuple[str, int | None]
@@ -87,8 +88,7 @@ def prepared(packed: PackedTensor, bias: Floats | None = None) -> Matrix:
     buffer = weight_memory(size * len(experts))
     for index, expert in enumerate(experts):
         arrays = {name: np.ascontiguousarray(array) for name, array in expert.tensors().items()}
-        addresses = {name: array.ctypes.data for name, array in arrays.items()}
-        calls.prepare(packed.format, rows, cols, calls.Canonical.of(addresses), buffer.ctypes.data + index * size, size)
+        calls.prepare(packed.format, rows, cols, addresses(arrays), buffer.ctypes.data + index * size, size)
     return Matrix(buffer.ctypes.data, rows, cols, PREPARED, "float32", len(experts), size, bias, buffer)
 
 
