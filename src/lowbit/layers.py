@@ -139,7 +139,7 @@ class LowBitLinear(nn.Linear):
         nn.Module.__init__(self)
         self.packed_weight = packed_weight
         self.out_features, self.in_features = packed_weight.shape
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.register_parameter("bias", _frozen(bias))
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -186,6 +186,13 @@ class LowBitEmbedding(nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
+_CONVOLUTIONS: dict[type[nn.Module], Callable[..., torch.Tensor]] = {
+    nn.Conv1d: nn.functional.conv1d,
+    nn.Conv2d: nn.functional.conv2d,
+    nn.Conv3d: nn.functional.conv3d,
+}
+
+
 class LowBitConv(nn.Module):
     """A convolution whose weight [out, in / groups, *kernel] is packed as rows of in / groups * prod(kernel) weights."""
 
@@ -194,7 +201,7 @@ class LowBitConv(nn.Module):
         self.packed_weight = packed_weight
         self.bias = conv.bias
         self.weight_shape = tuple(conv.weight.shape)
-        self.functional = getattr(nn.functional, type(conv).__name__.lower())
+        self.functional = next(function for kind, function in _CONVOLUTIONS.items() if isinstance(conv, kind))
         self.options = {
             "stride": conv.stride,
             "padding": conv.padding,
@@ -271,6 +278,10 @@ class LowBitExperts(nn.Module):
 
 
 def _frozen(bias: torch.Tensor | None) -> nn.Parameter | None:
+    """A bias as it is, the same object: masked language models tie that of the head to another parameter."""
+    if isinstance(bias, nn.Parameter):
+        bias.requires_grad_(False)
+        return bias
     return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
 

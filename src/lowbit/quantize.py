@@ -108,7 +108,7 @@ def finish(model: nn.Module, report: Report, prepare: bool = True) -> None:
             check_finite(parameter.detach(), name)
     skipped = {row.path for row in report.skipped}
     for left in _unknown_weights(model):
-        if left.path not in skipped and left.path.rpartition(".")[0] not in skipped:
+        if not any(left.path == path or left.path.startswith(f"{path}.") for path in skipped):
             report.skipped.append(left)
     skipped = {row.path for row in report.skipped}
     rest = [p for name, p in model.named_parameters() if not {name, name.rpartition(".")[0]} & skipped]

@@ -217,6 +217,8 @@ def computed_weight(kind: str) -> nn.Module:
     if kind == "weight_norm":
         with pytest.warns(FutureWarning):
             first = nn.utils.weight_norm(first)
+    elif kind == "parametrised":
+        first = nn.utils.parametrizations.weight_norm(first)
     elif kind == "pruned":
         prune.l1_unstructured(first, "weight", 0.5)
     elif kind == "max_norm":
@@ -225,7 +227,8 @@ def computed_weight(kind: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("weight_norm", "made anew"), ("pruned", "made anew"), ("max_norm", "looked up")]
+    ("kind", "said"),
+    [("weight_norm", "made anew"), ("parametrised", "made anew"), ("pruned", "made anew"), ("max_norm", "looked up")],
 )
 def test_weights_that_are_computed_are_left_and_named(kind: str, said: str) -> None:
     model = computed_weight(kind)
@@ -236,11 +239,26 @@ def test_weights_that_are_computed_are_left_and_named(kind: str, said: str) -> N
     assert torch.isfinite(model(x)).all()
 
 
-def test_a_parametrised_weight_is_packed_as_it_comes_out() -> None:
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 8)), nn.Linear(8, 8))
-    x, dense = torch.randn(3, 64), copy.deepcopy(model)
-    quantize_(model, recipe_named("int8"))
-    assert isinstance(model[0], LowBitLinear) and torch.allclose(model(x), dense(x), atol=0.05)
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Shifting(nn.Conv2d):
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(x, weight + 1, bias)
+
+
+def test_subclasses_that_compute_something_else_are_left() -> None:
+    model = nn.Sequential(Shifting(3, 8, 3), nn.Flatten(), Doubling(8 * 36, 16), nn.Linear(16, 4))
+    x, dense = torch.randn(2, 3, 8, 8), copy.deepcopy(model)
+    report = quantize_(model, recipe_named("int8_g1_fp32").replace(conv=as_format("int8")))
+    assert [row.path for row in report.layers] == ["3"]
+    assert {row.path: row.reason.split()[-1] for row in report.skipped} == {
+        "0.weight": "Shifting",
+        "2.weight": "Doubling",
+    }
+    assert torch.allclose(model(x), dense(x), rtol=1e-2, atol=1e-2)
 
 
 def test_weights_without_a_shape_yet_are_told() -> None:

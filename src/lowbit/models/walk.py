@@ -14,6 +14,7 @@ weights saved.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +22,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 Role = Literal["linear", "head", "embedding", "conv", "experts"]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What a subclass overrides to compute something else.
+_COMPUTING = ("forward", "_conv_forward")
+# The module itself, tokens, indices and shares.
+_EXPERT_INPUTS = 4
 _EXPERT_UP_NAMES = ("gate_up_proj", "up_proj")
 # Subclasses of nn.Linear whose own forward computes what nn.Linear's does.
 _SPELT_OUT = ("FalconLinear",)
@@ -66,8 +70,7 @@ def keeps_dense(module: nn.Module) -> str:
     """Why a module of a known kind cannot be packed, because its weight is more than a matrix that stays; else empty."""
     if getattr(module, "max_norm", None) is not None:
         return "it shortens its rows as they are looked up (max_norm)"
-    is_kept = "weight" in module._parameters or "weight" in module._buffers or is_parametrized(module, "weight")
-    if hasattr(module, "weight") and not is_kept:
+    if hasattr(module, "weight") and "weight" not in module._parameters and "weight" not in module._buffers:
         return "its weight is made anew before each call (weight norm, pruning): make it permanent first"
     return ""
 
@@ -94,17 +97,13 @@ def stored_order(target: Target, weight: torch.Tensor) -> torch.Tensor:
 def _role(module: nn.Module, head: nn.Module | None) -> Role | None:
     if "packed_weight" in module._modules:
         return None
-    if module is head and isinstance(module, nn.Linear):
-        return "head"
-    if type(module) is nn.Linear or _is_conv1d(module):
-        return "linear"
-    if isinstance(module, nn.Linear) and (
-        type(module).forward is nn.Linear.forward or type(module).__name__ in _SPELT_OUT
-    ):
+    if _is_plain(module, (nn.Linear,)) or type(module).__name__ in _SPELT_OUT:
+        return "head" if module is head else "linear"
+    if _is_conv1d(module):
         return "linear"
     if isinstance(module, nn.Embedding) and not _offset_positions(module):
         return "embedding"
-    if isinstance(module, _CONVS) and module.weight.dim() > 2:
+    if _is_plain(module, _CONVS):
         return "conv"
     return "experts" if _is_experts(module) else None
 
@@ -119,9 +118,19 @@ def _offset_positions(module: nn.Module) -> bool:
     return type(module) is not nn.Embedding and not hasattr(module, "embed_scale")
 
 
+def _is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module computes what torch's own kinds do: a subclass with a forward of its own may do more."""
+    own = [getattr(type(module), name, None) for name in _COMPUTING]
+    return any(isinstance(module, kind) and own == [getattr(kind, name, None) for name in _COMPUTING] for kind in kinds)
+
+
 def _is_experts(module: nn.Module) -> bool:
+    """Fused experts that are called as transformers 5 does: with tokens, which experts each has, and their shares."""
     weights = [getattr(module, name, None) for name in ("down_proj", up_name(module))]
-    return all(isinstance(w, torch.Tensor) and w.dim() == 3 for w in weights)
+    if not all(isinstance(w, torch.Tensor) and w.dim() == 3 for w in weights):
+        return False
+    gates = hasattr(module, "_apply_gate") or (up_name(module) == "up_proj" and hasattr(module, "act_fn"))
+    return gates and len(inspect.signature(type(module).forward).parameters) == _EXPERT_INPUTS
 
 
 def up_name(module: nn.Module) -> str:
