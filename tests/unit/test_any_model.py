@@ -84,9 +84,10 @@ def test_a_model_computes_the_same_in_an_exact_format(name: str, tmp_path: Path)
     assert packed.lowbit_report.layers and max(row.error for row in packed.lowbit_report.layers) < 1e-5
     found = answer(packed, inputs)
     assert float((found - expected).norm() / expected.norm()) < 2e-5
-    packed.save_low_bit(tmp_path / "low", compact=True)
-    again = type(model).from_pretrained(tmp_path / "low")  # type: ignore[attr-defined]
-    for held in packed_weights(again).values():
-        held.compute = "fp32"
-        held.prepare_()
-    assert torch.equal(answer(again, inputs), found)
+    for compact in (True, False):
+        packed.save_low_bit(tmp_path / "low", compact=compact)
+        again = type(model).from_pretrained(tmp_path / "low")  # type: ignore[attr-defined]
+        for held in packed_weights(again).values():
+            held.compute = "fp32"
+            held.prepare_()
+        assert torch.equal(answer(again, inputs), found)

@@ -192,6 +192,11 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Called again with the map that stands for a word such as "auto"."""
         check_device_map(device_map)
 
+    def _convert_model_for_quantization(self, model: nn.Module) -> None:
+        """transformers takes fused experts apart for compressed-tensors; a folder that lowbit wrote has them as the model does."""
+        if OWN_METHOD not in self.quantization_config.fields:
+            super()._convert_model_for_quantization(model)
+
     def _process_model_before_weight_loading(self, model: nn.Module, **options: Any) -> None:
         self.start = time.perf_counter()
         replace_next_bar("loading" if self.pre_quantized else "packing")
