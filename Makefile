@@ -52,7 +52,7 @@ check-sanitize: $(READY)
 	timeout 900 build/asan/core_check
 	$(NATIVE) -B build/tsan -DLOWBIT_SANITIZE=thread -DLOWBIT_SETS=
 	$(RUN)/cmake --build build/tsan
-	timeout 900 build/tsan/core_check products engine threads
+	timeout 900 build/tsan/core_check products engine experts threads
 
 # Needs a cross compiler and an emulator, and names their packages where they are missing.
 check-neon: $(READY)

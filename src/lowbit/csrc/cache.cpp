@@ -228,9 +228,10 @@ int Cache::restore(int64_t slot, int64_t length, const uint8_t* from, int64_t by
         Head head;
         if (bytes < static_cast<int64_t>(sizeof head)) return refuse();
         memcpy(&head, from, sizeof head);
-        const int64_t first = head.first, count = length - first;
+        const int64_t first = head.first;
         const bool sensible = first == 0 || (rows.window && first > 0 && first % kKeyBlock == 0 && first <= length - rows.window + 1);
-        if (!sensible || head.length != length || count > rows.places) return refuse();
+        if (!sensible || head.length != length || length - first > rows.places) return refuse();
+        const int64_t count = length - first;
         from += sizeof head;
         bytes -= static_cast<int64_t>(sizeof head) + stretch_bytes(count);
         if (bytes < 0) return refuse();

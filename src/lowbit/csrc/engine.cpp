@@ -169,6 +169,9 @@ template <class Choose>
 int continue_slot(lowbit_engine* handle, const Continuation& job, int32_t token, const Choose& choose) {
     Engine& engine = handle->engine;
     *job.made_count = 0;
+    const int32_t vocab = engine.plans.model.vocab_size;
+    if (job.stop_count > vocab)
+        return fail(LOWBIT_BAD_ARGUMENT, "%lld tokens to stop at, of a vocabulary of %d", static_cast<long long>(job.stop_count), vocab);
     if (job.count < 0 || job.count > engine.options.context)
         return fail(LOWBIT_BAD_ARGUMENT, "%lld tokens do not fit a context of %lld", static_cast<long long>(job.count), static_cast<long long>(engine.options.context));
     if (int status = check_slot(engine, job.slot)) return status;
@@ -178,7 +181,7 @@ int continue_slot(lowbit_engine* handle, const Continuation& job, int32_t token,
     engine.cancelled.store(false);
     const uint8_t wanted = 1;
     try {
-        engine.logits.resize(static_cast<size_t>(engine.plans.model.vocab_size));
+        engine.logits.resize(static_cast<size_t>(vocab));
         while (*job.made_count < job.count) {
             if (int status = step_checked(engine, {&token, &job.slot, &wanted, 1}, engine.logits.data())) return status;
             if (int status = choose(engine.logits.data(), *job.made_count, &token)) return status;
@@ -207,7 +210,7 @@ extern "C" int lowbit_engine_choose(lowbit_engine* handle, int32_t slot, int32_t
                                     const lowbit_selection* selection, int64_t least, const int32_t* stops, int64_t stop_count,
                                     uint64_t* generator, int64_t* made_count) {
     if (!handle || !tokens || !selection || !made_count || stop_count < 0 || (stop_count > 0 && !stops)) return fail(LOWBIT_BAD_ARGUMENT, "a buffer was not given");
-    if (length < 1) return fail(LOWBIT_BAD_ARGUMENT, "there is no token to go on from");
+    if (length < 1 || length > kMostElements) return fail(LOWBIT_BAD_ARGUMENT, "there is no token to go on from in a sequence of %lld", static_cast<long long>(length));
     lowbit_selection settings = *selection;
     settings.banned_tokens = stops;
     const int32_t vocab = handle->engine.plans.model.vocab_size;

@@ -76,6 +76,13 @@ std::vector<Wanted> wanted_of_layer(const lowbit_model& model, const lowbit_laye
     return all;
 }
 
+// A step asks which weights there are, so those that nobody checked must not be.
+void forget_others(const std::vector<Wanted>& wanted, lowbit_layer* layer) {
+    lowbit_matrix kept[LOWBIT_LAYER_MATRICES] = {};
+    for (const Wanted& each : wanted) kept[each.matrix - layer->matrices] = *each.matrix;
+    std::copy(std::begin(kept), std::end(kept), layer->matrices);
+}
+
 // Numbers that stand for a choice, each with the last one that the engine knows.
 int check_choices(const lowbit_model& model) {
     const struct {
@@ -190,15 +197,21 @@ int make_plans(const lowbit_model& model, Plans* plans) {
     plans->layers.assign(model.layers, model.layers + model.layer_count);
     plans->ropes.assign(model.ropes, model.ropes + model.rope_count);
     for (int64_t i = 0; i < model.layer_count; ++i) {
-        const lowbit_layer& layer = plans->layers[static_cast<size_t>(i)];
+        lowbit_layer& layer = plans->layers[static_cast<size_t>(i)];
         if (layer.rope >= model.rope_count || (layer.sparse && model.expert_count == 0) || layer.window < 0)
             return fail(LOWBIT_BAD_ARGUMENT, "layer %lld names positions, experts or a window that the model has not", static_cast<long long>(i));
-        if (int status = check_all(wanted_of_layer(model, layer), i)) return status;
+        if (layer.sparse ? model.expert.size == 0 : model.mlp.size == 0)
+            return fail(LOWBIT_BAD_ARGUMENT, "the %s of layer %lld have no width", layer.sparse ? "experts" : "gate and up projections", static_cast<long long>(i));
+        const std::vector<Wanted> wanted = wanted_of_layer(model, layer);
+        if (int status = check_all(wanted, i)) return status;
+        forget_others(wanted, &layer);
         plans->plans.push_back(plan_layer(layer));
     }
     plans->embedding = view_of(model.matrices[LOWBIT_EMBEDDING]);
-    plans->embedding_in = view_of(model.matrices[LOWBIT_EMBEDDING_IN]);
-    plans->head_in = view_of(model.matrices[LOWBIT_HEAD_IN]);
+    if (model.embedding_width != model.hidden_size) {
+        plans->embedding_in = view_of(model.matrices[LOWBIT_EMBEDDING_IN]);
+        plans->head_in = view_of(model.matrices[LOWBIT_HEAD_IN]);
+    }
     plans->head = view_of(model.matrices[LOWBIT_HEAD]);
     place_heads(plans);
     return LOWBIT_OK;

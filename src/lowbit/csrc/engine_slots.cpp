@@ -19,12 +19,14 @@ int check_cut(const Engine& engine, int32_t slot, int64_t length, const char* ve
 }  // namespace
 
 extern "C" int64_t lowbit_engine_length(const lowbit_engine* handle, int32_t slot) {
-    if (!handle || check_slot(handle->engine, slot)) return -1;
+    if (!handle) return fail(LOWBIT_BAD_ARGUMENT, "no engine was given"), -1;
+    if (check_slot(handle->engine, slot)) return -1;
     return handle->engine.lengths[static_cast<size_t>(slot)];
 }
 
 extern "C" int64_t lowbit_engine_shortest(const lowbit_engine* handle, int32_t slot) {
-    if (!handle || check_slot(handle->engine, slot)) return -1;
+    if (!handle) return fail(LOWBIT_BAD_ARGUMENT, "no engine was given"), -1;
+    if (check_slot(handle->engine, slot)) return -1;
     return handle->engine.cache.shortest(slot);
 }
 

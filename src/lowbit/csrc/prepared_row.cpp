@@ -66,7 +66,8 @@ void read_row(const View& view, int64_t row, float* to) {
 extern "C" int lowbit_read_rows(const void* prepared, int64_t prepared_bytes, const int64_t* rows, int64_t count, float* to) try {
     const lowbit::Header* header = lowbit::check_prepared(prepared, prepared_bytes);
     if (!header) return LOWBIT_BAD_ARGUMENT;
-    if (count < 0 || (count > 0 && (!rows || !to))) return lowbit::fail(LOWBIT_BAD_ARGUMENT, "rows to read need numbers and room");
+    if (count < 0 || count > lowbit::kMostElements / header->cols || (count > 0 && (!rows || !to)))
+        return lowbit::fail(LOWBIT_BAD_ARGUMENT, "%lld rows to read need numbers and room", static_cast<long long>(count));
     for (int64_t i = 0; i < count; ++i)
         if (rows[i] < 0 || rows[i] >= header->rows)
             return lowbit::fail(LOWBIT_BAD_ARGUMENT, "row %lld of a weight with %lld rows was asked for", static_cast<long long>(rows[i]),

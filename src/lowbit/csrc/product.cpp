@@ -151,7 +151,9 @@ extern "C" int lowbit_run_experts(const void* prepared, int64_t expert_bytes, in
     if (!header) return LOWBIT_BAD_ARGUMENT;
     const Call call = {static_cast<const char*>(x), x_dtype, x_stride, nullptr, static_cast<char*>(y), y_dtype, y_stride, compute};
     if (int status = check_call(*header, call, rows)) return status;
-    if (experts < 1 || !begins) return fail(LOWBIT_BAD_ARGUMENT, "%lld experts without their rows cannot be multiplied", static_cast<long long>(experts));
+    if (experts < 1 || experts > kMostElements / expert_bytes || !begins)
+        return fail(LOWBIT_BAD_ARGUMENT, "%lld experts of %lld bytes, or experts without their rows, cannot be multiplied", static_cast<long long>(experts),
+                    static_cast<long long>(expert_bytes));
     for (int64_t e = 0; e < experts; ++e)
         if (begins[e] < 0 || begins[e + 1] < begins[e] || begins[e + 1] > rows)
             return fail(LOWBIT_BAD_ARGUMENT, "expert %lld has the rows %lld to %lld of %lld", static_cast<long long>(e),
@@ -168,6 +170,10 @@ extern "C" int lowbit_run_experts(const void* prepared, int64_t expert_bytes, in
             Part& part = parts[count++] = Part{};
             part.header = check_prepared(static_cast<const uint8_t*>(prepared) + e * expert_bytes, expert_bytes);
             if (!part.header) return LOWBIT_BAD_ARGUMENT;
+            if (part.header->rows != header->rows || part.header->cols != header->cols)
+                return fail(LOWBIT_BAD_ARGUMENT, "expert %lld is [%lld, %lld] and the first [%lld, %lld]", static_cast<long long>(e),
+                            static_cast<long long>(part.header->rows), static_cast<long long>(part.header->cols), static_cast<long long>(header->rows),
+                            static_cast<long long>(header->cols));
             part.first = from;
             part.tokens = to - from;
         }

@@ -243,8 +243,8 @@ extern "C" int lowbit_distance(const lowbit_format* format, int64_t rows, int64_
     sums[0] = sums[1] = 0.0;
     for (int64_t row = 0; row < rows; ++row) sums[0] += errors[row], sums[1] += norms[row];
     return LOWBIT_OK;
-} catch (const std::bad_alloc&) {
-    return fail(LOWBIT_NO_MEMORY, "no memory to compare a weight of %lld rows", static_cast<long long>(rows));
+} catch (...) {
+    return caught();
 }
 
 namespace lowbit {

@@ -15,7 +15,7 @@
 
 #include "engine_isa.h"
 #include "error.h"
-#include "lowbit.h"
+#include "format.h"
 
 namespace lowbit {
 namespace {
@@ -49,7 +49,7 @@ int check_numbers(const lowbit_selection& s) {
 }
 
 int check_tokens(const int32_t* tokens, int64_t count, int64_t vocab, const char* what) {
-    if (count < 0 || (count > 0 && !tokens)) return fail(LOWBIT_BAD_ARGUMENT, "%s has %lld tokens and no place for them", what, (long long)count);
+    if (count < 0 || count > kMostElements || (count > 0 && !tokens)) return fail(LOWBIT_BAD_ARGUMENT, "%s has %lld tokens and no place for them", what, (long long)count);
     for (int64_t i = 0; i < count; ++i)
         if (tokens[i] < 0 || tokens[i] >= vocab)
             return fail(LOWBIT_BAD_ARGUMENT, "%s holds token %d, outside the vocabulary of %lld", what, tokens[i], (long long)vocab);
@@ -68,6 +68,8 @@ int check(const float* logits, int64_t vocab, const lowbit_selection* s, const i
     if (int status = check_numbers(*s)) return status;
     if (int status = check_tokens(history, length, vocab, "the history")) return status;
     if (s->bias_count > 0 && !s->bias_values) return fail(LOWBIT_BAD_ARGUMENT, "biases need as many tokens as values");
+    if (std::max(s->bias_count, s->banned_count) > vocab)
+        return fail(LOWBIT_BAD_ARGUMENT, "%d biases and %d banned tokens are more than the vocabulary of %lld", s->bias_count, s->banned_count, (long long)vocab);
     if (int status = check_tokens(s->bias_tokens, s->bias_count, vocab, "the list of biases")) return status;
     if (int status = check_words(*s, vocab)) return status;
     return check_tokens(s->banned_tokens, s->banned_count, vocab, "the list of banned tokens");

@@ -85,6 +85,9 @@ std::unique_ptr<Aligned> prepared(const Weight& weight);
 // Norm of the difference over the norm of what is expected.
 double distance(const float* y, const std::vector<double>& expected);
 
+// Sizes that are wrong nearly everywhere.
+constexpr int64_t kHostileSizes[] = {INT64_MIN, INT32_MIN, -2, -1, 0, 1, 3, 17, INT32_MAX, int64_t{1} << 40, INT64_MAX};
+
 // Names of the instruction sets that this processor runs, of those the core may know.
 std::vector<const char*> instruction_sets();
 
@@ -93,7 +96,10 @@ void check_weights();
 void check_products();
 void check_selection();
 void check_engine();
+void check_experts();
+void check_slots();
 void check_refusals();
+void check_hostile();
 void check_memory();
 void check_face();
 void check_threads();

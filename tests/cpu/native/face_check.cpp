@@ -7,6 +7,7 @@
 #include <fstream>
 
 #include "folder_api.h"
+#include "refuse_each.h"
 #include "tiny_llama.h"
 
 namespace check {
@@ -97,7 +98,8 @@ private:
     }
 
     void describe() {
-        const std::string nothing = "{\"size\":0,\"activation\":0,\"gate\":0,\"limit\":0,\"sigmoid_scale\":1}", mlp = "{\"size\":72" + nothing.substr(9);
+        const std::string rest = ",\"limit\":0,\"sigmoid_scale\":1}", nothing = "{\"size\":0,\"activation\":0,\"gate\":0" + rest;
+        const std::string mlp = "{\"size\":72,\"activation\":0,\"gate\":1" + rest;
         for (int i = 0; i < TinyLlama::kLayers; ++i) {
             const lowbit_layer& layer = llama_.layers[static_cast<size_t>(i)];
             for (int role = LOWBIT_Q; role <= LOWBIT_DOWN; ++role) plain(kRoles[role], i, layer.matrices[role]);
@@ -174,6 +176,55 @@ void use(lowbit_folder* folder) {
     lowbit_folder_answer(folder, prompt, 3, 2, nullptr, 1, ignore_piece, nullptr, nullptr);
 }
 
+// Each argument of each function wrong in turn, on a folder that is fine.
+void refuse_asking(const std::string& path) {
+    const auto open = +[](const char* name, const lowbit_engine_options* with) {
+        lowbit_folder* folder = lowbit_folder_open(name, with);
+        lowbit_folder_close(folder);
+        return folder;
+    };
+    check::refuse_each("lowbit_folder_open", open, free_at(1), path.c_str(), nullptr);
+    for (int64_t value : kHostileSizes) {
+        lowbit_engine_options wrong[4] = {};
+        wrong[0].context = value;
+        wrong[1].slots = static_cast<int32_t>(value);
+        wrong[2].chunk = static_cast<int32_t>(value);
+        wrong[3].cache_type = static_cast<int32_t>(value);
+        for (const lowbit_engine_options& with : wrong) {
+            forget_sentence();
+            lowbit_folder* folder = lowbit_folder_open(path.c_str(), &with);
+            EXPECT(folder || left_sentence());
+            if (folder) use(folder);
+            lowbit_folder_close(folder);
+        }
+    }
+    lowbit_folder* folder = lowbit_folder_open(path.c_str(), nullptr);
+    const int32_t prompt[] = {1, 2, 3};
+    const lowbit_message messages[] = {{"user", "abc"}, {nullptr, "abc"}, {"user", nullptr}, {"", ""}, {"assistant", "abc"}};
+    int32_t tokens[8];
+    char text[8];
+    lowbit_selection selection{};
+    int64_t made = 0;
+    REFUSE_EACH(lowbit_folder_context, 0, folder);
+    REFUSE_EACH(lowbit_folder_vocabulary, 0, folder);
+    REFUSE_EACH(lowbit_folder_selection, 0, folder, &selection);
+    REFUSE_EACH(lowbit_folder_encode, free_at(3, 5), folder, "abc", 3, 1, tokens, 8);
+    REFUSE_EACH(lowbit_folder_decode, free_at(3, 5), folder, prompt, 3, 1, text, 8);
+    REFUSE_EACH(lowbit_folder_conversation, free_at(4), folder, messages, 1, tokens, 8);
+    REFUSE_EACH(lowbit_folder_answer, free_at(3, 4, 7, 8), folder, prompt, 3, 2, &selection, 1, ignore_piece, nullptr, &made);
+    for (int64_t most : {INT64_MIN, int64_t{-1}, int64_t{0}})
+        EXPECT_REFUSED(lowbit_folder_answer(folder, prompt, 3, most, &selection, 1, nullptr, nullptr, nullptr), LOWBIT_BAD_ARGUMENT);
+    for (const lowbit_message& message : messages)
+        if (&message != messages) EXPECT(lowbit_folder_conversation(folder, &message, 1, tokens, 8) == -1);
+    for (int32_t bad : {INT_MIN, -1, TinyLlama::kVocab, 1000, INT_MAX}) {
+        lowbit_folder_decode(folder, &bad, 1, 1, text, 8);
+        EXPECT_REFUSED(lowbit_folder_answer(folder, &bad, 1, 2, &selection, 1, nullptr, nullptr, nullptr), LOWBIT_BAD_ARGUMENT);
+    }
+    EXPECT(lowbit_folder_engine(nullptr) == nullptr);
+    lowbit_folder_close(folder);
+    lowbit_folder_close(nullptr);
+}
+
 void check_plain_folder(const std::string& path, const TinyLlama& llama) {
     lowbit_engine_options exact = options(64, 1, LOWBIT_CACHE_FP32, LOWBIT_COMPUTE_FP32, 32);
     lowbit_folder* folder = lowbit_folder_open(path.c_str(), &exact);
@@ -225,6 +276,7 @@ void check_face() {
     const std::string folder = new_folder();
     Writer(llama).write(folder);
     check_plain_folder(folder, llama);
+    refuse_asking(folder);
     Writer with_packed(llama);
     with_packed.with_packed = true;
     with_packed.write(folder);

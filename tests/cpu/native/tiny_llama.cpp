@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace check {
 namespace {
@@ -210,6 +211,17 @@ std::vector<int32_t> some_tokens(int64_t count, uint64_t seed) {
     std::vector<int32_t> tokens;
     for (int64_t i = 0; i < count; ++i) tokens.push_back(static_cast<int32_t>(random.below(TinyLlama::kVocab)));
     return tokens;
+}
+
+void try_engine(const lowbit_model& model, const lowbit_engine_options& with) {
+    lowbit_engine* engine = lowbit_engine_create(&model, &with);
+    if (!engine) EXPECT(strlen(lowbit_last_error()) > 10);
+    if (!engine) return;
+    const int32_t token = 1, slot = 0;
+    const uint8_t wanted = 1;
+    std::vector<float> logits(static_cast<size_t>(model.vocab_size));
+    lowbit_engine_step(engine, &token, &slot, &wanted, 1, logits.data());
+    lowbit_engine_destroy(engine);
 }
 
 }  // namespace check

@@ -47,5 +47,7 @@ private:
 
 lowbit_engine_options options(int64_t context, int slots, int cache_type, int compute, int chunk);
 std::vector<int32_t> some_tokens(int64_t count, uint64_t seed);
+// An engine of a description that may be wrong: none and a sentence, or one that makes a step.
+void try_engine(const lowbit_model& model, const lowbit_engine_options& with);
 
 }  // namespace check

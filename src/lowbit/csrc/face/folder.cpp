@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "../error.h"
+#include "../format.h"
 #include "refusal.h"
 #include "saved.h"
 #include "tokenizer.h"
@@ -151,7 +152,7 @@ int64_t hand_over(const Number* from, size_t count, Number* to, int64_t room) {
 }
 
 void check_buffers(const void* handle, const void* from, int64_t count, const void* to, int64_t room) {
-    if (!handle || count < 0 || room < 0 || (count > 0 && !from) || (room > 0 && !to))
+    if (!handle || count < 0 || count > kMostElements || room < 0 || (count > 0 && !from) || (room > 0 && !to))
         throw Refusal(LOWBIT_BAD_ARGUMENT, "a folder, what it is to read and room for the result are needed, and no negative numbers");
 }
 
@@ -196,8 +197,10 @@ extern "C" lowbit_folder* lowbit_folder_open(const char* path, const lowbit_engi
 
 extern "C" void lowbit_folder_close(lowbit_folder* folder) { delete folder; }
 extern "C" lowbit_engine* lowbit_folder_engine(lowbit_folder* folder) { return folder ? folder->engine.get() : nullptr; }
-extern "C" int64_t lowbit_folder_context(const lowbit_folder* folder) { return folder ? folder->options.context : -1; }
-extern "C" int64_t lowbit_folder_vocabulary(const lowbit_folder* folder) { return folder ? folder->saved.model().vocab_size : -1; }
+
+static int64_t refuse_nothing() { return fail(LOWBIT_BAD_ARGUMENT, "no folder was given"), -1; }
+extern "C" int64_t lowbit_folder_context(const lowbit_folder* folder) { return folder ? folder->options.context : refuse_nothing(); }
+extern "C" int64_t lowbit_folder_vocabulary(const lowbit_folder* folder) { return folder ? folder->saved.model().vocab_size : refuse_nothing(); }
 
 extern "C" int lowbit_folder_selection(const lowbit_folder* folder, lowbit_selection* selection) try {
     check_buffers(folder, selection, 1, nullptr, 0);
