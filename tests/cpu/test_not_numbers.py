@@ -25,10 +25,12 @@ from lowbit.runtime.weights import EngineWeights, engine_weights
 from unit.family_cases import CASES, arrays, tiny_model
 
 PROMPT = [int(token) for token in np.random.default_rng(3).integers(5, 131, 20)]
+# Heads of 64 channels meet tiles of bytes.
+WIDE = "llama, heads of 64"
 MESSAGE = "the logits are not numbers"
 
 
-@pytest.fixture(params=instruction_sets(), autouse=True)
+@pytest.fixture(params=[*instruction_sets(), "amx_emulated"], autouse=True)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     calls.set_instruction_set(request.param)
     yield request.param
@@ -36,7 +38,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def weights_of(case: str, format: str | None = None) -> tuple[Any, EngineWeights]:
-    model_type, fields = CASES[case]
+    model_type, fields = ("llama", CASES["llama"][1] | {"head_dim": 64}) if case == WIDE else CASES[case]
     model = tiny_model(model_type, fields)
     spec = spec_from_config(model.config.to_dict())
     tensors: dict[str, Any] = {name: np.array(array) for name, array in arrays(model).items()}
@@ -57,7 +59,7 @@ def expect_refusals(engine: Engine) -> None:
 
 @pytest.mark.parametrize("cache", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("role", ["q", "k", "v"])
-@pytest.mark.parametrize("case", ["llama", "gemma2", "mpt, clipped", "qwen3"])
+@pytest.mark.parametrize("case", ["llama", WIDE, "gemma2", "mpt, clipped", "qwen3"])
 def test_one_channel_of_every_query_key_or_value(case: str, role: str, cache: str) -> None:
     """Of the last layer, so that nothing but its attention sees it; with caps, ALiBi, clipping, norms of heads."""
     spec, weights = weights_of(case)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -249,6 +252,86 @@ def test_a_file_cut_off_under_the_map_is_said(folder: Path, tmp_path: Path) -> N
     for use in (model.generate, model.logits, model.embed):
         with pytest.raises(CheckpointError, match="was truncated to 8192 bytes while it was in use"):
             use(IDS)
+
+
+def smallest_gguf(path: Path) -> Path:
+    width, names = 64, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes = {f"blk.0.{name}.weight": (width, width) for name in names} | {"token_embd.weight": (300, width)}
+    norms = ["output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"]
+    tensors = {name: np.full(shape, 0.1, np.float32) for name, shape in shapes.items()}
+    tensors |= {name: np.ones(width, np.float32) for name in norms}
+    sizes = {"block_count": 1, "embedding_length": width, "feed_forward_length": width, "context_length": 64}
+    heads = {"attention.head_count": 4, "attention.head_count_kv": 4, "attention.layer_norm_rms_epsilon": 1e-5}
+    return write_gguf(path, "llama", sizes | heads | byte_level_vocabulary(), tensors)
+
+
+IN_THE_MIDDLE = """
+import os, sys
+import numpy as np
+from lowbit.errors import LowbitError
+from lowbit.runtime import load
+from lowbit.runtime.files import open_files
+from lowbit.runtime.loading import load_files
+
+model, weights, copy, half = sys.argv[1:4] + [os.path.getsize(sys.argv[2]) // 2]
+
+def said(use):
+    try:
+        use()
+    except LowbitError as error:
+        assert "was truncated" in str(error) and "while it was in use" in str(error), error
+        return True
+
+loaded = load(model)
+engine, prompt = loaded.engine, list(range(5, 25))
+expected = engine.prefill(prompt)
+if weights != model:  # what GGUF has was copied
+    stream = loaded.stream(prompt, max_new_tokens=20, ignore_end=True)
+    next(stream)
+    os.truncate(weights, half)
+    assert said(lambda: list(stream)) and said(lambda: loaded.generate(prompt))
+    engine.reset()
+    assert said(lambda: engine.prefill(prompt)) and said(lambda: engine.decode(5)) and engine.length() == 0
+
+files = open_files(copy)
+os.truncate(copy if os.path.isfile(copy) else copy + "/model.safetensors", half)
+assert said(lambda: load_files(files))
+other = load(sys.argv[4])
+assert np.array_equal(other.engine.prefill(prompt), expected)
+print("still here")
+"""
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_file_cut_off_while_it_is_read_ends_no_process(kind: str, folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, which was ended by the system before maps were guarded. Between two tokens of one answer, and
+    while a model is loaded; other models of the process go on."""
+    copies = [tmp_path / f"{name}.{kind}" for name in ("used", "loaded", "other")]
+    for copy in copies:
+        if kind == "gguf":
+            smallest_gguf(copy)
+        else:
+            shutil.copytree(folder, copy)
+    weights = copies[0] if kind == "gguf" else copies[0] / "model.safetensors"
+    code = [sys.executable, "-c", IN_THE_MIDDLE, *map(str, (copies[0], weights, copies[1], copies[2]))]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "still here"), done.stderr
+
+
+@pytest.mark.parametrize("how", ["other.read()", "os.kill(os.getpid(), signal.SIGBUS)"])
+def test_what_is_not_ours_still_ends_the_process(how: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(bytes(20000))
+    code = (
+        "import mmap, os, signal, sys\n"
+        "from lowbit.runtime import load\n"
+        "model = load(sys.argv[1])\n"
+        "with open(sys.argv[2], 'rb') as file: other = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        f"os.truncate(sys.argv[2], 100)\n{how}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(tmp_path / "other")], capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGBUS, done.stderr
 
 
 def test_paths_that_are_no_model_are_said(tmp_path: Path) -> None:

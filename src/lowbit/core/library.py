@@ -80,6 +80,9 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "lowbit_read_rows": (_I, [_P, _L, _P, _L, _P]),
     "lowbit_run": (_I, [_P, _L, _P, _I, _L, _L, _P, _P, _I, _L, _I]),
     "lowbit_run_experts": (_I, [_P, _L, _L, _P, _P, _I, _L, _L, _P, _I, _L, _I]),
+    "lowbit_guard_map": (_I, [_P, _L, ctypes.c_char_p]),
+    "lowbit_check_map": (_I, [_P]),
+    "lowbit_release_map": (_I, [_P]),
 }
 
 

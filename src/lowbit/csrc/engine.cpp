@@ -89,6 +89,7 @@ int step_checked(Engine& engine, const Request& request, float* logits) {
     if (int status = run_step(engine, request.tokens, sequences, wanted, request.count, logits)) {
         return status == LOWBIT_CANCELLED ? fail(status, "the step was cancelled") : status;
     }
+    if (int status = check_maps(engine.plans)) return status;
     // 49,152 logits take 5 microseconds, a thousandth of the token that made them.
     if (engine.fault.found || !all_finite(logits, static_cast<int64_t>(wanted.size()) * engine.plans.model.vocab_size)) return refuse_logits(engine);
     for (const Sequence& sequence : sequences) engine.lengths[static_cast<size_t>(sequence.slot)] += sequence.count;

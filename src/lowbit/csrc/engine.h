@@ -78,6 +78,9 @@ bool all_finite(const float* x, int64_t count);
 // What to say of a step whose logits are not all numbers.
 int refuse_logits(const Engine& engine);
 
+// LOWBIT_OK, or a sentence where weights lie in a mapped file that was cut off.
+int check_maps(const Plans& plans);
+
 int check_sizes(const lowbit_model& model);  // everything but the weights
 int make_plans(const lowbit_model& model, Plans* plans);
 // The options with LOWBIT_CACHE_AUTO settled.

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "error.h"
+#include "map_guard.h"
 #include "step.h"
 
 namespace lowbit {
@@ -51,6 +52,19 @@ void Step::inspect_layer(const Member& me, lowbit_profile_part part, bool end_of
             return expect_numbers(me, "the gate and up projections of the MLP", work_.gate.get(), count_, plans_.plans[static_cast<size_t>(me.layer)].gate_up ? 2 * inner : inner);
         default: return;
     }
+}
+
+int check_maps(const Plans& plans) {
+    if (!some_map_damaged.load(std::memory_order_relaxed)) return LOWBIT_OK;
+    for (const lowbit_matrix& matrix : plans.model.matrices)
+        if (int status = check_mapped(matrix.data)) return status;
+    for (const lowbit_layer& layer : plans.layers) {
+        for (const lowbit_matrix& matrix : layer.matrices)
+            if (int status = check_mapped(matrix.data)) return status;
+        for (const lowbit_vector& vector : layer.vectors)
+            if (int status = check_mapped(vector.weight)) return status;
+    }
+    return LOWBIT_OK;
 }
 
 int refuse_logits(const Engine& engine) {

@@ -27,7 +27,8 @@ typedef int (*lowbit_piece)(void* context, int32_t token, const char* text, int6
 
 /* options NULL: LOWBIT_CACHE_AUTO, LOWBIT_COMPUTE_INT8. Without options, or where their field is 0: context as the model was made for
  * but at most 8192 tokens, one slot, chunks of 512 tokens; the other fields as they are. NULL with a sentence when the folder is
- * damaged or not for this library. The folder's files must stay as they are while it is open: plain weights are read through the map. */
+ * damaged or not for this library. The folder's files must stay as they are while it is open: plain weights are read through the map.
+ * One that is cut off meanwhile is a sentence (lowbit_guard_map); one that is written over changes the answers. */
 LOWBIT_API lowbit_folder* lowbit_folder_open(const char* path, const lowbit_engine_options* options);
 LOWBIT_API void lowbit_folder_close(lowbit_folder* folder);
 /* Its engine, for steps of one's own; it lives as long as the folder. */

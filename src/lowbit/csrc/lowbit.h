@@ -28,7 +28,7 @@ extern "C" {
 enum lowbit_status {
     LOWBIT_OK = 0,
     LOWBIT_BAD_ARGUMENT = 1,   /* sizes or options that contradict each other */
-    LOWBIT_BAD_WEIGHT = 2,     /* NaN or infinite weights */
+    LOWBIT_BAD_WEIGHT = 2,     /* NaN or infinite weights; a file of them that was cut off */
     LOWBIT_UNSUPPORTED = 3,    /* a format that has no code here */
     LOWBIT_NO_MEMORY = 4
 };
@@ -116,6 +116,13 @@ LOWBIT_API int lowbit_run(const void* prepared, int64_t prepared_bytes, const vo
  * begins[e + 1] are those of expert e (begins has experts + 1 entries). Rows of no expert are left as they are. */
 LOWBIT_API int lowbit_run_experts(const void* prepared, int64_t expert_bytes, int64_t experts, const int64_t* begins, const void* x,
                                   int x_dtype, int64_t rows, int64_t x_stride, void* y, int y_dtype, int64_t y_stride, int compute);
+
+/* A mapped file that is cut off while somebody reads it ends the process (SIGBUS). Between these addresses what is gone reads as zeros
+ * instead, and lowbit_check_map and the steps of engines over weights that lie there return LOWBIT_BAD_WEIGHT with the file's name.
+ * The first call installs a handler of SIGBUS, which hands on what is not its own. Release a map before it is unmapped. */
+LOWBIT_API int lowbit_guard_map(const void* address, int64_t bytes, const char* name);
+LOWBIT_API int lowbit_check_map(const void* address);
+LOWBIT_API int lowbit_release_map(const void* address);
 
 #ifdef __cplusplus
 }

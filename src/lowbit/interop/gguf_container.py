@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lowbit.core.maps import GuardedMap
 from lowbit.errors import CheckpointError, MissingPackageError
 
 Bytes = npt.NDArray[np.uint8]
@@ -116,6 +117,12 @@ class Container:
     path: Path
     metadata: dict[str, Any]
     entries: dict[str, Entry]
+    maps: tuple[GuardedMap, ...]
+
+    def check(self) -> None:
+        """Raise if one of the files was cut off since it was opened."""
+        for opened in self.maps:
+            opened.check()
 
     def require(self, key: str) -> Any:
         """The metadata under `key`, or the sentence that says it is missing."""
@@ -174,15 +181,17 @@ def read_container(path: str | Path) -> Container:
     count = int(first.metadata.get("split.count", 1))
     if count <= 1:
         return first
-    entries = dict(first.entries)
+    entries, maps = dict(first.entries), first.maps
     for number in range(2, count + 1):
-        entries.update(_read_file(_split_path(path, number, count)).entries)
+        part = _read_file(_split_path(path, number, count))
+        entries.update(part.entries)
+        maps += part.maps
     expected = first.metadata.get("split.tensors.count", len(entries))
     if len(entries) != expected:
         raise CheckpointError(
             f"{path} and its other parts hold {len(entries)} tensors instead of {expected}; fetch them again"
         )
-    return Container(path, first.metadata, entries)
+    return Container(path, first.metadata, entries, maps)
 
 
 def _split_path(path: Path, number: int, count: int) -> Path:
@@ -197,8 +206,8 @@ def _read_file(path: Path) -> Container:
         raise CheckpointError(f"{path} does not exist or is no file")
     if path.stat().st_size < len(MAGIC):
         raise CheckpointError(f"{path} is no GGUF file: it has {path.stat().st_size} bytes")
-    # ndarray over the map: plain slices of a memmap object would each carry the memmap machinery along.
-    data: Bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    opened = GuardedMap.open(path)
+    data: Bytes = np.frombuffer(opened, np.uint8)
     cursor = _Cursor(path, data)
     magic = bytes(cursor.take(len(MAGIC)))
     if magic != MAGIC:
@@ -219,7 +228,7 @@ def _read_file(path: Path) -> Container:
     entries = {
         name: _map_tensor(path, data, start + offset, (name, shape, code)) for name, shape, code, offset in infos
     }
-    return Container(path, metadata, entries)
+    return Container(path, metadata, entries, (opened,))
 
 
 def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

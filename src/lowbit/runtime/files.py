@@ -180,7 +180,6 @@ class GgufFiles:
         self.path = path
         self.notes: list[str] = []
         self.model = open_gguf(path)
-        self._size = path.stat().st_size
 
     @property
     def names(self) -> Collection[str]:
@@ -195,11 +194,7 @@ class GgufFiles:
         return self.model.generation_config
 
     def check(self) -> None:
-        size = self.path.stat().st_size if self.path.exists() else self._size  # a removed file stays whole in its map
-        if size < self._size:
-            raise CheckpointError(
-                f"{self.path} was truncated to {size} bytes while it was in use: get it again, and load the model anew"
-            )
+        self.model.container.check()
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_json(self.model.tokenizer_json(), self.model.tokenizer_config)

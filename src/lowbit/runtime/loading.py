@@ -61,6 +61,7 @@ def load_files(
     """As `load`, from files that are open already."""
     spec = read_spec(files)
     weights = load_weights(files, spec, recipe)
+    files.check()
     engine = Engine(spec, weights, _context(spec, context), cache, slots, compute)
     model = Model(engine, files.tokenizer(), settings_from(files.generation_config, spec.tokens.eos))
     model.notes = files.notes

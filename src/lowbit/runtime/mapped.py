@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit.contents import read_header
+from lowbit.core.maps import GuardedMap
 from lowbit.errors import CheckpointError
 
 # safetensors' name of an element type -> numpy's; bfloat16 comes as its bits.
@@ -48,6 +49,10 @@ class Tensor:
     def count(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @property
+    def end(self) -> int:
+        return self.begin + self.count * np.dtype(DTYPES[self.dtype]).itemsize if self.dtype in DTYPES else 0
+
     def release(self) -> None:
         """Give the pages of this tensor back."""
         release_pages(self.view())
@@ -61,17 +66,13 @@ class MappedFile:
         self.tensors = {
             stored.name: Tensor(self, stored.dtype, stored.shape, stored.offset) for stored in read_header(path)
         }
-        with path.open("rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._whole = max((t.begin + t.view().nbytes for t in self.tensors.values() if t.dtype in DTYPES), default=0)
+        self.map = GuardedMap.open(path)
+        self.map.needed = max((tensor.end for tensor in self.tensors.values()), default=0)
         self.check()
 
     def check(self) -> None:
-        """Raise if somebody has cut the file off since: touching a page beyond its end would kill the process."""
-        if (size := self.map.size()) < self._whole:
-            raise CheckpointError(
-                f"{self.path} was truncated to {size} bytes while it was in use: get it again, and load the model anew"
-            )
+        """Raise if somebody has cut the file off since."""
+        self.map.check()
 
 
 def release_pages(array: NDArray[Any]) -> None:

@@ -203,6 +203,11 @@ void refuse_settings() {
     EXPECT(lowbit_set_threads(0) == LOWBIT_OK && lowbit_threads() >= 1);
     EXPECT_REFUSED(lowbit_set_isa(""), LOWBIT_UNSUPPORTED);
     EXPECT(lowbit_quota(nullptr) == 0 && lowbit_quota("") == 0 && lowbit_quota("/") == 0);
+    static const char map[4096] = {};
+    REFUSE_EACH(lowbit_guard_map, 0, map, 4096, "a file");
+    EXPECT(lowbit_check_map(map) == LOWBIT_OK && lowbit_check_map(nullptr) == LOWBIT_OK);
+    EXPECT(lowbit_release_map(map) == LOWBIT_OK && lowbit_release_map(map) == LOWBIT_OK);  // guarded twice above
+    for (const char* wrong : {static_cast<const char*>(nullptr), map, map + 1}) EXPECT_REFUSED(lowbit_release_map(wrong), LOWBIT_BAD_ARGUMENT);
     EXPECT(strlen(lowbit_version()) > 0 && lowbit_fold_length() >= 0);
 }
 

@@ -118,6 +118,7 @@ SavedModel::SavedModel(const std::string& folder) : description_(read_descriptio
     describe_ropes();
     describe_layers();
     load_weights();
+    files_.check();
 }
 
 void SavedModel::describe_sizes() {

@@ -9,6 +9,7 @@
 #include <fstream>
 #include <iterator>
 
+#include "../map_guard.h"
 #include "json.h"
 #include "refusal.h"
 
@@ -52,9 +53,19 @@ MappedFile::MappedFile(const std::string& path) {
     close(file);
     if (data == MAP_FAILED) throw Refusal(LOWBIT_BAD_ARGUMENT, path + " is empty or cannot be mapped");
     data_ = static_cast<const uint8_t*>(data);
+    if (lowbit_guard_map(data, size_, path.c_str()) == LOWBIT_OK) return;
+    munmap(data, static_cast<size_t>(size_));
+    throw Refusal(LOWBIT_UNSUPPORTED, lowbit_last_error());
 }
 
-MappedFile::~MappedFile() { munmap(const_cast<uint8_t*>(data_), static_cast<size_t>(size_)); }
+MappedFile::~MappedFile() {
+    lowbit_release_map(data_);
+    munmap(const_cast<uint8_t*>(data_), static_cast<size_t>(size_));
+}
+
+void MappedFile::check() const {
+    if (int status = check_mapped(data_)) throw Refusal(status, lowbit_last_error());
+}
 
 int64_t Tensor::count() const {
     int64_t count = 1;
@@ -90,6 +101,10 @@ TensorFiles::TensorFiles(const std::string& folder, const std::vector<std::strin
         for (const auto& [tensor, entry] : header.object())
             if (tensor != "__metadata__") tensors.emplace(tensor, read_entry(entry, file, start, path));
     }
+}
+
+void TensorFiles::check() const {
+    for (const auto& file : files_) file->check();
 }
 
 const Tensor& TensorFiles::at(int64_t file, const std::string& name) const {

@@ -15,6 +15,8 @@ class MappedFile {
 public:
     explicit MappedFile(const std::string& path);
     ~MappedFile();
+    // Throws Refusal when the file was cut off since.
+    void check() const;
     MappedFile(const MappedFile&) = delete;
     MappedFile& operator=(const MappedFile&) = delete;
     const uint8_t* data() const { return data_; }
@@ -43,6 +45,8 @@ public:
     // Every file was checked: headers whole, tensors inside the file and as long as their shapes say.
     TensorFiles(const std::string& folder, const std::vector<std::string>& files);
     const Tensor& at(int64_t file, const std::string& name) const;
+    // Throws Refusal when one of the files was cut off since.
+    void check() const;
 
 private:
     std::vector<std::unique_ptr<MappedFile>> files_;
