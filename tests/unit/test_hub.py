@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -101,7 +102,12 @@ def run(script: str, endpoint: str, home: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT + script + PRINT],
         cwd=home,
-        env={"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "cache"), "PATH": ""},
+        env={
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home / "cache"),
+            "PATH": "",
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+        },
         capture_output=True,
         text=True,
         check=False,
