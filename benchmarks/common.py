@@ -110,6 +110,15 @@ def changed_since(commit: str, paths: Sequence[str], root: Path = HERE.parent) -
     return git("diff", "--name-only", commit, "--", *paths, root=root).splitlines()
 
 
+def bare_commit(row: dict[str, str]) -> str:
+    """The commit of a machine row without the remark about changes."""
+    return row["commit"].split()[0].rstrip("+,")
+
+
+def code_names(paths: Iterable[str]) -> str:
+    return ", ".join(f"`{path}`" for path in paths)
+
+
 def git(*arguments: str, root: Path = HERE) -> str:
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)

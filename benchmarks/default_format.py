@@ -355,7 +355,7 @@ def measure_again(chosen: argparse.Namespace) -> Path:
     data = json.loads(numbers.read_text())
     windows = min(chosen.windows or data["windows"], data["windows"])
     bench = Bench(chosen.reference or reference_model("plain"), chosen.device, data["windows"], windows)
-    rows = measured_again.add_run(data, common.machine(chosen.device, chosen.commit), windows)
+    rows = measured_again.begin_run(data, common.machine(chosen.device, chosen.commit), windows)
     for name in chosen.only:
         rows.append(asdict(bench.measure(known[name])))
         numbers.write_text(json.dumps(common.rounded(data)) + "\n")

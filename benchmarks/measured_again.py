@@ -7,7 +7,7 @@ the differences are far below those between recipes, the tree still rounds as it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import common
@@ -15,36 +15,28 @@ import common
 AGAIN = "measured_again"
 
 
-def add_run(data: dict[str, Any], machine: dict[str, str], windows: int) -> list[dict[str, Any]]:
-    """A new run among the numbers of the table, in the place of an earlier one of the same commit; its rows go into the list."""
-    runs = [run for run in data.get(AGAIN, ()) if run["machine"]["commit"] != machine["commit"]]
-    run: dict[str, Any] = {"machine": machine, "windows": windows, "rows": []}
-    data[AGAIN] = [*runs, run]
-    rows: list[dict[str, Any]] = run["rows"]
+def begin_run(data: dict[str, Any], machine: dict[str, str], windows: int) -> list[dict[str, Any]]:
+    """A new run among the numbers of the table, in the place of an earlier one; its rows go into the list."""
+    rows: list[dict[str, Any]] = []
+    data[AGAIN] = {"machine": machine, "windows": windows, "rows": rows}
     return rows
 
 
 def section(data: dict[str, Any]) -> list[str]:
     """What was measured again, then and now; nothing if nothing was."""
-    parts = [_run_section(run, data) for run in data.get(AGAIN, ())]
-    return ["## Measured again\n\n" + "\n".join(parts)] if parts else []
-
-
-def _run_section(run: dict[str, Any], data: dict[str, Any]) -> str:
+    if AGAIN not in data:
+        return []
+    run = data[AGAIN]
     machine = run["machine"]
-    kept = {row["name"]: row for row in data["rows"]}
     lines = []
-    for row in run["rows"]:
-        then, now = kept[row["name"]], row
-        before, after = (_windows(found, run["windows"]) for found in (then, now))
-        differences = [b - a for a, b in zip(before, after, strict=True)]
+    for then, now, differences in _pairs(data):
         lines.append(
             (
-                row["name"],
+                now["name"],
                 f"{then['bits']:.3f}",
                 f"{now['bits']:.3f}",
-                f"{_mean(before):.4f}",
-                f"{_mean(after):.4f}",
+                f"{_mean(_windows(then, run['windows'])):.4f}",
+                f"{_mean(_windows(now, run['windows'])):.4f}",
                 f"{_mean(differences):+.6f}",
                 f"{max(map(abs, differences)):.6f}",
             )
@@ -52,20 +44,34 @@ def _run_section(run: dict[str, Any], data: dict[str, Any]) -> str:
     place = machine.get("device", machine["processor"])
     extent = "the same" if run["windows"] == data["windows"] else f"the first {run['windows']} of the {data['windows']}"
     head = ("recipe", "bits then", "bits now", "KL then", "KL now", "difference", "largest of a window")
+    return [
+        f"## Measured again\n\nOn {machine['date']}, commit {machine['commit']}, {place}, torch {machine['torch']}, {extent} "
+        f"windows of each text (`{machine['command']}`):\n\n{common.table(head, lines)}\n"
+    ]
+
+
+def verdict(data: dict[str, Any], decides: Sequence[str]) -> str:
+    """What the rows that were measured again say about the age of all."""
+    if AGAIN not in data:
+        return "The rows were not measured again."
+    run = data[AGAIN]
+    commit = common.bare_commit(run["machine"])
+    largest = max(abs(_mean(differences)) for _, _, differences in _pairs(data))
+    later = common.changed_since(commit, decides)
+    since = f", since which these have changed: {common.code_names(later)}" if later else ""
     return (
-        f"On {machine['date']}, commit {machine['commit']}, {place}, torch {machine['torch']}, {extent} windows of each text "
-        f"(`{machine['command']}`):\n\n{common.table(head, lines)}\n"
+        f"{len(run['rows'])} of the {len(data['rows'])} rows were measured again at {commit}{since}; they differ by "
+        f"{largest:.6f} at most (see below). The others were not."
     )
 
 
-def largest_difference(data: dict[str, Any]) -> float:
-    """The largest difference between a row then and now."""
-    kept = {row["name"]: row for row in data["rows"]}
-    return max(
-        abs(_mean(_windows(row, run["windows"])) - _mean(_windows(kept[row["name"]], run["windows"])))
-        for run in data[AGAIN]
-        for row in run["rows"]
-    )
+def _pairs(data: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any], list[float]]]:
+    """A row then, the row now, and their differences window by window."""
+    kept, run = {row["name"]: row for row in data["rows"]}, data[AGAIN]
+    for row in run["rows"]:
+        then = kept[row["name"]]
+        both = zip(_windows(then, run["windows"]), _windows(row, run["windows"]), strict=True)
+        yield then, row, [now - before for before, now in both]
 
 
 def _windows(row: dict[str, Any], count: int) -> list[float]:

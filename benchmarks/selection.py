@@ -16,12 +16,15 @@ import measured_again
 DECIDES = (
     "src/lowbit/grid.py",
     "src/lowbit/grid_core.py",
-    "src/lowbit/algorithms",
+    "src/lowbit/algorithms/rtn.py",
     "src/lowbit/recipe.py",
     "src/lowbit/formats.py",
     "src/lowbit/evaluate.py",
+    "src/lowbit/search.py",
     "src/lowbit/csrc/quantize.cpp",
     "src/lowbit/csrc/quantize_lanes.h",
+    "src/lowbit/csrc/fit_lanes.h",
+    "src/lowbit/csrc/rounding_lanes.h",
     "assets",
 )
 KNOBS = (
@@ -88,17 +91,12 @@ def _better_elsewhere(default: Any, rows: dict[str, Any], offered: Callable[[str
 
 
 def _age(data: dict[str, Any]) -> list[str]:
-    """What has changed in the tree since the rows were measured, as git knows it."""
-    commit = data["machine"]["commit"].split()[0].rstrip("+,")
+    """What has changed in the tree since the rows were measured, as git knows it, and what measuring again said."""
+    commit = common.bare_commit(data["machine"])
     changed = common.changed_since(commit, DECIDES)
     if not changed:
         return []
-    names = ", ".join(f"`{name}`" for name in changed)
-    again = [row["name"] for run in data.get(measured_again.AGAIN, ()) for row in run["rows"]]
-    so = "The rows were not measured again."
-    if again:
-        so = (
-            f"{len(set(again))} of the {len(data['rows'])} rows were measured again (see below), and differ by "
-            f"{measured_again.largest_difference(data):.6f} at most; the others were not."
-        )
-    return [f"**Age.** Of what decides a row, these files have changed since {commit}: {names}. {so}"]
+    return [
+        f"**Age.** Of what decides a row, these files have changed since {commit}: {common.code_names(changed)}. "
+        + measured_again.verdict(data, DECIDES)
+    ]

@@ -93,8 +93,8 @@ def test_rows_measured_again_stand_beside_the_first(load: object) -> None:
     data.pop(measured_again.AGAIN, None)
     assert measured_again.section(data) == []
     machine = data["machine"] | {"commit": "later"}
-    for shift in (0.5, 0.001):  # the second run of a commit takes the place of the first
-        rows = measured_again.add_run(data, machine, windows=2)
+    for shift in (0.5, 0.001):  # the second run takes the place of the first
+        rows = measured_again.begin_run(data, machine, windows=2)
         row = json.loads(json.dumps(data["rows"][0]))
         for numbers in row["texts"].values():
             numbers["windows_kl"] = [kl + shift for kl in numbers["windows_kl"][:2]]
@@ -104,7 +104,7 @@ def test_rows_measured_again_stand_beside_the_first(load: object) -> None:
     (line,) = (line for line in found.splitlines() if line.startswith("| int"))
     assert line.startswith(f"| {row['name']} | {row['bits']:.3f} | {row['bits']:.3f} |")
     assert line.endswith("| +0.001000 | 0.001000 |") and "the first 2 of the 48 windows of each text" in page
-    assert f"1 of the {len(data['rows'])} rows were measured again (see below), and differ by 0.001000 at most" in page
+    assert f"1 of the {len(data['rows'])} rows were measured again at later; they differ by 0.001000 at most" in page
 
 
 def test_an_unknown_row_is_told_with_the_nearest(load: object) -> None:
