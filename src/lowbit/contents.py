@@ -10,7 +10,6 @@ behind it sees a header that is not whole.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -309,5 +308,7 @@ def _similar_neighbours(path: Path) -> list[Path]:
     """What exists beside the path and is called nearly like it, the nearest first."""
     if not path.parent.is_dir():
         return []
+    import difflib  # only who errs needs it
+
     names = {entry.name.lower(): entry for entry in path.parent.iterdir()}
     return [names[name] for name in difflib.get_close_matches(path.name.lower(), names, cutoff=_SIMILAR)]

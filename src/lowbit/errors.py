@@ -14,7 +14,6 @@ The command line prints it as it stands and nothing else.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -84,6 +83,8 @@ class BareErrors:
 
 def nearest(name: str, known: Iterable[str], count: int = 4) -> str:
     """The tail of an error about an unknown name: the closest names that exist."""
+    import difflib  # only who errs needs it
+
     names = sorted(known)
     close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.4)
     return f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(names)}"

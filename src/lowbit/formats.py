@@ -23,7 +23,6 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from statistics import NormalDist
 from typing import Any, Literal
 
 from lowbit.errors import FormatError, nearest
@@ -180,19 +179,6 @@ def _float_levels(exponent_bits: int, mantissa_bits: int, bias: int, largest: fl
     return tuple(positive) + tuple(-v for v in positive)
 
 
-def _normal_levels(bits: int) -> tuple[float, ...]:
-    """QLoRA's construction for other widths: evenly spaced quantiles on each side of an exact zero, one more above it."""
-    count = 1 << bits
-    outermost = 1 - (1 / (2 * count) + 1 / (2 * (count - 1))) / 2
-    quantile = NormalDist().inv_cdf
-
-    def side(points: int) -> list[float]:
-        return [quantile(outermost + (0.5 - outermost) * i / points) for i in range(points)]
-
-    largest = quantile(outermost)
-    return tuple(sorted([-v / largest for v in side(count // 2 - 1)] + [0.0] + [v / largest for v in side(count // 2)]))
-
-
 # Quantiles of a normal distribution with an exact zero and both ends at 1 (QLoRA, arXiv 2305.14314); fp32 values as
 # bitsandbytes ships them, so that nf4 checkpoints convert code for code.
 _NF4 = (
@@ -200,12 +186,16 @@ _NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+# QLoRA's construction for 3 bits: three quantiles below an exact zero and four above it.
+_NF3 = (
+    -1.0, -0.535022708485538, -0.24693143181157523, 0.0, 0.18333748033548755, 0.3819939543209139, 0.6229857417143424, 1.0,
+)  # fmt: skip
 # bitsandbytes' fp4: sign bit, then eight magnitudes in the order of their three-bit patterns.
 _FP4_BNB_POSITIVE = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 
 LEVELS: dict[str, tuple[float, ...]] = {
     "nf4": _NF4,
-    "nf3": _normal_levels(3),
+    "nf3": _NF3,
     "fp4_bnb": _FP4_BNB_POSITIVE + tuple(-v for v in _FP4_BNB_POSITIVE),
     "e2m1": _float_levels(2, 1, bias=1),
     "e2m3": _float_levels(2, 3, bias=1),

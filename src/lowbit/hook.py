@@ -10,13 +10,16 @@ the entries right after that module has run. The entries themselves import lowbi
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader, MetaPathFinder
+else:  # names alone: importing their home takes 8 ms
+    Loader = MetaPathFinder = object
 
 from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 
@@ -61,10 +64,10 @@ def add_entries(tables: ModuleType) -> None:
     quantizers[COMPRESSED_METHOD] = QuantizerEntry(quantizers.get(COMPRESSED_METHOD))
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader(Loader):
     """Runs the module as its own loader does, then adds the entries."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
@@ -79,7 +82,7 @@ class _Loader(importlib.abc.Loader):
         add_entries(module)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder(MetaPathFinder):
     """Waits for one module by name and steps aside for all others."""
 
     def find_spec(

@@ -161,15 +161,26 @@ def test_mixtures_and_fallbacks_name_formats() -> None:
             assert format_from_name(format.block.fallback).bits == format.bits
 
 
+def normal_levels(bits: int) -> list[float]:
+    """QLoRA's construction: evenly spaced quantiles on each side of an exact zero, one more above it."""
+    count = 1 << bits
+    outermost = 1 - (1 / (2 * count) + 1 / (2 * (count - 1))) / 2
+
+    def side(points: int) -> list[float]:
+        return [NormalDist().inv_cdf(outermost + (0.5 - outermost) * i / points) for i in range(points)]
+
+    largest = max(side(count // 2))
+    return sorted([-v / largest for v in side(count // 2 - 1)] + [0.0] + [v / largest for v in side(count // 2)])
+
+
 def test_nf4_is_the_published_table() -> None:
     assert list(LEVELS["nf4"]) == PUBLISHED_NF4
 
-    # The construction behind it: quantiles from 0.9677083 down to the middle, eight above zero and seven below.
-    def side(count: int) -> list[float]:
-        return [NormalDist().inv_cdf(0.9677083 - 0.4677083 * i / count) for i in range(count)]
+    assert normal_levels(4) == pytest.approx(PUBLISHED_NF4, abs=2e-6)
 
-    built = sorted([-v for v in side(7)] + [0.0] + side(8))
-    assert [v / max(built) for v in built] == pytest.approx(PUBLISHED_NF4, abs=2e-6)
+
+def test_nf3_is_made_as_nf4_is() -> None:
+    assert list(LEVELS["nf3"]) == normal_levels(3)
 
 
 def test_fp4_is_the_published_table() -> None:

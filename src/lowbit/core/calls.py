@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
-from lowbit.core.library import DTYPES, c_dense, c_format, c_search, check, last_error, library
+from lowbit.core.library import DTYPES, CPrepareJob, c_dense, c_format, c_search, check, last_error, library
 from lowbit.errors import KernelError
 from lowbit.formats import Format
 
@@ -208,6 +208,35 @@ def prepare(format: Format, rows: int, cols: int, packed: Canonical, prepared: i
         prepared, size, packed.scale_offset or None,
     )  # fmt: skip
     check(status)
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """A weight to be laid out: the arguments of `prepare`, and how many bytes of its codes and scales lie in a mapped file."""
+
+    format: Format
+    rows: int
+    cols: int
+    packed: Canonical
+    prepared: int
+    size: int
+    mapped_codes: int = 0
+    mapped_scales: int = 0
+
+
+def prepare_all(weights: Sequence[Preparing]) -> None:
+    """Lay several weights out, shared out among all threads; pages of mapped files go back as they have been read."""
+    jobs = (CPrepareJob * len(weights))(
+        *(
+            CPrepareJob(
+                ctypes.pointer(c_format(w.format)), w.rows, w.cols, w.packed.codes, w.packed.scales or None,
+                w.packed.zeros or None, w.packed.scale_scales or None, w.packed.scale_offset or None, w.prepared, w.size,
+                w.mapped_codes, w.mapped_scales,
+            )
+            for w in weights
+        )
+    )  # fmt: skip
+    check(library().lowbit_prepare_all(jobs, len(weights)))
 
 
 def prepare_dense(weight: Rows, prepared: int, size: int) -> None:

@@ -54,6 +54,25 @@ class CSearch(ctypes.Structure):
     ]
 
 
+class CPrepareJob(ctypes.Structure):
+    """`lowbit_prepare_job` of lowbit.h."""
+
+    _fields_ = [
+        ("format", ctypes.POINTER(CFormat)),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("scale_scales", ctypes.c_void_p),
+        ("scale_offset", ctypes.c_void_p),
+        ("prepared", ctypes.c_void_p),
+        ("prepared_bytes", ctypes.c_int64),
+        ("mapped_codes", ctypes.c_int64),
+        ("mapped_scales", ctypes.c_int64),
+    ]
+
+
 _I, _L, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _F, _S = ctypes.POINTER(CFormat), ctypes.POINTER(CSearch)
 # name -> (result, arguments), as declared in lowbit.h.
@@ -76,6 +95,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "lowbit_distance": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _I, _L, _P, _P]),
     "lowbit_prepared_bytes": (_L, [_F, _L, _L]),
     "lowbit_prepare": (_I, [_F, _L, _L, _P, _P, _P, _P, _P, _L, _P]),
+    "lowbit_prepare_all": (_I, [ctypes.POINTER(CPrepareJob), _L]),
     "lowbit_restore": (_I, [_P, _L, _P, _P, _P, _P, _P]),
     "lowbit_read_rows": (_I, [_P, _L, _P, _L, _P]),
     "lowbit_run": (_I, [_P, _L, _P, _I, _L, _L, _P, _P, _I, _L, _I]),

@@ -105,6 +105,21 @@ LOWBIT_API int64_t lowbit_prepared_bytes(const lowbit_format* format, int64_t ro
 LOWBIT_API int lowbit_prepare(const lowbit_format* format, int64_t rows, int64_t cols, const void* codes, const void* scales,
                               const uint8_t* zeros, const float* scale_scales, void* prepared, int64_t prepared_bytes,
                               const float* scale_offset LOWBIT_OPTIONAL);
+/* Several weights at once, which threads share out among them: the arguments of lowbit_prepare for each. Where codes or scales lie in a
+ * file that is mapped for reading only, their bytes are named, and their pages go back as soon as they were read. */
+typedef struct lowbit_prepare_job {
+    const lowbit_format* format;
+    int64_t rows, cols;
+    const void* codes;
+    const void* scales;
+    const uint8_t* zeros;
+    const float* scale_scales;
+    const float* scale_offset;
+    void* prepared;
+    int64_t prepared_bytes;
+    int64_t mapped_codes, mapped_scales;
+} lowbit_prepare_job;
+LOWBIT_API int lowbit_prepare_all(const lowbit_prepare_job* jobs, int64_t count);
 LOWBIT_API int lowbit_restore(const void* prepared, int64_t prepared_bytes, void* codes, void* scales, uint8_t* zeros,
                               float* scale_scales, float* scale_offset LOWBIT_OPTIONAL);
 /* Some rows of a prepared weight as fp32 [count, cols]: what an embedding looks up. */

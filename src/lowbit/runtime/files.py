@@ -14,7 +14,6 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,24 +34,21 @@ from lowbit.contents import (
 from lowbit.core import calls
 from lowbit.errors import CheckpointError, LowbitError, RecipeError, one_line
 from lowbit.formats import Format, format_from_name
-from lowbit.interop.gguf import GgufTensor, open_gguf
 from lowbit.models.families import spec_from_config
 from lowbit.models.spec import DecoderSpec, Located
 from lowbit.packing import PackedTensor
 from lowbit.progress import progress
 from lowbit.recipe import Recipe
-from lowbit.runtime.gguf_blocks import NEAREST, packed_blocks
-from lowbit.runtime.mapped import MappedFile, release_pages
+from lowbit.runtime.mapped import MappedFile
 from lowbit.runtime.packed_names import PackedIndex
-from lowbit.runtime.stored import Dense, Weight, dequantize, join_rows, quantize_dense, stack
+from lowbit.runtime.stored import DENSE_TYPES, Dense, Weight, dequantize, join_rows, quantize_dense, stack
 from lowbit.runtime.text import Tokenizer
-from lowbit.search import PLAIN, SEARCHES, Search
+from lowbit.search import SEARCHES, Search
 
 # The number of a layer in a name: model.layers.[5].mlp
 _LAYER = re.compile(r"(.*?\.)(\d+)\.")
 # Tables that older files hold beside the weights, and that models make themselves.
 _MASK = re.compile(r"\.(inv_freq|masked_bias|(attn|attention)\.bias)$")
-_DENSE_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Roles that a recipe packs, and what it calls them; routers, positions and vectors stay as they are.
 _RECIPE_ROLES = {
     **dict.fromkeys(("q", "k", "v", "qkv", "o", "gate", "up", "down", "gate_up", "embedding_in", "head_in"), "linear"),
@@ -110,7 +106,11 @@ def open_files(path: str | Path) -> ModelFiles:
     """A model folder or a GGUF file."""
     path = Path(path).expanduser()
     gguf = gguf_in(path) if path.is_dir() else path if path.is_file() and is_gguf(path) else None
-    return FolderFiles(path) if gguf is None else GgufFiles(gguf)
+    if gguf is None:
+        return FolderFiles(path)
+    from lowbit.runtime.gguf_files import GgufFiles  # 16 ms of tables, which folders do not need
+
+    return GgufFiles(gguf)
 
 
 class FolderFiles:
@@ -157,68 +157,17 @@ class FolderFiles:
             with _understood(self.path):
                 return self.packed.read(name, columns, is_embedding)
         tensor = self.tensors[name]
-        if tensor.dtype not in _DENSE_TYPES:
+        if tensor.dtype not in DENSE_TYPES:
             raise CheckpointError(
                 f"{name} is stored as {tensor.dtype}, which the engine does not read: load the model through "
                 "lowbit.AutoModelForCausalLM and save it with save_low_bit first"
             )
-        return Dense(tensor.view(), _DENSE_TYPES[tensor.dtype])
+        return Dense(tensor.view(), DENSE_TYPES[tensor.dtype])
 
     def release(self, name: str) -> None:
         parts = self.packed.parts(name).values() if name in self.packed.paths else [self.tensors[name]]
         for tensor in parts:
             tensor.release()
-
-
-class GgufFiles:
-    """A GGUF file, or the first of a split series."""
-
-    is_packed = False  # blocks can be read as numbers, so a recipe may round them anew
-    formats: set[Format] = set()
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.notes: list[str] = []
-        self.model = open_gguf(path)
-
-    @property
-    def names(self) -> Collection[str]:
-        return self.model.tensors.keys()
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return self.model.config
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        return self.model.generation_config
-
-    def check(self) -> None:
-        self.model.container.check()
-
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_json(self.model.tokenizer_json(), self.model.tokenizer_config)
-
-    def read(self, name: str, columns: int, is_embedding: bool = False) -> Weight:
-        tensor = self.model.tensors[name]
-        if tensor.type_name in _DENSE_TYPES:
-            return Dense(tensor.read(_DENSE_TYPES[tensor.type_name]), _DENSE_TYPES[tensor.type_name])
-        if len(tensor.shape) < 2:
-            return Dense(tensor.read("float32"), "float32")
-        return self._read_blocks(tensor)
-
-    def _read_blocks(self, tensor: GgufTensor) -> Weight:
-        if tensor.change != "transpose":
-            packed = packed_blocks(tensor.raw(), tensor.type_name, tensor.shape[-1])
-            if packed is not None:
-                return packed
-        note = f"weights of type {tensor.type_name} are held as {NEAREST}: the engine has no product for them yet"
-        if note not in self.notes:
-            self.notes.append(note)
-        return quantize_dense(Dense(tensor.read("float32"), "float32"), format_from_name(NEAREST), PLAIN)
-
-    def release(self, name: str) -> None:
-        release_pages(self.model.tensors[name].entry.data)
 
 
 def read_spec(files: ModelFiles) -> DecoderSpec:

@@ -9,6 +9,8 @@ the file and are read through the map. Either way a weight lies in memory once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,8 @@ from lowbit.runtime.files import Loaded, ModelFiles, open_files, read_spec, read
 from lowbit.runtime.model import Model
 from lowbit.runtime.settings import settings_from
 from lowbit.runtime.stored import dequantize
-from lowbit.runtime.weights import MATRIX_ROLES, EngineWeights, Matrix, plain, prepared
+from lowbit.runtime.text import Tokenizer
+from lowbit.runtime.weights import MATRIX_ROLES, EngineWeights, Matrix, Preparation, plain
 
 # Longer contexts have to be asked for: the cache of a 7B model takes 1 GB for 8192 tokens.
 LONGEST_DEFAULT_CONTEXT = 8192
@@ -60,19 +63,44 @@ def load_files(
 ) -> Model:
     """As `load`, from files that are open already."""
     spec = read_spec(files)
-    weights = load_weights(files, spec, recipe)
-    files.check()
-    engine = Engine(spec, weights, _context(spec, context), cache, slots, compute)
-    model = Model(engine, files.tokenizer(), settings_from(files.generation_config, spec.tokens.eos))
+    with ThreadPoolExecutor(1, "lowbit-tokenizer") as pool:
+        tokenizer = _Beside(pool, files.tokenizer)
+        weights = load_weights(files, spec, recipe, tokenizer.begin)
+        files.check()
+        engine = Engine(spec, weights, _context(spec, context), cache, slots, compute)
+        model = Model(engine, tokenizer.result(), settings_from(files.generation_config, spec.tokens.eos))
     model.notes = files.notes
     model.check_files = files.check
     model.make_embedder = lambda: Embedder(spec, weights, engine.context, engine.cache, compute)
     return model
 
 
-def load_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = None) -> EngineWeights:
-    """Every weight of a model as the engine takes it."""
-    weights = EngineWeights()
+class _Beside:
+    """The tokenizer, read in a thread of its own from the moment when the core lays weights out. Before, both would wait for the
+    interpreter, which a tokenizer.json of 3.5 MB holds for 0.1 s."""
+
+    def __init__(self, pool: ThreadPoolExecutor, read: Callable[[], Tokenizer | None]) -> None:
+        self._pool, self._read = pool, read
+        self._reading: Future[Tokenizer | None] | None = None
+
+    def begin(self) -> None:
+        """Start, or say what was wrong with it: a large model need not be read to its end for that."""
+        if self._reading is None:
+            self._reading = self._pool.submit(self._read)
+        elif self._reading.done():
+            self._reading.result()
+
+    def result(self) -> Tokenizer | None:
+        self.begin()
+        assert self._reading is not None
+        return self._reading.result()
+
+
+def load_weights(
+    files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = None, before: Callable[[], None] = lambda: None
+) -> EngineWeights:
+    """Every weight of a model as the engine takes it; `before` is called before each piece of the core's work."""
+    weights, preparation = EngineWeights(), Preparation(before)
     for loaded in read_weights(files, spec, recipe):
         key = (loaded.role, loaded.layer)
         bias = None if loaded.bias is None else np.array(loaded.bias.array, np.float32).ravel()
@@ -80,15 +108,16 @@ def load_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = N
             weight = dequantize(loaded.weight) if isinstance(loaded.weight, PackedTensor) else loaded.weight
             weights.vectors[key] = (np.array(weight.float32(), np.float32).ravel(), bias)
         else:
-            weights.matrices[key] = _matrix(loaded).with_bias(bias)
+            weights.matrices[key] = _matrix(loaded, preparation).with_bias(bias)
+    preparation.finish()
     return weights
 
 
-def _matrix(loaded: Loaded) -> Matrix:
+def _matrix(loaded: Loaded, preparation: Preparation) -> Matrix:
     weight = loaded.weight
     if isinstance(weight, PackedTensor):
         if loaded.role not in _PLAIN_ROLES:
-            return prepared(weight)
+            return preparation.add(weight)
         weight = dequantize(weight)
     return plain(weight.array, weight.dtype)
 

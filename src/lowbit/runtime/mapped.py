@@ -9,9 +9,11 @@ model loads is what has been made of it and one weight.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ class Tensor:
 
     @property
     def count(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def end(self) -> int:
@@ -75,6 +77,16 @@ class MappedFile:
         self.map.check()
 
 
+def mapped_bytes(array: NDArray[Any]) -> int:
+    """Bytes of an array that is a view of a mapped file; 0 for any other memory, whose pages must not be given back."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    return array.nbytes if isinstance(base, mmap.mmap) else 0
+
+
 def release_pages(array: NDArray[Any]) -> None:
     """Give back the pages that lie wholly inside an array over a mapped file; they are read again if somebody looks."""
     if sys.platform != "linux" or not array.size:
@@ -82,4 +94,10 @@ def release_pages(array: NDArray[Any]) -> None:
     begin, page = int(array.ctypes.data), mmap.PAGESIZE
     first, last = -(-begin // page) * page, (begin + array.nbytes) // page * page
     if last > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+        _system().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+@lru_cache(maxsize=1)
+def _system() -> ctypes.CDLL:
+    """The C library; looking it up costs more than a call."""
+    return ctypes.CDLL(None)

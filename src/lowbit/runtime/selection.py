@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import secrets
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -114,7 +114,7 @@ class Selector:
 
     def __init__(self, selection: Selection, stop_tokens: tuple[int, ...] = ()) -> None:
         self.selection = selection
-        seed = selection.seed if selection.seed is not None else secrets.randbits(63)
+        seed = selection.seed if selection.seed is not None else int.from_bytes(os.urandom(8)) >> 1
         self.generator = ctypes.c_uint64(seed)
         self.chosen = 0
         self._bans = len(stop_tokens)

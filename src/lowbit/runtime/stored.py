@@ -20,6 +20,8 @@ from lowbit.formats import Format
 from lowbit.packing import PackedTensor, empty_buffers
 from lowbit.search import Search
 
+# Plain element types: safetensors' name and GGUF's, and ours.
+DENSE_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SPLIT_BUFFERS = ("codes", "scales", "zeros")
 
 

@@ -8,8 +8,7 @@ Matrix for every linear role of a spec and two fp32 arrays (weight, bias) for ev
 from __future__ import annotations
 
 import ctypes
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +21,14 @@ from lowbit.errors import WeightError
 from lowbit.models.spec import DecoderSpec, Located
 from lowbit.packing import PackedTensor
 from lowbit.runtime.abi import LAYER_MATRICES, OUTER_MATRICES, PLAIN, PREPARED
+from lowbit.runtime.mapped import mapped_bytes
 from lowbit.runtime.stored import addresses
 
 Floats = NDArray[np.float32]
 Key = tuple[str, int | None]
 MATRIX_ROLES = frozenset((*LAYER_MATRICES, *OUTER_MATRICES))
 _SAMPLE = 256  # bytes of a weight at each of three places: another model differs in some of them
+_AT_ONCE = 256 << 20  # bytes that one call lays out, in 0.2 s or less: Ctrl-C is heard between two calls
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -79,6 +80,40 @@ def plain(array: NDArray[Any], dtype: str | None = None, bias: Floats | None = N
 
 def prepared(packed: PackedTensor, bias: Floats | None = None) -> Matrix:
     """A packed weight over numpy arrays, laid out for the products; the experts of a layer one after another."""
+    matrix, jobs, _arrays = _reserve(packed)
+    calls.prepare_all(jobs)
+    return matrix.with_bias(bias)
+
+
+class Preparation:
+    """Weights of a file that are laid out together, many in one call of the core, which takes no interpreter meanwhile.
+
+    `add` gives a Matrix whose memory is filled by the time of `finish`. Weights that were copied or made on the way are laid out at
+    once, so that no more than one of them is held. `before` is called before each piece of work.
+    """
+
+    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+        self._before = before
+        self._jobs: list[calls.Preparing] = []
+        self._arrays: list[Any] = []
+
+    def add(self, packed: PackedTensor) -> Matrix:
+        matrix, jobs, arrays = _reserve(packed)
+        self._jobs += jobs
+        self._arrays += arrays
+        if not all(job.mapped_codes for job in jobs) or sum(job.size for job in self._jobs) > _AT_ONCE:
+            self.finish()
+        return matrix
+
+    def finish(self) -> None:
+        if self._jobs:
+            self._before()
+            calls.prepare_all(self._jobs)
+        self._jobs, self._arrays = [], []
+
+
+def _reserve(packed: PackedTensor) -> tuple[Matrix, list[calls.Preparing], list[Any]]:
+    """Memory for a weight, what the core has to do to fill it, and the arrays that must live until then."""
     experts = [packed.expert(i) for i in range(packed.shape[0])] if len(packed.shape) == 3 else [packed]
     rows, cols = packed.shape[-2:]
     # Every buffer begins on a boundary of its own.
@@ -86,10 +121,18 @@ def prepared(packed: PackedTensor, bias: Floats | None = None) -> Matrix:
     if size % ALIGNMENT and len(experts) > 1:
         raise WeightError(f"prepared experts of {size} bytes do not lie on {ALIGNMENT}-byte boundaries")
     buffer = weight_memory(size * len(experts))
+    jobs, kept = [], []
     for index, expert in enumerate(experts):
         arrays = {name: np.ascontiguousarray(array) for name, array in expert.tensors().items()}
-        calls.prepare(packed.format, rows, cols, addresses(arrays), buffer.ctypes.data + index * size, size)
-    return Matrix(buffer.ctypes.data, rows, cols, PREPARED, "float32", len(experts), size, bias, buffer)
+        mapped = [mapped_bytes(arrays[name]) if name in arrays else 0 for name in ("codes", "scales")]
+        place = int(buffer.ctypes.data) + index * size
+        jobs.append(calls.Preparing(packed.format, rows, cols, addresses(arrays), place, size, *mapped))
+        kept.append(arrays)
+    return (
+        Matrix(int(buffer.ctypes.data), rows, cols, PREPARED, "float32", len(experts), size, None, buffer),
+        jobs,
+        kept,
+    )
 
 
 def bytes_at(matrix: Matrix) -> NDArray[np.uint8]:
@@ -101,6 +144,8 @@ def bytes_at(matrix: Matrix) -> NDArray[np.uint8]:
 
 def fingerprint(spec: DecoderSpec, weights: EngineWeights) -> str:
     """A hash of what a model is: its spec, its vectors, and a sample of every matrix."""
+    import hashlib  # only prompts that are kept in files need it
+
     digest = hashlib.sha256(repr(spec).encode())
     for key, matrix in sorted(weights.matrices.items(), key=lambda item: str(item[0])):
         data = bytes_at(matrix)
