@@ -215,6 +215,35 @@ def test_restore_is_the_inverse_of_prepare(name: str, shape: tuple[int, int]) ->
     assert back.unit == packed.unit
 
 
+def test_weights_laid_out_together_are_as_each_by_itself() -> None:
+    """Threads take four blocks at a time, which may begin in one weight and end in another."""
+    weights = [
+        quantized(name, rows, 203)[0] for name, rows in zip(FORMATS, (1, 37, 16, 300, 48) * len(FORMATS), strict=False)
+    ]
+    sizes = [calls.prepared_bytes(packed.format, packed.rows, packed.cols) for packed in weights]
+    alone, together = ([aligned(size) for size in sizes] for _ in range(2))
+    for buffer in (*alone, *together):
+        buffer[:] = 0  # the gaps between the parts of a block are nobody's
+    for packed, buffer in zip(weights, alone, strict=True):
+        calls.prepare(packed.format, packed.rows, packed.cols, packed.addresses(), buffer.ctypes.data, buffer.size)
+    calls.prepare_all(
+        [
+            calls.Preparing(
+                packed.format, packed.rows, packed.cols, packed.addresses(), buffer.ctypes.data, buffer.size
+            )
+            for packed, buffer in zip(weights, together, strict=True)
+        ]
+    )
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one, other)
+    calls.prepare_all([])
+    odd = calls.Preparing(
+        weights[0].format, weights[0].rows, weights[0].cols, weights[0].addresses(), together[0].ctypes.data, 5
+    )
+    with pytest.raises(KernelError, match="bytes, got 5"):
+        calls.prepare_all([odd])
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_for_every_count_of_rows(name: str) -> None:
     for shape in SHAPES[1:]:

@@ -26,9 +26,10 @@ from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
 from lowbit.interop.gguf import write_hf_folder
 from lowbit.recipe import recipe_named
 from lowbit.runtime import load, stored
-from lowbit.runtime.files import open_files, read_spec, read_weights
+from lowbit.runtime.files import FolderFiles, open_files, read_spec, read_weights
 from lowbit.runtime.gguf_blocks import packed_blocks
 from lowbit.runtime.loading import load_weights
+from lowbit.runtime.mapped import MappedFile, mapped_bytes, release_pages
 from lowbit.runtime.weights import PREPARED, prepared
 from lowbit_assets import smollm2_gguf, tiny_model, tiny_model_in_memory
 
@@ -102,6 +103,52 @@ def test_tied_heads_share_one_weight(tmp_path: Path) -> None:
     assert spec.head.tied and ("head", None) not in weights.matrices
     assert weights.matrices["embedding", None].kind == PREPARED
     assert np.allclose(load(tmp_path / "saved", **EXACT).logits(IDS), torch_logits(model), atol=2e-4)
+
+
+def test_pages_of_a_file_go_back_and_other_memory_does_not(tmp_path: Path) -> None:
+    numbers = torch.arange(1 << 20, dtype=torch.int32)
+    save_file({"codes": numbers}, tmp_path / "one.safetensors")
+    file = MappedFile(tmp_path / "one.safetensors")
+    view = file.tensors["codes"].view()
+    assert mapped_bytes(view) == 4 << 20 and mapped_bytes(view.reshape(64, -1)[:32]) == 2 << 20
+    for own in (view.copy(), np.frombuffer(bytearray(64), np.uint8), np.zeros(9)):
+        assert mapped_bytes(own) == 0
+    assert view.sum(dtype=np.int64) and resident(view) > 900  # pages of 4 KiB
+    release_pages(view)
+    assert resident(view) == 0
+    assert np.array_equal(view, numbers.numpy())
+
+
+def resident(array: np.ndarray) -> int:
+    """Pages of an array that are in this process's tables."""
+    with Path("/proc/self/pagemap").open("rb") as table:
+        first, last = array.ctypes.data // 4096 + 1, (array.ctypes.data + array.nbytes) // 4096
+        table.seek(first * 8)
+        return int((np.frombuffer(table.read((last - first) * 8), np.uint64) >> np.uint64(63)).sum())
+
+
+def test_loading_gives_back_what_it_has_read(tmp_path: Path) -> None:
+    """Codes and scales of packed weights, which are laid out anew; what is plain stays in the file."""
+    model = tiny_model_in_memory("llama", hidden_size=512, intermediate_size=1024)
+    lowbit.optimize_model(model, low_bit="int4_g32").save_low_bit(tmp_path / "saved")
+    files = open_files(tmp_path / "saved")
+    begun: list[int] = []
+    weights = load_weights(files, read_spec(files), before=lambda: begun.append(1))
+    assert begun == [1] and weights.nbytes > 0
+    assert isinstance(files, FolderFiles)
+    for name, tensor in files.tensors.items():
+        if name.endswith(("weight_packed", "weight_scale")):
+            assert resident(tensor.view()) == 0, name
+
+
+def test_a_tokenizer_that_is_damaged_is_told_in_the_end(folder: Path, tmp_path: Path) -> None:
+    """It is read beside the weights, and must not end in its thread."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for format in (None, "int4"):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
+            load(tmp_path, format=format)
 
 
 def test_loose_codes_of_older_compressed_tensors(tmp_path: Path) -> None:

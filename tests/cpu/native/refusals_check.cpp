@@ -70,6 +70,15 @@ void refuse_products() {
     for (int64_t bad : {int64_t{-1}, int64_t{37}, INT64_MAX}) EXPECT_REFUSED(lowbit_read_rows(buffer->data(), size, &bad, 1, row.data()), kBad);
     EXPECT_REFUSED(lowbit_read_rows(buffer->data(), size, nullptr, 1, row.data()), kBad);
     EXPECT_REFUSED(lowbit_restore(buffer->data(), size, nullptr, nullptr, nullptr, nullptr), kBad);
+    lowbit_prepare_job job{};
+    job.format = &good;
+    job.rows = 16;
+    job.cols = 64;
+    EXPECT_REFUSED(lowbit_prepare_all(&job, -1), kBad);
+    EXPECT_REFUSED(lowbit_prepare_all(nullptr, 1), kBad);
+    EXPECT_REFUSED(lowbit_prepare_all(&job, 1), kBad);
+    job.mapped_scales = -1;
+    EXPECT_REFUSED(lowbit_prepare_all(&job, 1), kBad);
     EXPECT_REFUSED(lowbit_prepare(&weight.format, 37, 203, weight.codes.data(), weight.scales.data(), nullptr, nullptr, buffer->data(), size - 1), kBad);
     EXPECT_REFUSED(lowbit_prepare(&weight.format, 37, 203, weight.codes.data(), weight.scales.data(), nullptr, nullptr, nullptr, size), kBad);
     EXPECT_REFUSED(lowbit_prepare(&weight.format, 37, 203, weight.codes.data(), weight.scales.data(), nullptr, nullptr, buffer->data() + 1, size), kBad);
