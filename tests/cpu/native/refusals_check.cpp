@@ -71,7 +71,7 @@ void refuse_products() {
     EXPECT_REFUSED(lowbit_read_rows(buffer->data(), size, nullptr, 1, row.data()), kBad);
     EXPECT_REFUSED(lowbit_restore(buffer->data(), size, nullptr, nullptr, nullptr, nullptr), kBad);
     lowbit_prepare_job job{};
-    job.format = &good;
+    job.format = &weight.format;
     job.rows = 16;
     job.cols = 64;
     EXPECT_REFUSED(lowbit_prepare_all(&job, -1), kBad);
