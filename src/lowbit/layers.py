@@ -15,6 +15,7 @@ once.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -22,10 +23,11 @@ import torch
 from torch import nn
 
 from lowbit.formats import Format
-from lowbit.grid import unpack
+from lowbit.grid import check_finite, quantize, unpack
 from lowbit.kernels.autograd import look_up, multiply, multiply_experts
 from lowbit.kernels.table import Kernel, choose
 from lowbit.packing import BUFFERS, PackedTensor
+from lowbit.search import Search
 
 
 class PackedWeight(nn.Module):
@@ -84,6 +86,14 @@ class PackedWeight(nn.Module):
         """The weight unpacked, in the type that the model computes in."""
         return unpack(self.packed(), self.dtype)
 
+    def set_dense_(self, weight: torch.Tensor) -> None:
+        """Hold another weight, rounded into the format of the one before."""
+        check_finite(weight, "the new weight")
+        prepared = self.kernel is not None
+        self.set_packed_(quantize(weight.detach().reshape(self.shape).float(), self.format, Search()))
+        if prepared:
+            self.prepare_()
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of a weight [out, in], in the type that the model computes in."""
         kernel = self._ready()
@@ -132,6 +142,34 @@ class PackedWeight(nn.Module):
         return f"{self.format}, shape={list(self.shape)}, kernel={kernel}"
 
 
+class Unpacked(torch.Tensor):
+    """A packed weight as it reads unpacked, an ordinary tensor but for one thing: what is put into its `data` is packed.
+
+    That is how peft merges an adapter (`weight.data += update`), and it knows no other way for layers that are not its own.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    held: PackedWeight
+
+    @classmethod
+    def read(cls, held: PackedWeight, shape: tuple[int, ...] | None = None) -> Unpacked:
+        weight = held.dense().view(shape or held.shape).as_subclass(cls)
+        weight.held = held
+        return weight
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach().as_subclass(torch.Tensor)
+
+    @data.setter
+    def data(self, weight: torch.Tensor) -> None:
+        warnings.warn(
+            f"a merged weight is rounded to {self.held.format.name} again: dequantize() the model first for an exact sum",
+            stacklevel=3,
+        )
+        self.held.set_dense_(weight)
+
+
 class LowBitLinear(nn.Linear):
     """y = x W^T + b over a packed weight."""
 
@@ -143,8 +181,8 @@ class LowBitLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The weight unpacked, made anew at each read: writing into it changes nothing."""
-        return self.packed_weight.dense()
+        """The weight unpacked, made anew at each read: what is written into it is lost, what its `data` is set to is packed."""
+        return Unpacked.read(self.packed_weight)
 
     def reset_parameters(self) -> None:
         """A packed weight has no random start."""
@@ -171,8 +209,8 @@ class LowBitEmbedding(nn.Embedding):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The table unpacked, made anew at each read: writing into it changes nothing."""
-        return self.packed_weight.dense()
+        """The table unpacked, made anew at each read: what is written into it is lost, what its `data` is set to is packed."""
+        return Unpacked.read(self.packed_weight)
 
     def reset_parameters(self) -> None:
         """A packed weight has no random start."""
@@ -213,15 +251,17 @@ class LowBitConv(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight unpacked, made anew at each read: writing into it changes nothing."""
-        return self.packed_weight.dense().view(self.weight_shape)
+        """The weight unpacked, made anew at each read: what is written into it is lost, what its `data` is set to is packed."""
+        return Unpacked.read(self.packed_weight, self.weight_shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         options = dict(self.options)
         if self.pads is not None:
             x = nn.functional.pad(x, self.pads, mode=self.padding_mode)
             options["padding"] = 0
-        y: torch.Tensor = self.functional(x, self.weight.to(x.dtype), self.bias, **options)
+        y: torch.Tensor = self.functional(
+            x, self.packed_weight.dense().view(self.weight_shape).to(x.dtype), self.bias, **options
+        )
         return y
 
     def extra_repr(self) -> str:

@@ -225,6 +225,24 @@ def test_an_adapter_is_merged_into_dense_weights(tmp_path: Path) -> None:
     assert torch.allclose(logits(model.merge_and_unload()), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("safe", [False, True])
+def test_an_adapter_merged_into_packed_weights_is_rounded_once_more_and_said_so(tmp_path: Path, safe: bool) -> None:
+    peft = pytest.importorskip("peft")
+    Auto.from_pretrained(make("llama", tmp_path / "dense"), load_in_low_bit="int8").save_low_bit(tmp_path / "low")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "low")
+    before = logits(base)
+    options = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(base, options).eval()
+    expected = logits(model)
+    with pytest.warns(UserWarning, match=r"rounded to int8\S* again: dequantize\(\)"):
+        merged = model.merge_and_unload(safe_merge=safe)
+    assert merged.model.layers[0].mlp.down_proj.packed_weight.format.bits == 8
+    spread = float((expected - before).abs().max())
+    assert float((logits(merged) - expected).abs().max()) < 0.1 * spread
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
+
+
 def test_half_and_save_through_the_old_ways(tmp_path: Path) -> None:
     model = Auto.from_pretrained(make("llama", tmp_path / "dense"), load_in_4bit=True).half()
     assert model.dtype == torch.float16 and logits(model).dtype == torch.float16

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lowbit
+from lowbit.errors import WeightError
 from lowbit.formats import FORMATS, Format, as_format
 from lowbit.grid import quantize, unpack
 from lowbit.layers import (
@@ -21,6 +22,7 @@ from lowbit.layers import (
     prepare_,
 )
 from lowbit.packing import PackedTensor
+from lowbit.search import Search
 
 torch.manual_seed(0)
 FORMAT_NAMES = [*FORMATS, "int4_asym", "int3_asym_g32", "int4_channel", "nf4_dq", "fp8_e4m3_tensor_fp32"]
@@ -187,6 +189,22 @@ def test_conv_is_the_dense_conv_of_its_weight(conv: nn.Module) -> None:
     dense = copy.deepcopy(conv)
     dense.weight.data = unpack(packed).view_as(conv.weight)
     assert torch.allclose(layer(x), dense(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+def test_what_a_weight_reads_as_can_be_set_and_is_packed(format: str) -> None:
+    layer = linear(format)
+    prepare_(layer)
+    update = torch.randn(24, 300)
+    expected = quantize(layer.weight + update, as_format(format), Search())
+    with pytest.warns(UserWarning, match="rounded to"):
+        layer.weight.data += update
+    held = layer.packed_weight.packed()
+    assert all(torch.equal(held.tensors()[name], tensor) for name, tensor in expected.tensors().items())
+    assert type(layer.weight + 1) is torch.Tensor
+    with pytest.raises(WeightError, match="the new weight"):
+        layer.weight.data = torch.full((24, 300), torch.nan)  # type: ignore[misc]
+    assert torch.equal(layer.weight, unpack(expected))
 
 
 def test_shapes_that_disagree_are_refused() -> None:
