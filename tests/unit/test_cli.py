@@ -169,6 +169,7 @@ def run(options):
     finally:
         print("tidied up", flush=True)
 
+signal.signal(NUMBER, AT_START)  # whatever this run of the tests has inherited
 doctor.run = run
 sys.exit(main(["doctor"]))
 """
@@ -177,10 +178,23 @@ sys.exit(main(["doctor"]))
 @pytest.mark.parametrize("during_deletion", [False, True], ids=["anywhere", "in a __del__"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_whatever_ends_a_command_unwinds_it(number: signal.Signals, code: int, during_deletion: bool) -> None:
+    at_start = "signal.default_int_handler" if number == signal.SIGINT else "signal.SIG_DFL"
     program = TIDY.replace("NUMBER", str(int(number))).replace("DURING_DELETION", str(during_deletion))
+    program = program.replace("AT_START", at_start)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
     assert (done.returncode, done.stdout) == (code, "begun\ntidied up\n")
     assert done.stderr == "\nlowbit: stopped\n"
+
+
+def test_a_closed_terminal_ends_nothing_under_nohup() -> None:
+    program = (
+        TIDY.replace("NUMBER", "signal.SIGHUP").replace("DURING_DELETION", "False").replace("time.sleep(60)", "pass")
+    )
+    program = program.replace("AT_START", "signal.SIG_IGN").replace(
+        'sys.exit(main(["doctor"]))', 'print(main(["doctor"]))'
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "begun\ntidied up\nNone\n", "")
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
