@@ -1,0 +1,120 @@
+"""The benchmark beside peers: who is measured when, what counts, and which recipe may be set against which file."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+QUALITY = {"fine": 0.1, "coarse": 0.3, "peer fine": 0.1003, "peer coarse": 0.35, "peer exact": 0.01}
+
+
+@pytest.fixture(scope="module")
+def peers() -> Iterator[dict[str, ModuleType]]:
+    before = list(sys.path)
+    sys.path.insert(0, str(BENCHMARKS))
+    yield {
+        name: importlib.import_module(f"peers.{name}") for name in ("rounds", "report", "runners", "tasks", "entries")
+    }
+    sys.path[:] = before
+
+
+class Given:
+    """A runner that gives what it was told, and notes that it was asked."""
+
+    def __init__(
+        self, peers: dict[str, ModuleType], name: str, readings: list[tuple[float, float]], asked: list[str]
+    ) -> None:
+        self.peers, self.name, self.readings, self.asked = peers, name, readings, asked
+
+    def read(self, task: Any, seed: int) -> Any:
+        self.asked.append(self.name)
+        if seed >= len(self.readings):
+            raise self.peers["runners"].PeerError("no more")
+        value, others = self.readings[seed]
+        return self.peers["runners"].Reading(value, others)
+
+    def close(self) -> None:
+        pass
+
+
+class SteadyLimits:
+    def read(self) -> dict[str, float]:
+        return {"bandwidth": 40.0, "vector_peak": 1000.0, "tile_peak": 0.0}
+
+
+def run(
+    peers: dict[str, ModuleType], given: dict[str, list[tuple[float, float]]], rounds: int
+) -> tuple[Any, list[str]]:
+    asked: list[str] = []
+    entries = [
+        peers["entries"].Entry(
+            name,
+            "x",
+            Path(),
+            4,
+            1000.0,
+            lambda *_, n=name, r=readings: Given(peers, n, r, asked),
+            ours=name == "lowbit",
+        )
+        for name, readings in given.items()
+    ]
+    row = peers["rounds"].Row("row", "model", 4, peers["tasks"].Task("decode", 32, 64), ratio=1.1)
+    return peers["rounds"].run_row(row, entries, SteadyLimits(), rounds, looks=0), asked
+
+
+def test_everybody_is_measured_in_every_round_and_in_changing_order(peers: dict[str, ModuleType]) -> None:
+    steady = {name: [(10.0, 0.0)] * 6 for name in ("lowbit", "one", "two", "three")}
+    _, asked = run(peers, steady, 6)
+    rounds = [asked[i : i + 4] for i in range(0, 24, 4)]
+    assert all(sorted(order) == sorted(steady) for order in rounds)
+    assert len({order[0] for order in rounds}) > 1
+
+
+def test_busy_readings_are_left_out_while_three_quiet_ones_remain(peers: dict[str, ModuleType]) -> None:
+    found, _ = run(peers, {"lowbit": [(10, 0), (11, 0), (12, 0), (1, 0.5), (2, 0.5)]}, 5)
+    line = found["lines"][0]
+    assert (line["median"], line["low"], line["quiet"]) == (11, 10, 3)
+    assert line["shares"]["bandwidth"] == pytest.approx(11 / 40)
+    found, _ = run(peers, {"lowbit": [(10, 0), (11, 0), (12, 0.5), (1, 0.5), (2, 0.5)]}, 5)
+    assert found["lines"][0]["median"] == 10 and peers["report"].too_noisy(found["lines"][0])
+
+
+def test_a_peer_that_stops_is_named_and_its_readings_stay(peers: dict[str, ModuleType]) -> None:
+    found, _ = run(peers, {"lowbit": [(10, 0)] * 3, "one": [(9, 0)]}, 3)
+    assert "round 2: no more" in found["failed"]["one x"]
+    assert {line["name"]: line["rounds"] for line in found["lines"]} == {"lowbit x": 3, "one x": 1}
+
+
+def line(name: str, median: float, quality: str) -> dict[str, Any]:
+    shares = {"bandwidth": 0.9}
+    counts: dict[str, Any] = {"quiet": 5, "rounds": 5, "low": median, "high": median, "bandwidth": 40.0}
+    ours = not quality.startswith("peer")
+    return {
+        "name": name,
+        "program": name,
+        "ours": ours,
+        "median": median,
+        "quality": quality,
+        "unit": "tok/s",
+        "shares": shares,
+    } | counts
+
+
+def test_a_peer_meets_the_fastest_recipe_that_is_no_worse_than_its_file(peers: dict[str, ModuleType]) -> None:
+    rounds, report = peers["rounds"], peers["report"]
+    row = rounds.Row("row", "model", 4, peers["tasks"].Task("decode", 32, 64), ratio=1.1)
+    lines = [line("a", 100, "coarse"), line("b", 80, "fine"), line("c", 90, "peer coarse"), line("d", 70, "peer fine")]
+    met = {m.peer["name"]: m for m in report.meetings({"lines": lines}, QUALITY, row)}
+    assert met["c"].ours["name"] == "a" and met["d"].ours["name"] == "b"
+    assert report.hardest(list(met.values()), row).peer["name"] == "c"
+    assert report.goal_rows([row], {"row": {"lines": lines}}, QUALITY, False)[0][-1] == "met"
+    lines.append(line("e", 10, "peer exact"))
+    verdict = report.goal_rows([row], {"row": {"lines": lines}}, QUALITY, False)[0]
+    assert verdict[-1] == "**missed**" and "no recipe of that quality" in verdict
