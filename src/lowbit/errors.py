@@ -14,7 +14,8 @@ The command line prints it as it stands and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class LowbitError(Exception):
@@ -65,6 +66,17 @@ def check_text(text: str, what: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise LowbitError(f"{what} is no text in UTF-8: convert or rename it first")
     return text
+
+
+@contextmanager
+def understood(sentence: str) -> Iterator[None]:
+    """What a file says may be of any kind; which value is odd, only the code that fell over it knows."""
+    try:
+        yield
+    except LowbitError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{sentence} ({one_line(str(error))})") from error
 
 
 class BareErrors:

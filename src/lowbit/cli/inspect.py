@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from lowbit.contents import (
     read_json,
     read_tensors,
 )
-from lowbit.errors import CheckpointError, LowbitError, one_line
+from lowbit.errors import CheckpointError, understood
 from lowbit.report import Report
 
 DESCRIPTION = """\
@@ -166,27 +165,18 @@ def _quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]
 
 def _hints(folder: Path, quantization: dict[str, Any]) -> Hints:
     report = Report.from_dict(read_json(folder / REPORT)) if (folder / REPORT).is_file() else Report()
-    with _understood(folder):
+    with understood(_odd(folder)):
         return hints_from(quantization, report)
 
 
+def _odd(path: Path) -> str:
+    return f"{path}: what it says of its quantisation is damaged"
+
+
 def _checkpoint(path: Path, tensors: list[StoredTensor], facts: dict[str, Any], hints: Hints) -> Checkpoint:
-    with _understood(path):
+    with understood(_odd(path)):
         weights = list_weights(tensors, hints)
     return Checkpoint(path, facts, weights, len({tensor.file for tensor in tensors}))
-
-
-@contextmanager
-def _understood(path: Path) -> Iterator[None]:
-    """Settings of a method may be of any kind; which one is odd, only the code that fell over it knows."""
-    try:
-        yield
-    except LowbitError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: what it says of its quantisation is damaged ({one_line(str(error))})"
-        ) from error
 
 
 def print_checkpoint(output: Output, checkpoint: Checkpoint, everything: bool) -> None:

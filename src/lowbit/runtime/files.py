@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +31,7 @@ from lowbit.contents import (
     weight_files,
 )
 from lowbit.core import calls
-from lowbit.errors import CheckpointError, LowbitError, RecipeError, one_line
+from lowbit.errors import CheckpointError, RecipeError, understood
 from lowbit.formats import Format, format_from_name
 from lowbit.models.families import spec_from_config
 from lowbit.models.spec import DecoderSpec, Located
@@ -125,7 +124,7 @@ class FolderFiles:
         self.tensors = {n: t for file in weight_files(path) for n, t in MappedFile(file).tensors.items()}
         quantization = quantization_config(stored)
         stored.pop("quantization_config", None)
-        with _understood(path):
+        with understood(_odd(path)):
             self.packed = PackedIndex(self.tensors, quantization, spec_from_config(stored).names_in_files)
         self.config = stored | ({"tie_word_embeddings": True} if self.packed.tied else {})
         self.generation_config = read_generation_config(path)
@@ -154,7 +153,7 @@ class FolderFiles:
 
     def read(self, name: str, columns: int, is_embedding: bool = False) -> Weight:
         if name in self.packed.paths:
-            with _understood(self.path):
+            with understood(_odd(self.path)):
                 return self.packed.read(name, columns, is_embedding)
         tensor = self.tensors[name]
         if tensor.dtype not in DENSE_TYPES:
@@ -172,19 +171,12 @@ class FolderFiles:
 
 def read_spec(files: ModelFiles) -> DecoderSpec:
     """What the model is."""
-    with _understood(files.path):
+    with understood(_odd(files.path)):
         return spec_from_config(files.config)
 
 
-@contextmanager
-def _understood(path: Path) -> Iterator[None]:
-    """A field may hold a value of a kind that nobody writes there; which one, only the code that met it knows."""
-    try:
-        yield
-    except LowbitError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its {CONFIG} cannot be understood ({one_line(str(error))})") from error
+def _odd(path: Path) -> str:
+    return f"{path}: its {CONFIG} cannot be understood"
 
 
 def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = None) -> Iterator[Loaded]:
