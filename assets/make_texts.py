@@ -26,6 +26,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 DATA = Path(__file__).parent / "lowbit_assets" / "data"
+# The default calibration text is part of the package.
+TEXTS = Path(__file__).parents[1] / "src" / "lowbit" / "texts"
 LARGEST_FILE = 1_200_000  # bytes after compression; a repository should stay quick to clone
 SKIPPED = frozenset({"script", "style", "pre", "table", "nav", "head"})
 PARAGRAPHS = frozenset({"p", "li", "dd", "blockquote"})
@@ -132,7 +134,8 @@ def write_text(name: str, text: str) -> None:
         limit = int(len(text) * LARGEST_FILE / len(packed) * 0.995)
         text = text[: text.rindex("\n", 0, limit) + 1]
         packed = compress(text)
-    (DATA / f"{name}.txt.xz").write_bytes(packed)
+    folder = TEXTS if name == "sqlite_train" else DATA
+    (folder / f"{name}.txt.xz").write_bytes(packed)
     print(f"{name}: {len(text):,} characters, {len(packed):,} bytes compressed")
 
 

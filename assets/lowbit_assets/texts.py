@@ -1,6 +1,7 @@
 """The committed texts, and windows of tokens cut from them.
 
-`sqlite_train` calibrates and trains, `sqlite_valid` reports in the domain, `moby_dick` reports out of it.
+`sqlite_train` calibrates and trains, `sqlite_valid` reports in the domain, `moby_dick` reports out of it. The first is lowbit's
+default calibration text and lies in its package.
 `assets/make_texts.py` made the files and says by which rules.
 """
 
@@ -8,17 +9,16 @@ import lzma
 from collections.abc import Sequence
 from pathlib import Path
 
-DATA = Path(__file__).parent / "data"
+DATA = (Path(__file__).parent / "data", Path(__file__).parents[2] / "src" / "lowbit" / "texts")
 SUFFIX = ".txt.xz"
 
 
 def text(name: str) -> str:
     """One of the committed texts, by name: `sqlite_train`, `sqlite_valid` or `moby_dick`."""
-    path = DATA / f"{name}{SUFFIX}"
-    known = sorted(file.name.removesuffix(SUFFIX) for file in DATA.glob(f"*{SUFFIX}"))
-    if name not in known:
-        raise ValueError(f"no text is called {name!r}; there are {', '.join(known)}")
-    return lzma.decompress(path.read_bytes()).decode()
+    files = {file.name.removesuffix(SUFFIX): file for folder in DATA for file in folder.glob(f"*{SUFFIX}")}
+    if name not in files:
+        raise ValueError(f"no text is called {name!r}; there are {', '.join(sorted(files))}")
+    return lzma.decompress(files[name].read_bytes()).decode()
 
 
 def chunks(token_ids: Sequence[int], length: int, count: int) -> list[list[int]]:

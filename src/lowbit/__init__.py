@@ -32,6 +32,7 @@ _HOMES = {
     "formats": ("FORMATS", "Format", "format_from_name"),
     "recipe": ("RECIPES", "Recipe"),
     "report": ("Report",),
+    "configs.classes": ("AutoRoundConfig", "AwqConfig", "GPTQConfig", "RtnConfig", "TeqConfig"),
     "optimize": ("explain", "optimize_model"),
     "checkpoint.load": ("load_low_bit", "low_memory_init"),
     "checkpoint.save": ("save_low_bit",),

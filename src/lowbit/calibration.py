@@ -3,7 +3,7 @@
     calibration_from("manual.txt", tokenizer)         a text file
     calibration_from(["one text", "another"])         texts
     calibration_from(ids)                             token ids: rows of windows, or one long row that is cut
-    calibration_from("default", tokenizer)            the text that the demo's assets bring: sqlite_train
+    calibration_from("default", tokenizer)            the text that comes with lowbit: SQLite's manual, public domain
 
 Windows are spread evenly over the text, because a manual or a novel changes its subject as it goes.
 """
@@ -11,22 +11,22 @@ Windows are spread evenly over the text, because a manual or a novel changes its
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
+import lzma
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lowbit.configs.base import PILE, CalibrationText
 from lowbit.errors import RecipeError
 from lowbit.evaluate import token_ids
 from lowbit.options import LENGTH, SAMPLES
 
-_ASSETS = "lowbit_assets"
-_NAMED = {"default": "sqlite_train", "sqlite_train": "sqlite_train", "moby_dick": "moby_dick"}
+TEXTS = Path(__file__).parent / "texts"
+_NAMED = dict.fromkeys(("default", "sqlite_train"), TEXTS / "sqlite_train.txt.xz")
 _LARGEST_BATCH = 8
 
 
@@ -66,6 +66,8 @@ def calibration_from(source: Any, tokenizer: Any = None, samples: int = SAMPLES,
     """Calibration tokens from a file, texts, token ids, or the name of a text."""
     if isinstance(source, Calibration):
         return source
+    if isinstance(source, CalibrationText):
+        return calibration_from(source.source, source.tokenizer or tokenizer, source.samples, source.length)
     if samples < 1 or length < 2:
         raise RecipeError(f"calibration takes at least 1 window of at least 2 tokens, not {samples} of {length}")
     if isinstance(source, str | Path):
@@ -84,6 +86,23 @@ def calibration_from(source: Any, tokenizer: Any = None, samples: int = SAMPLES,
     return _cut(tokens, samples, length, "token ids") if tokens.dim() == 1 else Calibration(tokens)
 
 
+def is_text(source: Any) -> bool:
+    """Whether a source of calibration has to be cut into tokens, and brings no tokenizer for that."""
+    if isinstance(source, CalibrationText):
+        return source.tokenizer is None and is_text(source.source)
+    texts = isinstance(source, Sequence) and bool(source) and all(isinstance(text, str) for text in source)
+    return isinstance(source, str | Path) or texts
+
+
+def fitting(calibration: Calibration, positions: int | None) -> Calibration:
+    """Windows that are no longer than a model has positions."""
+    if positions is None or calibration.tokens.shape[1] <= positions:
+        return calibration
+    length = calibration.tokens.shape[1]
+    warnings.warn(f"calibration windows of {length} tokens are cut to the model's {positions} positions", stacklevel=3)
+    return replace(calibration, tokens=calibration.tokens[:, :positions])
+
+
 def _read_text(source: str | Path) -> tuple[str, str]:
     """A text and its name."""
     path = Path(source).expanduser()
@@ -92,14 +111,22 @@ def _read_text(source: str | Path) -> tuple[str, str]:
             return path.read_text(encoding="utf-8"), str(source)
         except UnicodeDecodeError as error:
             raise RecipeError(f"{source} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+    if str(source) == PILE:
+        warnings.warn(
+            f"the data set {PILE} lies on the hub and is not fetched: calibrated on lowbit's default text instead; "
+            "give a text file or a list of texts like what the model will read",
+            stacklevel=4,
+        )
+        return _read_text("default")
     if str(source) not in _NAMED:
         raise RecipeError(f"there is no calibration text {str(source)!r}: name a file, or {', '.join(sorted(_NAMED))}")
-    if importlib.util.find_spec(_ASSETS) is None:
+    packed = _NAMED[str(source)]
+    if not packed.is_file():
         raise RecipeError(
-            f"the calibration text {str(source)!r} comes with the assets of the demo, which are not installed: "
-            "name a text file of your own"
+            f"the calibration text {str(source)!r} comes with lowbit and is missing here ({packed}): install lowbit again "
+            "(pip install --force-reinstall --no-deps lowbit), or name a text file of your own"
         )
-    return importlib.import_module(_ASSETS).text(_NAMED[str(source)]), str(source)
+    return lzma.decompress(packed.read_bytes()).decode(), str(source)
 
 
 def _tokens(tokenizer: Any, texts: list[str], name: str) -> torch.Tensor:

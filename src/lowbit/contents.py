@@ -25,6 +25,7 @@ CONFIG = "config.json"
 OWN_CONFIG = "lowbit.json"
 GENERATION_CONFIG = "generation_config.json"
 REPORT = "lowbit_report.json"
+ACTIVATIONS = "lowbit_activations.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 # Bits of an element by safetensors' name of its type. A type that is not here is not measured.

@@ -51,6 +51,8 @@ class Format:
     scale_block: int = 0
     table: str = ""
     act_bits: int = 16
+    # Activations are rounded to one range of their layer, which calibration finds, and not each row to its own.
+    fixed_range: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -69,6 +71,8 @@ class Format:
             raise FormatError(f"format {self.name}: no table of levels named {self.table!r}")
         if not self.symmetric and self.kind != "int":
             raise FormatError(f"format {self.name}: only integer formats can be asymmetric")
+        if self.fixed_range and self.act_bits == 16:
+            raise FormatError(f"format {self.name}: a fixed range is one of rounded activations, and it rounds none")
         if self.scale_block and SCALE_BITS[self.scale_dtype] == 8:
             raise FormatError(f"format {self.name}: its scales are 8 bit already and cannot be quantised again")
 
@@ -126,6 +130,11 @@ class Format:
     def replace(self, **changes: Any) -> Format:
         """The same format with some fields changed, under the name that says so."""
         return _rename(dataclasses.replace(self, **changes))
+
+    @property
+    def unfixed(self) -> Format:
+        """The same weights with a scale for each row of activations."""
+        return self.replace(fixed_range=False) if self.fixed_range else self
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -219,6 +228,7 @@ _BASES: dict[str, Format] = {
         Format("mxfp4", 4, "float", table="e2m1", group_size=32, scale_dtype="e8m0"),
         Format("nvfp4", 4, "float", table="e2m1", group_size=16, scale_dtype="e4m3"),
         Format("w8a8", 8, group_size=PER_CHANNEL, act_bits=8),
+        Format("w8a8_static", 8, group_size=PER_CHANNEL, act_bits=8, fixed_range=True),
         *(Format(name, int(name[1]), "kquant", group_size=256) for name in KQUANT_BLOCKS),
         *(Format(name, int(name[1]), "kquant", group_size=32) for name in SMALL_BLOCKS),
     )
@@ -289,11 +299,12 @@ def _rename(format: Format) -> Format:
 def _same_numbers(base: Format, format: Format) -> bool:
     """Whether both store the same kind of number, whatever the group and scale."""
     eight_bit_scales = SCALE_BITS[base.scale_dtype] == 8
-    return (base.bits, base.kind, base.table, base.act_bits) == (
+    return (base.bits, base.kind, base.table, base.act_bits, base.fixed_range) == (
         format.bits,
         format.kind,
         format.table,
         format.act_bits,
+        format.fixed_range,
     ) and (
         eight_bit_scales == (SCALE_BITS[format.scale_dtype] == 8)
         and (not eight_bit_scales or base.scale_dtype == format.scale_dtype)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -90,7 +91,8 @@ class PackedWeight(nn.Module):
         """Hold another weight, rounded into the format of the one before."""
         check_finite(weight, "the new weight")
         prepared = self.kernel is not None
-        self.set_packed_(quantize(weight.detach().reshape(self.shape).float(), self.format, Search()))
+        packed = quantize(weight.detach().reshape(self.shape).float(), self.format, Search())
+        self.set_packed_(replace(packed, input_range=self.tensors.get("input_range")))
         if prepared:
             self.prepare_()
 

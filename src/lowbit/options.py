@@ -11,9 +11,9 @@ runs under each name. Nothing here imports torch: a recipe is read without it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lowbit.errors import RecipeError, nearest
 
@@ -139,8 +139,9 @@ class AutoRoundOptions(Options):
             raise RecipeError("autoround: rates are positive, or 0 for those that fit the number of iterations")
 
 
-# The recipes of the project auto-round, by its names.
-AUTOROUND_RECIPES: dict[str, AutoRoundOptions] = {
+# The recipes of the project auto-round, by its names; `--algorithm-option recipe=best` names one too.
+AutoRoundRecipe = Literal["light", "default", "best"]
+AUTOROUND_RECIPES: dict[AutoRoundRecipe, AutoRoundOptions] = {
     "light": AutoRoundOptions(iterations=50, rate=5e-3),
     "default": AutoRoundOptions(),
     "best": AutoRoundOptions(iterations=1000, samples=512),
@@ -150,19 +151,23 @@ AUTOROUND_RECIPES: dict[str, AutoRoundOptions] = {
 @dataclass(frozen=True)
 class AwqOptions(Options):
     """`steps`: how many ratios are tried from 0 up to 1. `duo`: whether the room that the weights leave counts too:
-    "on", "off", or "both" ways are tried. `clip`: whether the largest weights of each group may be clipped.
+    "on", "off", or "both" ways are tried. `scale` and `clip`: whether inputs are scaled, and whether the largest weights of
+    each group may be clipped.
     `tokens`: over how many tokens a loss is taken, of those that calibration gives.
     """
 
     data: ClassVar[str] = "needed"
     steps: int = 20
     duo: str = "both"
+    scale: bool = True
     clip: bool = True
     tokens: int = 4096
 
     def __post_init__(self) -> None:
         if self.duo not in DUOS:
             raise RecipeError(f"awq has no duo {self.duo!r}: {nearest(self.duo, DUOS)}")
+        if not (self.scale or self.clip):
+            raise RecipeError("awq with neither scale nor clip does nothing: leave the scaler out")
         _at_least_one("awq", self, "steps", "tokens")
 
 
@@ -227,6 +232,9 @@ SCALER_OPTIONS: dict[str, type[Options]] = {
     "smoothquant": SmoothQuantOptions,
     "teq": TeqOptions,
 }
+# Options that have a name together: `recipe` in the place of a field stands for all of them, and fields beside it win.
+RECIPE = "recipe"
+OPTION_RECIPES: dict[str, Mapping[str, Options]] = {"autoround": dict(AUTOROUND_RECIPES.items())}
 
 
 def options_for(kind: str, name: str, given: Options | None, table: dict[str, type[Options]]) -> Options | None:
@@ -250,8 +258,15 @@ def options_from(kind: str, name: str, fields: dict[str, Any], table: dict[str, 
     options_for(kind, name, None, table)
     found = table[name]
     types = {field.name: type(field.default) for field in dataclasses.fields(found)}
-    values = {}
+    recipes = OPTION_RECIPES.get(name, {})
+    values: dict[str, Any] = {}
+    if recipes and RECIPE in fields:
+        if fields[RECIPE] not in recipes:
+            raise RecipeError(f"{name} has no recipe {fields[RECIPE]!r}: it has {', '.join(recipes)}")
+        values = recipes[fields[RECIPE]].to_dict()
     for key, value in fields.items():
+        if recipes and key == RECIPE:
+            continue
         if key not in types:
             known = nearest(key, types) if types else "it has none"
             raise RecipeError(f"the {kind} {name} has no option {key!r}: {known}")

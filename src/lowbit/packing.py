@@ -8,6 +8,7 @@ A weight [.., out, in] becomes a few plain arrays (shapes for an integer or code
     scale_scales  fp32 [blocks]            second level: scale = scales[i] * scale_scales[i // scale_block] + scale_offset
     scale_offset  fp32 [1]
     order         int32 [in]               a permutation of the input, where an algorithm needs one
+    input_range   fp32 [2]                 lowest and highest input, for a format that rounds activations to a fixed range
 
 The bit stream equals compressed-tensors' `weight_packed`, so our saved form is theirs, byte for byte. k-quants keep
 GGUF's blocks in `codes` as uint8 and have nothing else. The class holds numpy arrays or torch tensors alike and
@@ -25,7 +26,9 @@ from lowbit.errors import WeightError
 from lowbit.formats import SCALE_BITS, Format
 
 # Saved, moved and sharded under these names, in this order.
-BUFFERS = ("codes", "scales", "zeros", "scale_scales", "scale_offset", "order")
+BUFFERS = ("codes", "scales", "zeros", "scale_scales", "scale_offset", "order", "input_range")
+# What belongs to a weight as a whole: no cut and no choice of an expert takes a part of it.
+_WHOLE = ("order", "scale_offset", "scale_scales", "input_range")
 
 
 @dataclass(slots=True)
@@ -40,6 +43,7 @@ class PackedTensor:
     scale_scales: Any = None
     scale_offset: Any = None
     order: Any = None
+    input_range: Any = None
 
     def __post_init__(self) -> None:
         self.shape = tuple(int(n) for n in self.shape)
@@ -74,9 +78,7 @@ class PackedTensor:
         """One expert of a [experts, out, in] weight, sharing memory."""
         if len(self.shape) != 3:
             raise WeightError(f"a weight of shape {list(self.shape)} has no experts axis")
-        parts = {
-            n: t if n in ("order", "scale_offset", "scale_scales") else t[index] for n, t in self.tensors().items()
-        }
+        parts = {n: t if n in _WHOLE else t[index] for n, t in self.tensors().items()}
         if self.format.scale_block:
             parts["scale_scales"] = self._expert_scale_scales(index)
         return PackedTensor(self.format, self.shape[1:], **parts)
@@ -120,7 +122,8 @@ class PackedTensor:
             if tensor is not None:
                 parts[name] = tensor if whole else tensor[..., rows, :]
         shape = (*self.shape[:-2], step, self.shape[-1])
-        return PackedTensor(self.format, shape, **parts, scale_scales=self.scale_scales, order=self.order)
+        kept = {"scale_scales": self.scale_scales, "order": self.order, "input_range": self.input_range}
+        return PackedTensor(self.format, shape, **parts, **kept)
 
     def _shard_inputs(self, rank: int, world: int) -> PackedTensor:
         in_features, format = self.shape[-1], self.format
@@ -141,7 +144,8 @@ class PackedTensor:
             if tensor is not None:
                 groups = format.groups(step) if format.group_size > 0 else 0
                 parts[name] = tensor[..., rank * groups : (rank + 1) * groups] if groups else tensor
-        return PackedTensor(format, (*self.shape[:-1], step), **parts, scale_scales=self.scale_scales)
+        kept = {"scale_scales": self.scale_scales, "input_range": self.input_range}
+        return PackedTensor(format, (*self.shape[:-1], step), **parts, **kept)
 
 
 def code_shape(format: Format, shape: tuple[int, ...]) -> tuple[int, ...]:

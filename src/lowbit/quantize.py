@@ -11,6 +11,7 @@ import re
 import time
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from lowbit.algorithms.allocate import OFFERED_BITS
 from lowbit.algorithms.rtn import relative_error, round_weight
 from lowbit.algorithms.sensitivity import allocate_formats, linear_weights, measure_moments
 from lowbit.blockwise import Chosen, Where, check_data, describe_packed, round_in_blocks_
-from lowbit.calibration import Calibration
+from lowbit.calibration import Calibration, fitting
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, format_from_name
 from lowbit.grid import check_finite
@@ -48,6 +49,7 @@ def quantize_(
     """Pack the weights of a model in place as a recipe says, on calibration tokens if it asks for them."""
     start = time.perf_counter()
     check_data(recipe, calibration)
+    calibration = None if calibration is None else fitting(calibration, _positions(model))
     report = Report(recipe=recipe.name or recipe.linear.name)
     _check_numbers(model)
     targets = find_targets(model)
@@ -81,6 +83,14 @@ def quantize_(
     finish(model, report, prepare)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _positions(model: Any) -> int | None:
+    """How many positions a model says that it has."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 1 else None
 
 
 def _check_numbers(model: nn.Module) -> None:
@@ -173,7 +183,7 @@ def pack_weight(
 ) -> PackedTensor:
     """Pack one weight and write its line of the report."""
     check_finite(weight, name)
-    formats, note = _fit_formats(choice.formats, weight.shape[-1])
+    formats, note = _without_ranges(*_fit_formats(choice.formats, weight.shape[-1]))
     offers = [_round_alone(weight, format, recipe) for format in formats]
     packed = offers[0] if len(offers) == 1 else min(offers, key=lambda offer: relative_error(weight, offer))
     text = "; ".join(part for part in (note, choice.note) if part)
@@ -218,6 +228,8 @@ def _for_blocks(targets: list[Target], plans: dict[str, Choice]) -> list[Chosen]
         own = not target.tied_to and target.path not in shared
         if choice.formats and own and target.role in ("linear", "experts"):
             formats, note = _fit_formats(choice.formats, min(w.shape[-1] for _, w in dense_weights(target)))
+            if target.role == "experts":
+                formats, note = _without_ranges(formats, note)
             chosen.append(Chosen(target, formats, "; ".join(text for text in (note, choice.note) if text)))
     return chosen
 
@@ -241,6 +253,14 @@ def _fit_formats(formats: tuple[Format, ...], in_features: int) -> tuple[tuple[F
         else:
             fitted.append(format)
     return tuple(fitted), "; ".join(notes)
+
+
+def _without_ranges(formats: tuple[Format, ...], note: str) -> tuple[tuple[Format, ...], str]:
+    """Formats for weights whose inputs are not those of one linear in a block, so that they have no range of their own."""
+    if not any(format.fixed_range for format in formats):
+        return formats, note
+    remark = "its input has no range of its own, so each row has its own scale"
+    return tuple(format.unfixed for format in formats), "; ".join(text for text in (note, remark) if text)
 
 
 def _pack_target(target: Target, choice: Choice, recipe: Recipe, report: Report) -> list[PackedWeight]:

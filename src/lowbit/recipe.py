@@ -66,7 +66,14 @@ class Recipe:
     @property
     def asks_for_data(self) -> bool:
         """Whether calibration tokens are needed."""
-        return bool(self.scaler) or (self.rounder_options is not None and self.rounder_options.data == "needed")
+        needed = self.rounder_options is not None and self.rounder_options.data == "needed"
+        return bool(self.scaler) or needed or self.fixed_format is not None
+
+    @property
+    def fixed_format(self) -> Format | None:
+        """A format of this recipe that rounds activations to fixed ranges, which must be found."""
+        formats = [self.linear, *self.alternatives, *(format for _, format in self.overrides)]
+        return next((format for format in formats if format is not None and format.fixed_range), None)
 
     @property
     def uses_data(self) -> bool:

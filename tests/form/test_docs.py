@@ -8,6 +8,7 @@ targets only.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from lowbit.core.library import library_path
 from lowbit.formats import ALIASES, FORMATS, format_from_name
+from lowbit.options import AUTOROUND_RECIPES, ROUNDER_OPTIONS, SCALER_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,3 +97,13 @@ def test_the_table_of_formats_is_the_code() -> None:
     for alias in ALIASES:
         assert f"| `{alias}` | `{format_from_name(alias).name}` |" in page
     assert len(re.findall(r"^\| `", page, re.MULTILINE)) == len(FORMATS) + len(ALIASES)
+
+
+def test_the_tables_of_algorithms_are_the_code() -> None:
+    page = (ROOT / "docs" / "quantization.md").read_text()
+    for name, options in (ROUNDER_OPTIONS | SCALER_OPTIONS).items():
+        said = ", ".join(f"`{field.name}={field.default}`" for field in dataclasses.fields(options)) or "none"
+        assert f"| `{name}` | {said} |" in page
+        assert page.count(f"| `{name}` |") == 2
+    for name in AUTOROUND_RECIPES:
+        assert f"`recipe={name}`" in page

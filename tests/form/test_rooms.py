@@ -17,7 +17,7 @@ ROWS = [
     {"errors", "methods"},
     {"formats", "machine", "progress", "report", "contents", "search", "options"},
     {"bits", "packing", "core", "recipe", "schemes"},
-    {"small_blocks"},
+    {"small_blocks", "configs"},
     {"kquants", "grid_core"},
     {"grid"},
     {"kernels", "models"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 
 import pytest
@@ -293,11 +292,14 @@ def test_data_that_is_missing_or_useless_is_told() -> None:
 
 
 @pytest.mark.transformers
-def test_loading_cannot_calibrate_and_says_what_can(tmp_path: Path) -> None:
-    tiny_model_in_memory("llama").save_pretrained(tmp_path / "dense")
-    with pytest.raises(RecipeError, match="optimize_model"):
-        lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", recipe=GPTQ)
-    shutil.rmtree(tmp_path / "dense")
+def test_loading_calibrates_what_was_loaded(tmp_path: Path) -> None:
+    model = tiny_model_in_memory("llama")
+    model.save_pretrained(tmp_path / "dense")
+    load = lowbit.AutoModelForCausalLM.from_pretrained
+    found = load(tmp_path / "dense", recipe=GPTQ, calibration=CALIBRATION)
+    assert torch.equal(logits_of(found), logits_of(lowbit.optimize_model(model, recipe=GPTQ, calibration=CALIBRATION)))
+    with pytest.raises(RecipeError, match="gptq looks at activations and needs calibration tokens"):
+        load(tmp_path / "dense", recipe=GPTQ)
 
 
 def test_report_has_a_line_for_every_linear() -> None:

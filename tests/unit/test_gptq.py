@@ -7,10 +7,19 @@ from lowbit.algorithms import ROUNDERS, SCALERS
 from lowbit.algorithms.gptq import invert_factor, order_columns, round_gptq
 from lowbit.algorithms.rtn import importance_of, round_weight
 from lowbit.algorithms.statistics import Statistics
+from lowbit.cli import OK, main
 from lowbit.errors import RecipeError
 from lowbit.formats import as_format
 from lowbit.grid import unpack
-from lowbit.options import ROUNDER_OPTIONS, SCALER_OPTIONS, GptqOptions, RtnOptions, parse_options
+from lowbit.options import (
+    AUTOROUND_RECIPES,
+    ROUNDER_OPTIONS,
+    SCALER_OPTIONS,
+    AutoRoundOptions,
+    GptqOptions,
+    RtnOptions,
+    parse_options,
+)
 from lowbit.packing import PackedTensor
 from lowbit.recipe import Recipe, recipe_named
 
@@ -205,3 +214,16 @@ def test_options_as_they_are_typed() -> None:
             parse_options("algorithm", "gptq", [text], ROUNDER_OPTIONS)
     with pytest.raises(RecipeError, match="belongs to a scaler"):
         parse_options("scaler", "", ["alpha=1"], SCALER_OPTIONS)
+
+
+def test_recipes_of_autoround_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, options in AUTOROUND_RECIPES.items():
+        assert parse_options("algorithm", "autoround", [f"recipe={name}"], ROUNDER_OPTIONS) == options
+    best = parse_options("algorithm", "autoround", ["batch_rows=4", "recipe=best"], ROUNDER_OPTIONS)
+    assert best == AutoRoundOptions(iterations=1000, samples=512, batch_rows=4)
+    with pytest.raises(RecipeError, match="autoround has no recipe 'bst': it has light, default, best"):
+        parse_options("algorithm", "autoround", ["recipe=bst"], ROUNDER_OPTIONS)
+    with pytest.raises(RecipeError, match="gptq has no option 'recipe'"):
+        parse_options("algorithm", "gptq", ["recipe=best"], ROUNDER_OPTIONS)
+    assert main(["quantize", "--help"]) == OK
+    assert "autoround: recipe=light, default, best" in " ".join(capsys.readouterr().out.split())

@@ -41,7 +41,7 @@ def scale_by_awq_(work: BlockWork, options: AwqOptions) -> dict[str, str]:
     def search(trial: Trial) -> tuple[torch.Tensor | None, str]:
         return search_scale(trial, options)
 
-    notes = scale_groups_(work, "awq", options.tokens, search)
+    notes = scale_groups_(work, "awq", options.tokens, search) if options.scale else {}
     if options.clip:
         clipped = clip_block_(work, options)
         notes |= {

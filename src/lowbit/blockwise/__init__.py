@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from lowbit.algorithms.statistics import Statistics
 from lowbit.algorithms.table import BlockWork, Rounded
 from lowbit.blockwise.experts import round_experts_
 from lowbit.blockwise.inputs import collect, find_input_groups
+from lowbit.blockwise.ranges import fix_ranges_
 from lowbit.blockwise.resume import ResumeFolder
 from lowbit.calibration import Calibration
 from lowbit.errors import RecipeError
@@ -82,10 +84,11 @@ class _State:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def check_data(recipe: Recipe, calibration: Calibration | None) -> None:
+def check_data(recipe: Recipe, calibration: Any) -> None:
     """Refuse a recipe without the data that it needs, and data that would change nothing."""
     if calibration is None and recipe.asks_for_data:
-        name = recipe.scaler or recipe.rounder
+        fixed = recipe.fixed_format
+        name = recipe.scaler or (recipe.rounder if fixed is None else f"{fixed}")
         raise RecipeError(
             f"{name} looks at activations and needs calibration tokens: give calibration=, or --calibration FILE"
         )
@@ -184,6 +187,7 @@ class _Run:
             state.original = copy.deepcopy(state.block)
         if state.chosen:
             self._round_linears_(state)
+            fix_ranges_(state.block, state.name, state.calls, state.packed, state.rows)
         self._move_on(state)
         for path, weights in state.packed.items():
             target = state.chosen[path].target

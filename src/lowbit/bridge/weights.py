@@ -68,6 +68,8 @@ def _matrix(located: Located, held: dict[str, PackedWeight], dense: dict[str, nn
 
 
 def _packed_matrix(name: str, weight: PackedWeight) -> Matrix:
+    if weight.format.fixed_range:
+        raise LowbitError(f"{name} ({weight.format}) rounds its input to a fixed range, which the engine does not do")
     buffer = weight.tensors.get(PREPARED)
     if buffer is None:
         kernel = weight.kernel.name if weight.kernel else "none yet"

@@ -22,9 +22,10 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
-from lowbit.checkpoint.devices import check_device_map
+from lowbit.checkpoint.calibrated import calibrate_, tokens_for
+from lowbit.checkpoint.devices import check_device_map, quantizing_device
 from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
-from lowbit.checkpoint.gguf_source import gguf_file, lazy_tensors
+from lowbit.checkpoint.gguf_source import gguf_file, gguf_tokenizer, lazy_tensors
 from lowbit.checkpoint.hf import Job, LowBitConfig, reads
 from lowbit.checkpoint.hub import find_model
 from lowbit.checkpoint.keywords import as_dtype
@@ -32,6 +33,8 @@ from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.checkpoint.request import Request
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.verdict import check_account, check_method, one_sentence
+from lowbit.configs.base import WeightOnlyConfig
+from lowbit.configs.classes import saved_config
 from lowbit.contents import CONFIG, file_names, read_config
 from lowbit.errors import CheckpointError
 from lowbit.interop.gguf import open_gguf
@@ -63,7 +66,9 @@ class _AutoBase:
                 f"{name} is low-bit already and is loaded as it is; the format asked for is ignored", stacklevel=2
             )
             request = Request(None, request.dtype, request.choices)
-        if request.recipe is not None:
+        place = _move_to_quantize(request, kwargs)
+        calibration = tokens_for(request, partial(_tokenizer, name, kwargs))
+        if request.recipe is not None and calibration is None:
             kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=_job(request))
         wants_account = kwargs.pop("output_loading_info", False)
         with one_sentence(name, not found.is_on_hub), _bar(request):
@@ -71,9 +76,12 @@ class _AutoBase:
                 name, *model_args, output_loading_info=True, **request.with_dtype(kwargs)
             )
         check_account(name, model, account, kwargs)
+        if calibration is not None:
+            calibrate_(model, request, calibration)
         model.save_low_bit = partial(save_low_bit, model)
         if found.is_on_hub:
             model.lowbit_home = found.path
+        _settle(model, place, request.config or (None if found.is_on_hub else saved_config(folder)))
         return (model, account) if wants_account else model
 
     @classmethod
@@ -112,7 +120,9 @@ class _AutoBase:
             )
         model_class = classes[type(config)]
         model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
-        if request.recipe is not None:
+        place = _move_to_quantize(request, kwargs)
+        calibration = tokens_for(request, partial(gguf_tokenizer, path))
+        if request.recipe is not None and calibration is None:
             kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=_job(request))
         with one_sentence(str(path), True), _bar(request):
             model = model_class.from_pretrained(
@@ -120,8 +130,11 @@ class _AutoBase:
             )
         if gguf.generation_config and model.can_generate():
             model.generation_config = transformers.GenerationConfig(**gguf.generation_config)
+        if calibration is not None:
+            calibrate_(model, request, calibration)
         model.config._name_or_path = str(path)
         model.save_low_bit = partial(save_low_bit, model)
+        _settle(model, place, request.config)
         return model
 
 
@@ -129,9 +142,36 @@ def _job(request: Request) -> Job:
     return Job(request.choices.kernel, request.choices.compute)
 
 
+def _move_to_quantize(request: Request, kwargs: dict[str, Any]) -> Any:
+    """Load onto the device on which a configuration has models quantised; the place to go to afterwards, or None."""
+    place = kwargs.get("device_map")
+    elsewhere = quantizing_device(request.config, place)
+    if elsewhere is None:
+        return None
+    kwargs["device_map"] = elsewhere
+    return "cpu" if place is None else place
+
+
+def _settle(model: Any, place: Any, config: WeightOnlyConfig | None) -> None:
+    """Bring a model to where it runs, and leave the configuration on it that it was made with."""
+    if place is not None:
+        model.to(place)
+    if config is not None:
+        model.quantization_config = config
+
+
+def _tokenizer(name: str, kwargs: dict[str, Any]) -> Any:
+    """The tokenizer beside a model, found by the keywords that found the model."""
+    known = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "trust_remote_code")
+    which = {key: kwargs[key] for key in known if kwargs.get(key) is not None}
+    with one_sentence(f"the tokenizer of {name}"):
+        return transformers.AutoTokenizer.from_pretrained(name, **which)
+
+
 def _bar(request: Request) -> AbstractContextManager[None]:
     """The bar that counts the weights of this load."""
-    return weights_bar("packing" if request.recipe else "loading", request.choices.progress)
+    packs = request.recipe is not None and request.choices.calibration is None
+    return weights_bar("packing" if packs else "loading", request.choices.progress)
 
 
 def _is_low_bit(folder: Path) -> bool:

@@ -8,15 +8,22 @@ model is small: it fits where it runs, or it runs elsewhere.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lowbit.errors import CheckpointError
+from lowbit.configs.base import WeightOnlyConfig
+from lowbit.errors import CheckpointError, RecipeError
 
 # Words for a map that is made from the memory that is free.
 WORDS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Neural Compressor's variable for where a model is quantised, what it may say in whatever case, and what its configurations
+# say where they leave the choice.
+TARGET_VARIABLE = "INC_TARGET_DEVICE"
+TARGETS = ("cpu", "cuda", "xpu", "hpu")
+_ANY = "auto"
 
 
 def check_device_map(device_map: Any) -> None:
@@ -42,6 +49,26 @@ def check_device_map(device_map: Any) -> None:
         )
 
 
+def quantizing_device(config: WeightOnlyConfig | None, device_map: Any) -> str | None:
+    """Where a configuration of Neural Compressor has a model quantised, if that is not where it shall run."""
+    if config is None:
+        return None
+    variable = os.environ.get(TARGET_VARIABLE, "").strip().lower()
+    asked = variable or config.device
+    if asked == _ANY:
+        return None
+    said = f"{TARGET_VARIABLE}={variable}" if variable else f"device={asked!r}"
+    if str(asked).partition(":")[0] not in TARGETS:
+        raise RecipeError(f"{said} names no device to quantise on: it is one of {', '.join(TARGETS)}")
+    if isinstance(device_map, dict) or device_map in WORDS:
+        raise RecipeError(
+            f"{said} quantises on one device, and device_map={device_map!r} spreads the model: name one device for it"
+        )
+    check_device_map(asked)
+    wanted = torch.device("cpu" if device_map is None else device_map)
+    return None if torch.device(asked).type == wanted.type else str(asked)
+
+
 def _kind(place: Any) -> str:
     """The kind of device that a place of a map stands for."""
     if isinstance(place, int):
@@ -59,5 +86,6 @@ def _is_there(kind: str) -> bool:
         "cuda": torch.cuda.is_available,
         "xpu": torch.xpu.is_available,
         "mps": torch.backends.mps.is_available,
+        "hpu": lambda: hasattr(torch, "hpu"),  # a package of its maker's puts it there
     }
     return kind not in seen or seen[kind]()

@@ -94,6 +94,8 @@ def _refusal(model: nn.Module, held: list[Held], sources: dict[str, list[str]]) 
     if len({h.weight.format for h in held if h.role == "experts"}) > 1:
         return "its experts have different formats"
     formats = {h.weight.format for h in held if h.role != "embedding"}
+    if len({format.act_bits for format in formats}) > 1:
+        return "some layers round activations and others do not"
     if len(formats) > 1 and not all(format.symmetric for format in formats):
         return "transformers reads zero points from it only where all layers have one format"
     if any(h.role == "experts" and not h.weight.format.symmetric for h in held):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from lowbit.contents import gguf_in, is_gguf
 from lowbit.errors import CheckpointError
-from lowbit.interop.gguf import GgufModel, GgufTensor
+from lowbit.interop.gguf import GgufModel, GgufTensor, open_gguf
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -44,6 +46,13 @@ def gguf_file(source: Path, named: str | None) -> Path | None:
             raise CheckpointError(f"{source} has no file {named}")
         return source / named
     return gguf_in(source) if source.is_dir() else None
+
+
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer that a GGUF file describes; transformers reads it from files, so it is put into some."""
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
+        open_gguf(path).write_tokenizer(Path(folder))
+        return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def lazy_tensors(gguf: GgufModel, dtype: torch.dtype) -> dict[str, LazyTensor]:

@@ -146,7 +146,9 @@ class ReadWeight(ConversionOps):  # type: ignore[misc]
             tensors = fuse(input_dict, self.sources)
         else:
             for pattern, values in input_dict.items():
-                tensors[pattern.rpartition(".")[2]] = values[0]
+                tensors[pattern.rpartition(".")[2].removesuffix("$")] = values[0]
+            if compressed.WHOLE in tensors and self.hf_quantizer.reading.leaves(full_layer_name):
+                return {full_layer_name: tensors[compressed.WHOLE]}
         try:
             self.hf_quantizer.reading.read(full_layer_name, tensors, missing_keys)
         except LowbitError as error:
@@ -235,7 +237,8 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
             return []
         if self.quantization_config.quant_method == COMPRESSED_METHOD:
             copies = [WeightConverter(name, name, [ReadWeight(self)]) for name in self.reading.copies]
-            return [*copies, WeightConverter(list(compressed.NAMES), "weight", [ReadWeight(self)])]
+            integers = [f"{name}$" for name in compressed.INTEGER_NAMES] if self.reading.integers else []
+            return [*copies, WeightConverter(integers or list(compressed.NAMES), "weight", [ReadWeight(self)])]
         whole = [f"packed_weight.{name}" for name in BUFFERS]
         converters = [WeightConverter(whole, "weight", [ReadWeight(self)])]
         for kind in _UP_PATTERNS:

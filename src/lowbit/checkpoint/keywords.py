@@ -27,6 +27,7 @@ class Choices:
 
     recipe: Recipe | str | None = None
     rounder: str | None = None
+    scaler: str | None = None
     head: str | Format | None = None
     embedding: str | Format | None = None
     conv: str | Format | None = None
@@ -81,8 +82,9 @@ def build_recipe(
         wanted = getattr(choices, role)
         if wanted is not None:
             changes[role] = as_format(wanted)
-    if choices.rounder:
-        changes["rounder"] = choices.rounder
+    for kind in ("rounder", "scaler"):
+        if getattr(choices, kind):
+            changes[kind] = getattr(choices, kind)
     if cpu_embedding:
         changes["embedding"] = None
     if modules_to_not_convert:

@@ -75,7 +75,7 @@ def _kinds(model: nn.Module) -> list[type]:
 
 
 def _fill_(model: nn.Module, folder: Path, fields: dict[str, Any]) -> nn.Module:
-    reading = Reading(model, fields)
+    reading = Reading(model, fields, folder)
     packed: dict[str, dict[str, torch.Tensor]] = {}
     dense: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):

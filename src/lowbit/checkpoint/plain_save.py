@@ -33,7 +33,7 @@ from lowbit.checkpoint.save import (
 )
 from lowbit.errors import CheckpointError
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|lowbit(_engine\.json)?")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|lowbit(_(engine|activations)\.json)?")
 
 
 def attach_saving(model: Any) -> None:

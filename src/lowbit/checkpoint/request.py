@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import transformers
 
+from lowbit.blockwise import check_data
 from lowbit.checkpoint.keywords import CHOICES, Choices, build_recipe, cast_of
+from lowbit.configs.base import WeightOnlyConfig
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.recipe import Recipe
@@ -32,7 +34,7 @@ _WITHOUT_MEANING = {
     "disk_embedding": "weights stay mapped from their files until they are used",
 }
 # Old keywords that lowbit takes and that change nothing: kernels are chosen per layer in any case.
-_ACCEPTED = ("optimize_model",)
+_ACCEPTED = ("optimize_model", "for_inference", "use_layer_wise")
 _NAMES = (
     "load_in_low_bit",
     "load_in_4bit",
@@ -49,12 +51,13 @@ _SIMILAR = 0.85
 
 @dataclass(frozen=True)
 class Request:
-    """What the keywords of a call ask for beyond transformers' own loading."""
+    """What the keywords of a call ask for beyond transformers' own loading. `config` is what its recipe comes from, if any."""
 
     recipe: Recipe | None = None
     dtype: torch.dtype | str | None = None
     choices: Choices = field(default_factory=Choices)
     allow_pickle: bool = False
+    config: WeightOnlyConfig | None = None
 
     @classmethod
     def take(cls, kwargs: dict[str, Any]) -> Request:
@@ -68,30 +71,27 @@ class Request:
         embedding = kwargs.pop("embedding_qtype", None)
         if embedding is not None:
             asked.setdefault("embedding", embedding)
+        config = _neural_compressor(kwargs)
         low_bit, foreign_skip = _low_bit_named(kwargs)
         _refuse_slips(kwargs)
+        if config is not None:
+            _refuse_second_format(config, low_bit, asked.get("recipe"))
+            asked |= {"recipe": config.to_recipe()}
+            asked.setdefault("compute", config.compute)
+            asked.setdefault("calibration", config.calibration())
         choices = Choices(**asked)
         cast = cast_of(low_bit, choices)
         if cast is not None or (low_bit is None and choices.recipe is None):
             return cls(None, cast or dtype, choices, pickles)
         names = [*([skip] if isinstance(skip, str) else skip or ()), *foreign_skip]
         recipe = build_recipe(low_bit, names, cpu_embedding, choices)
-        _refuse_activations(recipe, choices)
         if mixed and recipe.head is not None:
             recipe = build_recipe(None, None, False, Choices(recipe=recipe, head=_MIXED_HEAD))
-        return cls(recipe, dtype, choices, pickles)
+        check_data(recipe, choices.calibration)
+        return cls(recipe, dtype, choices, pickles, config)
 
     def with_dtype(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs if self.dtype is None else {"dtype": self.dtype, **kwargs}
-
-
-def _refuse_activations(recipe: Recipe, choices: Choices) -> None:
-    """While a checkpoint streams in there is no model yet that could be run."""
-    if choices.calibration is not None or choices.resume is not None or recipe.asks_for_data:
-        raise RecipeError(
-            "calibration needs the whole model: load it without a low-bit keyword, and pass it to "
-            "lowbit.optimize_model(model, recipe=..., calibration=...)"
-        )
 
 
 def _warn_about_idle(kwargs: dict[str, Any]) -> None:
@@ -125,6 +125,24 @@ def _low_bit_named(kwargs: dict[str, Any]) -> tuple[str | Format | None, list[st
     double = "_dq" if config.bnb_4bit_use_double_quant else ""
     kind = config.bnb_4bit_quant_type
     return {"nf4": "nf4" + double, "fp4": "fp4" + double, "int4": FOUR_BITS}.get(kind, kind), skip
+
+
+def _neural_compressor(kwargs: dict[str, Any]) -> WeightOnlyConfig | None:
+    """The configuration of Neural Compressor that a call gives, taken out of its keywords."""
+    config = kwargs.get("quantization_config")
+    return kwargs.pop("quantization_config") if isinstance(config, WeightOnlyConfig) else None
+
+
+def _refuse_second_format(config: WeightOnlyConfig, low_bit: str | Format | None, recipe: Recipe | str | None) -> None:
+    """Refuse a keyword that says how the model is packed otherwise than the configuration does."""
+    bits = config.to_recipe().linear.bits
+    second = low_bit if low_bit is not None else recipe
+    if second is not None and second != {4: FOUR_BITS, 8: EIGHT_BITS}.get(bits):
+        name = second.name if isinstance(second, Format | Recipe) else second
+        raise RecipeError(
+            f"quantization_config={type(config).__name__}(bits={bits}, ...) and {name!r} both say how the model is packed: "
+            "leave one of them out"
+        )
 
 
 def _bitsandbytes(config: Any) -> transformers.BitsAndBytesConfig | None:

@@ -4,6 +4,7 @@
     model*.safetensors        shards, and an index where there are several
     lowbit/embedding.safetensors   an embedding that is dense in the shards because other readers want it so, packed
     lowbit_report.json        what happened to every weight
+    lowbit_activations.json   the ranges of activations, where layers have fixed ones: text that may be edited
     lowbit_engine.json        what the C++ face of the core needs to know, where the engine runs such a model
     generation_config.json, tokenizer, processor, chat template, remote code, licence: as they came with the model
 
@@ -32,7 +33,9 @@ from lowbit.checkpoint.folder import replace_folder, unwritten
 from lowbit.checkpoint.form import ASIDE, Part, SavedForm, packed_aside, parts, saved_form
 from lowbit.checkpoint.hf_names import checkpoint_names, is_transformers_model
 from lowbit.checkpoint.hub import fetch_companions, home_of
-from lowbit.contents import CONFIG, GENERATION_CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
+from lowbit.checkpoint.ranges import write_ranges
+from lowbit.configs.base import CONFIG_FILE, WeightOnlyConfig
+from lowbit.contents import ACTIVATIONS, CONFIG, GENERATION_CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.interop.gguf import open_gguf
 from lowbit.progress import Advance, progress
@@ -60,11 +63,12 @@ _WRITTEN = (
     CONFIG,
     OWN_CONFIG,
     REPORT,
+    ACTIVATIONS,
     INDEX,
     ENGINE_FILE,
     GENERATION_CONFIG,
     "pytorch_model.bin.index.json",
-    "quantize_config.json",
+    CONFIG_FILE,
 )
 
 
@@ -191,7 +195,11 @@ def write_aside(model: nn.Module, form: SavedForm, folder: Path) -> None:
 
 
 def write_report(model: Any, folder: Path) -> None:
-    """What happened to every weight."""
+    """What happened to every weight, the ranges of activations, and the configuration of another system that asked for it."""
+    config = getattr(model, "quantization_config", None)
+    if isinstance(config, WeightOnlyConfig):
+        config.save_pretrained(folder)
+    write_ranges(model, folder)
     (folder / REPORT).write_text(model.lowbit_report.to_json() + "\n", encoding="utf-8")
 
 

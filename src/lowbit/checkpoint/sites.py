@@ -25,6 +25,7 @@ from torch import nn
 from lowbit.algorithms.rtn import relative_error
 from lowbit.checkpoint import compressed
 from lowbit.checkpoint.form import ASIDE
+from lowbit.checkpoint.ranges import read_ranges_
 from lowbit.errors import CheckpointError, RecipeError, WeightError
 from lowbit.formats import Format, format_from_name
 from lowbit.layers import LowBitLinear, PackedWeight
@@ -34,7 +35,7 @@ from lowbit.packing import BUFFERS, PackedTensor
 from lowbit.quantize import left_out, nothing_packed, pack_weight, plan, warn_about_idle_exceptions
 from lowbit.recipe import Choice, Recipe
 from lowbit.report import Report
-from lowbit.schemes import scheme_of
+from lowbit.schemes import ACTIVATIONS, scheme_of
 from lowbit.swap import low_bit_module, replace_module
 
 # A second copy of a tied weight that the packed first one explains this much worse is another weight.
@@ -185,7 +186,7 @@ class Reading(Sites):
 
     def __init__(self, model: nn.Module, fields: dict[str, Any], folder: Path | None = None) -> None:
         super().__init__(model)
-        self.fields = fields
+        self.fields, self.folder = fields, folder
         self.own = fields["quant_method"] == OWN_METHOD
         ours = fields if self.own else fields.get(OWN_METHOD) or {}
         tied = ours.get("tied") or {}
@@ -215,9 +216,18 @@ class Reading(Sites):
                 found |= {_held_path(target, suffix): scheme for _, suffix in _weight_names(target)}
         return found
 
+    @property
+    def integers(self) -> bool:
+        """Whether weights lie in the checkpoint as int8 under the names of dense ones."""
+        return not self.own and any(scheme.get(ACTIVATIONS) for scheme in self.formats.values())
+
     def wants(self, name: str) -> bool:
         site = self.by_name.get(name)
         return site is not None and _held_path(*site) in self.formats
+
+    def leaves(self, name: str) -> bool:
+        """Whether a weight is dense in the checkpoint, and stays so."""
+        return not self.wants(name) and name not in self.copies
 
     def read(self, name: str, tensors: dict[str, torch.Tensor], missing: set[str] | None) -> None:
         """Put one packed weight in place; `tensors` are its buffers by the names of its form."""
@@ -252,6 +262,8 @@ class Reading(Sites):
             if target.path not in self.placed and _held_path(target, suffix) in self.formats:
                 raise CheckpointError(f"the checkpoint lacks the packed weight {name} that config.json promises")
         self.settle_biases()
+        if self.folder is not None:
+            read_ranges_(self.model, self.folder)
 
 
 @dataclass(frozen=True)
@@ -290,6 +302,8 @@ def _parts_of(format: Format) -> Iterator[str]:
         yield "zeros"
     if format.scale_block or format.has_global_scale:
         yield "scale_scales"
+    if format.fixed_range:
+        yield "input_range"
 
 
 def _held_path(target: Target, suffix: str) -> str:

@@ -13,6 +13,7 @@ from lowbit.cli.listing import Hints, StoredWeight, hints_from, list_weights
 from lowbit.cli.options import add_json, path
 from lowbit.cli.output import Output, count_of, count_text, size_text
 from lowbit.contents import (
+    ACTIVATIONS,
     CONFIG,
     OWN_CONFIG,
     REPORT,
@@ -142,6 +143,8 @@ def _about(folder: Path) -> tuple[dict[str, Any], Hints]:
         "architecture": _first(config.get("architectures")),
         "quant_method": quantization.get("quant_method"),
     }
+    if (folder / ACTIVATIONS).is_file():
+        facts["activation_ranges"] = read_json(folder / ACTIVATIONS).get("ranges")
     return facts, _hints(folder, quantization)
 
 
@@ -189,6 +192,7 @@ def print_checkpoint(output: Output, checkpoint: Checkpoint, everything: bool) -
             ("quantised by", str(facts.get("quant_method") or "nothing")),
             ("weights", f"{count_text(checkpoint.count)} in {size_text(checkpoint.nbytes)}"),
             ("bits per weight", f"{checkpoint.bits_per_weight:.2f}"),
+            *_activations(facts.get("activation_ranges")),
         ]
     )
     output.say()
@@ -198,6 +202,13 @@ def print_checkpoint(output: Output, checkpoint: Checkpoint, everything: bool) -
     totals = checkpoint.formats().items()
     rows = [(name, str(t["tensors"]), count_text(t["weights"]), size_text(t["bytes"])) for name, t in totals]
     output.table(("format", "count", "weights", "size"), rows, right=("count", "weights", "size"))
+
+
+def _activations(ranges: Any) -> list[tuple[str, str]]:
+    """A line for layers that round activations to fixed ranges."""
+    if not isinstance(ranges, dict):
+        return []
+    return [("activations", f"rounded to the ranges of {count_of(len(ranges), 'layer')} in {ACTIVATIONS}")]
 
 
 def _alike(weights: Iterable[StoredWeight]) -> list[list[StoredWeight]]:

@@ -38,6 +38,7 @@ _BESIDE_DENSE = (
     ".weight_scale_inv",
     ".weight_zero_point",
     ".input_scale",
+    ".input_zero_point",
     ".SCB",
     ".weight_format",
     ".weight_shape",
@@ -76,11 +77,13 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Hints:
-    """What a folder says of its weights beside their tensors: its quantization_config, lowbit's formats and shapes."""
+    """What a folder says of its weights beside their tensors: its quantization_config, lowbit's formats and shapes, and the
+    formats that the report names."""
 
     config: dict[str, Any] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    report: dict[str, str] = field(default_factory=dict)
 
     @property
     def bits(self) -> int:
@@ -97,7 +100,7 @@ def hints_from(config: dict[str, Any], report: Report) -> Hints:
     layers = config.get("layers")
     formats = {path: name for name, paths in layers.items() for path in paths} if isinstance(layers, dict) else {}
     shapes = {row.path: tuple(row.shape) for row in report.layers}
-    return Hints(config, formats, shapes)
+    return Hints(config, formats, shapes, {row.path: row.format for row in report.layers})
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def _describe_lowbit(path: str, parts: Parts, hints: Hints) -> tuple[str, tuple[
     return format.name, hints.shapes.get(path, (*codes.shape[:-1], padded))
 
 
-_OURS = (".scales", ".zeros", ".scale_scales", ".scale_offset", ".order")
+_OURS = (".scales", ".zeros", ".scale_scales", ".scale_offset", ".order", ".input_range")
 _COMPRESSED = (
     ".weight_scale",
     ".weight_shape",
@@ -212,7 +215,7 @@ def list_weights(tensors: list[StoredTensor], hints: Hints) -> list[StoredWeight
     # Weights before what may stand beside them, whichever comes first in the file.
     for tensor in sorted(tensors, key=lambda tensor: not tensor.name.endswith(".weight")):
         if tensor.name in left:
-            found[tensor.name] = _dense_weight(tensor, left)
+            found[tensor.name] = _dense_weight(tensor, left, hints)
     return [found[tensor.name] for tensor in tensors if tensor.name in found]
 
 
@@ -240,11 +243,12 @@ def _bnb_weight(tensor: StoredTensor, left: Parts) -> StoredWeight | None:
     return StoredWeight(base, _canonical(f"{kind}_g{state['blocksize']}{double}"), tuple(state["shape"]), size)
 
 
-def _dense_weight(tensor: StoredTensor, left: Parts) -> StoredWeight:
+def _dense_weight(tensor: StoredTensor, left: Parts, hints: Hints) -> StoredWeight:
     """A tensor as it is stored, with the scales that stand beside it."""
     del left[tensor.name]
     base, is_weight, _ = tensor.name.rpartition(".weight")
     beside = [left.pop(base + end) for end in _BESIDE_DENSE if is_weight and base + end in left]
-    name = _DENSE_NAMES.get(tensor.dtype, tensor.dtype.lower())
     path = tensor.name.removesuffix(".weight")
+    name = _DENSE_NAMES.get(tensor.dtype, tensor.dtype.lower())
+    name = hints.report.get(path, name) if tensor.dtype == "I8" else name
     return StoredWeight(path, name, tensor.shape, tensor.nbytes + sum(part.nbytes for part in beside))

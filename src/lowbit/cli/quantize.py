@@ -15,7 +15,7 @@ from lowbit.cli.output import Output, size_text
 from lowbit.cli.source import Source, find_source
 from lowbit.contents import CONFIG
 from lowbit.errors import LowbitError, RecipeError, check_text
-from lowbit.options import LENGTH, ROUNDER_OPTIONS, SAMPLES, SCALER_OPTIONS, parse_options
+from lowbit.options import LENGTH, OPTION_RECIPES, RECIPE, ROUNDER_OPTIONS, SAMPLES, SCALER_OPTIONS, parse_options
 
 if TYPE_CHECKING:
     from lowbit.formats import Format
@@ -36,6 +36,8 @@ EXAMPLES = """\
   lowbit quantize ./model ./small --format int4_g128 --head none  one width, dense head: as vLLM and SGLang want it
   lowbit quantize ./model ./small --algorithm gptq --format int4_g64 --calibration text.txt    rounded for what it reads
   lowbit quantize ./model ./small --algorithm gptq --resume ./unfinished    goes on there after a kill
+  lowbit quantize ./model ./small --format w8a8 --scaler smoothquant    8-bit products, a scale for each row
+  lowbit quantize ./model ./small --format w8a8_static --scaler smoothquant    a range for each layer, in a JSON file
   lowbit quantize ./model ./small --format int4_g64 --bits 3.5    2 to 8 bits a weight, where they save most
   lowbit quantize ./model ./small --json > report.json            the report for a script"""
 
@@ -92,7 +94,7 @@ def add_algorithms(parser: argparse.ArgumentParser) -> None:
             action="append",
             default=[],
             metavar="NAME=V",
-            help=f"an option of the {kind} (may be repeated), as lowbit.options lists them",
+            help=f"an option of the {kind} (may be repeated), as docs/quantization.md lists them{_recipes(kind)}",
         )
     group.add_argument(
         "--calibration",
@@ -116,6 +118,13 @@ def add_algorithms(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--spill", type=path, metavar="FOLDER", help="keep activations in files of FOLDER instead of in memory"
     )
+
+
+def _recipes(kind: str) -> str:
+    """The names of options that a kind of algorithm has together."""
+    table = ROUNDER_OPTIONS if kind == "algorithm" else SCALER_OPTIONS
+    found = [f"; {name}: {RECIPE}={', '.join(OPTION_RECIPES[name])}" for name in table if name in OPTION_RECIPES]
+    return "".join(found)
 
 
 def run(options: argparse.Namespace) -> int:

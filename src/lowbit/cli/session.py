@@ -11,9 +11,7 @@ KeyboardInterrupt in the middle of an answer.
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from transformers.generation import BaseStreamer
 
 import lowbit
 from lowbit.bench import peak_memory
+from lowbit.checkpoint.gguf_source import gguf_tokenizer
 from lowbit.checkpoint.verdict import one_sentence
 from lowbit.cli.answer import ONE_TEXT, Answer, Emit, Message
 from lowbit.cli.options import LoadOptions, Sampling
@@ -30,7 +29,6 @@ from lowbit.cli.source import Source
 from lowbit.core.library import library_path
 from lowbit.core.threads import set_threads
 from lowbit.errors import BareErrors, CheckpointError, LowbitError, one_line
-from lowbit.interop.gguf import open_gguf
 from lowbit.runtime.text import TextPieces
 
 # Files that say a folder has a tokenizer, of whatever kind.
@@ -206,7 +204,7 @@ def refuse_low_bit(source: Source) -> None:
 def load_tokenizer(source: Source, options: LoadOptions) -> Any | None:
     """The tokenizer of a model, or None if it has none."""
     if source.kind == "gguf":
-        return _gguf_tokenizer(source)
+        return gguf_tokenizer(source.path)
     is_folder = source.kind == "folder"
     if is_folder and not any(file for pattern in _TOKENIZER_FILES for file in source.path.glob(pattern)):
         return None
@@ -221,13 +219,6 @@ def load_tokenizer(source: Source, options: LoadOptions) -> Any | None:
         if is_folder:
             raise
     return None
-
-
-def _gguf_tokenizer(source: Source) -> Any:
-    """The tokenizer that a GGUF file describes; transformers reads it from files, so it is put into some."""
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-        open_gguf(source.path).write_tokenizer(Path(folder))
-        return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def prepare_torch(threads: int | None) -> None:

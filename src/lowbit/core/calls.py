@@ -173,6 +173,8 @@ def refuses(format: Format, shape: tuple[int, ...], compute: str = "auto") -> st
     """Why the core cannot multiply by a weight of this format and shape, or None when it can."""
     if format.levels and format.bits not in _TABLE_BITS:
         return f"the compiled core has no table of {format.bits} bits ({format})"
+    if format.fixed_range:
+        return f"{format} rounds activations to the range of their layer, which only layers of torch do"
     if format.act_bits == 8 and compute not in ("auto", "int8"):
         return f"{format} quantises its activations, so compute={compute!r} contradicts it"
     if len(shape) not in (2, 3):

@@ -3,6 +3,9 @@
 `core.calls` speaks in addresses and imports no torch, so that the engine can use it alone; this file turns tensors into addresses.
 The prepared form is one plain uint8 buffer laid out for wide loads; the experts of a 3-D weight lie in it one after another. It
 takes the place of the canonical buffers, and the engine of the same model reads the same buffer, so a weight lies in memory once.
+
+The core rounds each row of activations with a scale of its own. Where a layer has a fixed range its input is rounded here, and
+the core multiplies in fp32, which gives what integers would up to the order of sums.
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ from lowbit.core.library import library_path
 from lowbit.core.tensors import DTYPE_NAMES, addresses, as_rows, rows_of
 from lowbit.errors import KernelError
 from lowbit.formats import Format
+from lowbit.kernels.reference import round_to_range
 from lowbit.packing import PackedTensor, empty_buffers
 
 PREPARED = "prepared"
+RANGE = "input_range"
 
 
 def refuses(format: Format, shape: tuple[int, ...], compute: str) -> str | None:
     if library_path() is None:
         return "the compiled core is not installed; reinstall lowbit with a C++17 compiler at hand"
-    return calls.refuses(format, shape, compute)
+    return calls.refuses(format.unfixed, shape, compute)
 
 
 def prepare(packed: PackedTensor) -> dict[str, torch.Tensor]:
@@ -36,12 +41,12 @@ def prepare(packed: PackedTensor) -> dict[str, torch.Tensor]:
         tensors = {name: tensor.contiguous() for name, tensor in expert.tensors().items()}
         place = prepared.data_ptr() + index * size
         calls.prepare(packed.format, rows, cols, addresses(tensors), place, size)
-    return {PREPARED: prepared}
+    return {PREPARED: prepared} | ({} if packed.input_range is None else {RANGE: packed.input_range})
 
 
 def restore(buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...]) -> PackedTensor:
     prepared = buffers[PREPARED]
-    packed = PackedTensor(format, shape, **empty_buffers(format, shape, torch))
+    packed = PackedTensor(format, shape, **empty_buffers(format, shape, torch), input_range=buffers.get(RANGE))
     experts = _experts(packed)
     size = prepared.numel() // len(experts)
     for index, expert in enumerate(experts):
@@ -55,7 +60,7 @@ def expert(
     """The buffers of one matrix of a 3-D weight, sharing memory."""
     prepared = buffers[PREPARED]
     size = prepared.numel() // shape[0]
-    return {PREPARED: prepared[index * size : (index + 1) * size]}
+    return buffers | {PREPARED: prepared[index * size : (index + 1) * size]}
 
 
 def rows(buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...], ids: torch.Tensor) -> torch.Tensor:
@@ -72,7 +77,7 @@ def run(
     """x [.., in] times a prepared weight [out, in]: [.., out] in the type of x."""
     _check_input(x, shape)
     prepared = buffers[PREPARED]
-    known = x if x.dtype in DTYPE_NAMES else x.float()
+    known, compute = _as_it_enters(x, buffers, compute)
     flat = as_rows(known)
     y = torch.empty(flat.shape[0], shape[0], dtype=flat.dtype)
     if flat.shape[0]:
@@ -91,7 +96,8 @@ def run_experts(
 ) -> torch.Tensor:
     """Rows sorted by expert times the expert of each, as in the reference: one call for all of them."""
     _check_input(x, shape)
-    known = (x if x.dtype in DTYPE_NAMES else x.float()).detach().contiguous()
+    known, compute = _as_it_enters(x.detach(), buffers, compute)
+    known = known.contiguous()
     y = torch.zeros(len(x), shape[-2], dtype=known.dtype)
     threads.follow(torch.get_num_threads())
     edges = begins.to("cpu", torch.int64).contiguous()
@@ -99,6 +105,13 @@ def run_experts(
     stack = calls.Experts(prepared.data_ptr(), prepared.numel() // shape[0], shape[0], edges.data_ptr())
     calls.run_experts(stack, rows_of(known), rows_of(y), compute)
     return y.to(x.dtype)
+
+
+def _as_it_enters(x: torch.Tensor, buffers: dict[str, torch.Tensor], compute: str) -> tuple[torch.Tensor, str]:
+    """x in a type that the core reads, and what it shall compute in: fp32 where x was rounded to a range already."""
+    if RANGE in buffers:
+        return round_to_range(x, buffers[RANGE]), "fp32"
+    return (x if x.dtype in DTYPE_NAMES else x.float()), compute
 
 
 def _check_input(x: torch.Tensor, shape: tuple[int, ...]) -> None:

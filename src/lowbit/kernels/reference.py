@@ -2,7 +2,9 @@
 
 `compute` sets the precision of the product: "auto" is that of the activations. Formats that quantise activations
 (w8a8) round each row of x to int8 with one scale, which is what an integer kernel computes:  y = (round(x / s) s) W^T,
-s = max|x| / 127.
+s = max|x| / 127. Where a layer has a fixed range (w8a8_static), x is rounded to its 256 steps instead, and cut at its ends:
+
+    s = (high - low) / 255        z = round(-low / s)        x^ = s (clamp(round(x / s) + z, 0, 255) - z)
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ def run(
     x: torch.Tensor, buffers: dict[str, torch.Tensor], format: Format, shape: tuple[int, ...], compute: str
 ) -> torch.Tensor:
     """x [.., in] times a packed weight [out, in]: [.., out] in the type of x."""
-    weight = unpack(restore(buffers, format, shape))
+    packed = restore(buffers, format, shape)
+    weight = unpack(packed)
+    if packed.input_range is not None:
+        return torch.nn.functional.linear(round_to_range(x.float(), packed.input_range), weight).to(x.dtype)
     if format.act_bits == 8 or compute == "int8":
         return torch.nn.functional.linear(round_activations(x.float()), weight).to(x.dtype)
     dtype = _DTYPES.get(compute, x.dtype)
@@ -45,6 +50,14 @@ def round_activations(x: torch.Tensor) -> torch.Tensor:
     """x as int8 with one scale per row would hold it, in fp32."""
     scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 127
     return (x / scale).round() * scale
+
+
+def round_to_range(x: torch.Tensor, input_range: torch.Tensor) -> torch.Tensor:
+    """x as 8-bit codes of a range [low, high] would hold it, in fp32. Zero is always among them."""
+    low, high = input_range[0].clamp_max(0), input_range[1].clamp_min(0)
+    scale = ((high - low) / 255).clamp_min(1e-12)
+    zero = (-low / scale).round()
+    return (((x.float() / scale).round() + zero).clamp(0, 255) - zero) * scale
 
 
 def expert(

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowbit.core import calls
 from lowbit.core.library import c_format
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.formats import Format
@@ -52,6 +53,9 @@ def write_engine_file(folder: str | Path) -> Path:
 
 def engine_description(files: FolderFiles) -> dict[str, Any]:
     """What is written, as plain dicts and lists."""
+    refusals = [refusal for format in files.formats if (refusal := calls.refuses(format, (1, 1)))]
+    if refusals:
+        raise CheckpointError(f"the engine does not run this model: {refusals[0]}")
     spec = read_spec(files)
     settings = settings_from(files.generation_config, spec.tokens.eos)
     return {
@@ -131,6 +135,10 @@ class _Weights:
             raise CheckpointError(f"{name} is listed as packed and is not")
         parts = self.files.packed.parts(name)
         codes = parts.get("codes", parts.get("weight_packed"))
+        if "weight" in parts:
+            raise CheckpointError(
+                f"{name} lies there as int8, which this face does not read: save it with compact=True"
+            )
         if codes is None or codes.shape != packed.codes.shape:
             raise CheckpointError(
                 f"{name} is packed in an older way: load the model and save it again with save_low_bit"

@@ -32,7 +32,7 @@ from lowbit.contents import (
 )
 from lowbit.core import calls
 from lowbit.errors import CheckpointError, RecipeError, understood
-from lowbit.formats import Format, format_from_name
+from lowbit.formats import Format
 from lowbit.models.families import spec_from_config
 from lowbit.models.spec import DecoderSpec, Located
 from lowbit.packing import PackedTensor
@@ -136,7 +136,8 @@ class FolderFiles:
 
     @property
     def formats(self) -> set[Format]:
-        return {format_from_name(name) for name in self.packed.format_of.values()}
+        with understood(_odd(self.path)):
+            return self.packed.formats
 
     def check(self) -> None:
         for file in {tensor.file for tensor in self.tensors.values()}:

@@ -1,9 +1,10 @@
-"""The two saved forms of packed weights, read with numpy: compressed-tensors' `pack-quantized`, and lowbit's own.
+"""The saved forms of packed weights, read with numpy: compressed-tensors' two, and lowbit's own.
 
-    compressed-tensors   x.weight_packed  x.weight_scale  x.weight_zero_point  x.weight_shape
+    pack-quantized       x.weight_packed  x.weight_scale  x.weight_zero_point  x.weight_shape
+    int-quantized        x.weight (int8)  x.weight_scale
     lowbit               x.packed_weight.codes  .scales  .zeros  ...      (experts: x.codes  .scales  ...)
 
-Both hold the same bits (`checkpoint.compressed` has the differences). What a weight is called when it is dense,
+All hold the same bits (`checkpoint.compressed` has the differences). What a weight is called when it is dense,
 `x.weight`, is how the spec looks for it, so a `PackedIndex` lists those names and gives the packed weight behind one.
 """
 
@@ -21,10 +22,14 @@ from lowbit.formats import Format, format_from_name
 from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.packing import BUFFERS, PackedTensor, code_shape, scale_shape
 from lowbit.runtime.mapped import Tensor
-from lowbit.schemes import format_of, scheme_of
+from lowbit.schemes import ACTIVATIONS, format_of, rounded_format, scheme_of
 
 _COMPRESSED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+_INTEGER_PARTS = ("weight", "weight_scale", "input_scale", "input_zero_point")
+# int8 is what is above the middle of codes of 8 bits.
+_SIGN = np.uint8(128)
 _OWN_CODES, _CODES, _PACKED = ".packed_weight.codes", ".codes", ".weight_packed"
+_SCALE = ".weight_scale"
 _NO_FORMAT = "config.json says no format for {path}, whose weight is packed: the two do not belong together"
 _SCALE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
@@ -66,6 +71,10 @@ class PackedIndex:
         if name.endswith(_PACKED):
             path = name.removesuffix(_PACKED)
             return f"{path}.weight", path
+        if self.method == COMPRESSED_METHOD and name.endswith(_SCALE):
+            path = name.removesuffix(_SCALE)
+            whole = self.tensors.get(f"{path}.weight")
+            return (f"{path}.weight", path) if whole is not None and whole.dtype == "I8" else None
         if name.endswith(_CODES):
             path = name.removesuffix(_CODES)
             return path, path
@@ -74,7 +83,7 @@ class PackedIndex:
     @property
     def names(self) -> set[str]:
         """Every weight of the folder by its dense name: what packed ones are stored as is left out."""
-        words = _COMPRESSED_PARTS if self.method == COMPRESSED_METHOD else BUFFERS
+        words = (*_COMPRESSED_PARTS, *_INTEGER_PARTS[1:]) if self.method == COMPRESSED_METHOD else BUFFERS
         stems = {stem for path in self.paths.values() for stem in (path, f"{path}.packed_weight")}
         return {*self.tensors, *self.paths} - {f"{stem}.{word}" for stem in stems for word in words}
 
@@ -82,9 +91,8 @@ class PackedIndex:
         """The tensors of one packed weight, under the last word of their names."""
         path = self.paths[name]
         if self.method == COMPRESSED_METHOD:
-            return {
-                word: self.tensors[f"{path}.{word}"] for word in _COMPRESSED_PARTS if f"{path}.{word}" in self.tensors
-            }
+            words = _COMPRESSED_PARTS if path + _PACKED in self.tensors else _INTEGER_PARTS
+            return {word: self.tensors[f"{path}.{word}"] for word in words if f"{path}.{word}" in self.tensors}
         prefix = path if path + _CODES in self.tensors else f"{path}.packed_weight"
         return {word: self.tensors[f"{prefix}.{word}"] for word in BUFFERS if f"{prefix}.{word}" in self.tensors}
 
@@ -100,7 +108,28 @@ class PackedIndex:
         shape = (*codes.shape[:-1], columns)
         return PackedTensor(format, shape, **{word: tensor.view() for word, tensor in parts.items()})
 
+    @property
+    def formats(self) -> set[Format]:
+        """The formats that the configuration names, and those of groups that round activations."""
+        groups = [group for group in (self.config.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+        rounded = {rounded_format(group[ACTIVATIONS]) for group in groups if group.get(ACTIVATIONS)}
+        return rounded | {format_from_name(name) for name in self.format_of.values()}
+
+    def _read_integers(self, path: str, parts: dict[str, Tensor]) -> PackedTensor:
+        """Weights of 8 bits that lie there as int8. Ranges of activations are left: the engine refuses their format."""
+        scheme = scheme_of(path, ("Linear",), self.config)
+        if scheme is None or "weight_scale" not in parts:
+            raise CheckpointError(_NO_FORMAT.format(path=path))
+        whole, scales = parts["weight"].view(), parts["weight_scale"]
+        format = format_of(path, scheme, _SCALE_NAMES[scales.dtype])
+        codes = np.ascontiguousarray(whole.view(np.uint8) ^ _SIGN)
+        dense = np.empty(code_shape(format, whole.shape), np.int32)
+        calls.pack(format.bits, len(whole), whole.shape[1], codes.ctypes.data, dense.ctypes.data)
+        return PackedTensor(format, whole.shape, dense, scales.view())
+
     def _read_compressed(self, path: str, parts: dict[str, Tensor], is_embedding: bool) -> PackedTensor:
+        if "weight" in parts:
+            return self._read_integers(path, parts)
         for word in ("weight_packed", "weight_scale", "weight_shape"):
             if word not in parts:
                 raise CheckpointError(f"{path}: the checkpoint lacks its {word}; is a shard of it missing?")

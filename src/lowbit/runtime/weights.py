@@ -114,6 +114,9 @@ class Preparation:
 
 def _reserve(packed: PackedTensor) -> tuple[Matrix, list[calls.Preparing], list[Any]]:
     """Memory for a weight, what the core has to do to fill it, and the arrays that must live until then."""
+    refusal = calls.refuses(packed.format, packed.shape) if packed.format.fixed_range else None
+    if refusal:
+        raise WeightError(f"the engine cannot run this model: {refusal}; load it through lowbit.AutoModelForCausalLM")
     experts = [packed.expert(i) for i in range(packed.shape[0])] if len(packed.shape) == 3 else [packed]
     rows, cols = packed.shape[-2:]
     # Every buffer begins on a boundary of its own.

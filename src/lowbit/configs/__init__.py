@@ -1,0 +1,1 @@
+"""The configurations of Neural Compressor's transformers-like API, as recipes."""
