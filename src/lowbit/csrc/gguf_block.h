@@ -22,14 +22,6 @@ struct BlockLayout {
 // nullptr when there is no such type.
 const BlockLayout* block_layout(int block_type);
 
-// What one block holds besides its codes, as the prepared form keeps it: q2_k's two nibbles stay in one byte of `scales`.
-struct BlockNumbers {
-    uint8_t scales[kMostBlockGroups], minima[kMostBlockGroups];
-    uint16_t factor, minimum_factor;  // fp16: d, and dmin or the minimum itself
-};
-
-void read_block(int block_type, const uint8_t* from, uint8_t* codes, BlockNumbers* block);
-void write_block(int block_type, const uint8_t* codes, const BlockNumbers& block, uint8_t* to);
 // Rows of blocks as numbers.
 void dequantize_blocks(const DequantizeJob& job, int64_t begin, int64_t end);
 

@@ -158,6 +158,13 @@ inline void planes_to_bytes(const uint8_t* planes, uint8_t* bytes, int64_t strid
     }
 }
 
+// Columns that lie side by side in both forms: first column, its position, and how many.
+template <class Work>
+inline void for_each_segment(const Header& header, const Work& work) {
+    const Plan& plan = header.plan;
+    for (int64_t s = 0; s < plan.segments; ++s) work(plan.column_of(s), s * plan.segment, plan.width_of(s, header.cols));
+}
+
 // One row of codes between its canonical form and bytes by position. `row` is room for its codes in order.
 template <int kBits>
 void row_to_bytes(const RepackJob& job, BlockRange range, int lane, uint8_t* base, uint8_t* row, uint8_t* bytes) {
@@ -165,7 +172,7 @@ void row_to_bytes(const RepackJob& job, BlockRange range, int lane, uint8_t* bas
     if (header.kind == LOWBIT_BLOCKS) return blocks_to_lanes(job, range.first_row + lane, base, bytes);
     const int64_t words = divide_up(header.cols * kBits, 32);
     read_codes(static_cast<const uint32_t*>(job.codes) + (range.first_row + lane) * words, row, header.cols, kBits);
-    for (int64_t k = 0; k < header.cols; ++k) bytes[header.plan.position_of(k)] = row[k];
+    for_each_segment(header, [&](int64_t column, int64_t position, int64_t width) { memcpy(bytes + position, row + column, static_cast<size_t>(width)); });
 }
 
 template <int kBits>
@@ -173,7 +180,7 @@ void bytes_to_row(const RepackJob& job, BlockRange range, int lane, const uint8_
     const Header& header = *job.header;
     if (header.kind == LOWBIT_BLOCKS) return lanes_to_blocks(job, range.first_row + lane, base, bytes);
     const int64_t words = divide_up(header.cols * kBits, 32);
-    for (int64_t k = 0; k < header.cols; ++k) row[k] = bytes[header.plan.position_of(k)];
+    for_each_segment(header, [&](int64_t column, int64_t position, int64_t width) { memcpy(row + column, bytes + position, static_cast<size_t>(width)); });
     write_codes(static_cast<uint32_t*>(job.codes) + (range.first_row + lane) * words, row, header.cols, kBits);
 }
 
