@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lowbit.cli import FAILED, OK, main
-from lowbit.cli.page import Plot, Point, Series, Table, html_page
+from lowbit.cli.page import Plot, Point, Series, Table, html_page, svg_of
 from lowbit_assets import tiny_model
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -117,3 +118,15 @@ def test_whatever_is_plotted_is_well_formed() -> None:
     assert words_of(page).count(name) >= 8
     for circle in page.iter(f"{SVG}circle"):
         assert 0 <= float(circle.get("cx", "")) <= 960 and 0 <= float(circle.get("cy", "")) <= 380
+
+
+def test_a_plot_is_a_file_of_its_own() -> None:
+    """Factors of ten are as far apart as one another, and the legend is inside."""
+    points = [Point(float(place), value, f"p{place}") for place, value in enumerate((0.01, 0.1, 1.0, 10.0))]
+    plot = Plot("growth", "x", "y", [Series("<ours>", points), Series("theirs", points[:1])], logarithmic=True)
+    drawn = ElementTree.fromstring(svg_of(plot))
+    words = [text.text for text in drawn.iter(f"{SVG}text")]
+    assert {"<ours>", "theirs", "0.05", "2"} <= set(words)
+    heights = [float(c.get("cy", "")) for c in drawn.iter(f"{SVG}circle") if c.find(f"{SVG}title") is not None][:4]
+    steps = [a - b for a, b in itertools.pairwise(heights)]
+    assert min(steps) > 0 and max(steps) - min(steps) < 0.2

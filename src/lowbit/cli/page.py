@@ -24,6 +24,12 @@ td, th { padding: 0.15em 0.8em; text-align: right; border-bottom: 1px solid #888
 td:first-child, th:first-child { text-align: left; }
 .axis { stroke: currentColor; } .line { stroke: #8884; } .mark { font-weight: bold; }
 """
+# What a drawing needs that lies in no page.
+_ALONE = """
+svg { color: #222; } @media (prefers-color-scheme: dark) { svg { color: #ddd; } }
+text { font: 12px system-ui, sans-serif; fill: currentColor; } .axis { stroke: currentColor; } .line { stroke: #8884; }
+"""
+_LEGEND_LINE = 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of series. `steps` are values of x with words for them, instead of numbers; `level` a line across."""
+    """A plot of series. `steps` are values of x with words for them, instead of numbers; `level` a line across.
+
+    `logarithmic`: y, which is above 0 then, goes up by factors.
+    """
 
     title: str
     x: str
@@ -55,6 +64,7 @@ class Plot:
     series: Sequence[Series]
     steps: Sequence[tuple[float, str]] = ()
     level: tuple[float, str] | None = None
+    logarithmic: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,16 @@ def html_page(title: str, remarks: Iterable[str], parts: Iterable[Plot | Table])
         '<!DOCTYPE html>\n<html xmlns="http://www.w3.org/1999/xhtml" lang="en">\n'
         f"<head>{head}</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
+
+
+def svg_of(plot: Plot) -> str:
+    """A plot as a file of its own, its legend inside."""
+    marks = []
+    for number, one in enumerate(plot.series):
+        x, y, colour = _WIDTH - _RIGHT - 190, _TOP + _LEGEND_LINE * (number + 0.5), _COLOURS[number % len(_COLOURS)]
+        marks.append(f'<circle cx="{x}" cy="{y - 4:.1f}" r="4" fill="{colour}"/>')
+        marks.append(_text(x + 10, y, one.name, "start"))
+    return _drawing(plot, [f"<style>{_ALONE}</style>", *marks])
 
 
 def _table(table: Table) -> str:
@@ -105,22 +125,45 @@ class _Scale:
         return [i * step for i in range(first, math.floor(self.high / step) + 1)]
 
 
+class _LogScale(_Scale):
+    """The same by factors, for values above 0."""
+
+    def __init__(self, values: Sequence[float], first: float, last: float) -> None:
+        super().__init__([math.log10(value) for value in values], first, last, from_zero=False)
+
+    def __call__(self, value: float) -> float:
+        return super().__call__(math.log10(value))
+
+    def ticks(self) -> list[float]:
+        """One, two and five times the powers of ten."""
+        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+        values = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+        return [value for value in values if self.low <= math.log10(value) <= self.high]
+
+
 def _svg(plot: Plot) -> str:
+    """A plot inside a page, its legend below."""
+    return _drawing(plot) + ("" if len(plot.series) < 2 else _legend(plot.series))
+
+
+def _drawing(plot: Plot, more: Sequence[str] = ()) -> str:
     points = [point for series in plot.series for point in series.points]
     level = [] if plot.level is None else [plot.level[0]]
     across = _Scale([p.x for p in points], _LEFT, _WIDTH - _RIGHT, from_zero=False)
-    upward = _Scale([p.y for p in points] + level, _HEIGHT - _BOTTOM, _TOP, from_zero=True)
-    parts = [*_axes(plot, across, upward)]
+    heights = [p.y for p in points] + level
+    upward = _Scale(heights, _HEIGHT - _BOTTOM, _TOP, from_zero=True)
+    if plot.logarithmic:
+        upward = _LogScale(heights, _HEIGHT - _BOTTOM, _TOP)
+    parts = [*more, *_axes(plot, across, upward)]
     if plot.level is not None:
         y = upward(plot.level[0])
         parts.append(_line(_LEFT, y, _WIDTH - _RIGHT, y, 'class="axis" stroke-dasharray="6 4"'))
         parts.append(_text(_LEFT + 6, y - 5, plot.level[1], "start"))
     for number, series in enumerate(plot.series):
         parts += _drawn(series, _COLOURS[number % len(_COLOURS)], across, upward)
-    legend = "" if len(plot.series) < 2 else _legend(plot.series)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f"aria-label={quoteattr(plot.title)}>\n" + "\n".join(parts) + f"\n</svg>{legend}"
+        f"aria-label={quoteattr(plot.title)}>\n" + "\n".join(parts) + "\n</svg>"
     )
 
 
