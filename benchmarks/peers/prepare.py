@@ -50,11 +50,17 @@ ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
     "torch": (("torchao==0.18.0", "transformers==5.23.0", TORCH, "safetensors", "accelerate", "psutil"),),
+    # What quality.py measures against: named as their workers are.
+    "autoround": (("auto-round==0.16.1", TORCH, "safetensors"),),
+    "llmcompressor": (("llmcompressor==0.14.0.1", TORCH, "safetensors"),),
+    "hqq": (("hqq==0.2.8.post1", "transformers==5.23.0", TORCH, "safetensors", "accelerate"),),
 }
 PROGRAMS = ("llama-bench", "llama-quantize", "llama-batched-bench")
 NATIVE = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF")
 SMALL = ("-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_TESTS=OFF")
 BLOCK = 256  # columns of a k-quant's block
+GGUF_TYPES = ("Q4_0", "Q4_K_M", "Q8_0")
+FEW_BITS = ("Q3_K_M", "Q2_K")  # of the padded model alone: rows that hold no whole blocks fall back to wider types
 
 
 def run(words: Sequence[object]) -> None:
@@ -106,7 +112,7 @@ def make_gguf(peers: Path, model: str, original: Path, threads: int) -> None:
         if not padded.exists():
             run([sys.executable, HERE / "workers" / "pad_gguf.py", plain, padded, BLOCK])
     for name, start in starts.items():
-        for wanted in ("Q4_0", "Q4_K_M", "Q8_0"):
+        for wanted in (*GGUF_TYPES, *(FEW_BITS if name.endswith("padded") else ())):
             out = models / f"{name}-{wanted}.gguf"
             if not out.exists():
                 run([peers / "llama" / "bin" / "llama-quantize", start, out, wanted, threads])

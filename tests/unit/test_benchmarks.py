@@ -111,3 +111,81 @@ def test_an_unknown_row_is_told_with_the_nearest(load: object) -> None:
     default_format: ModuleType = load("default_format")  # type: ignore[operator]
     with pytest.raises(SystemExit, match="did you mean int4_g64, tied int5_g32"):
         default_format.measure_again(argparse.Namespace(only=["int4_g64, tied int5_g3"]))
+
+
+def quality_row(program: str, algorithm: str, scheme: str, kl: float, **more: object) -> dict[str, object]:
+    """A row of quality.json whose windows differ, but differ alike in all rows."""
+    texts = {}
+    for text in ("sqlite_valid", "moby_dick"):
+        windows = [kl + 0.1 * i for i in range(4)]
+        numbers = {"kl": sum(windows) / 4, "standard_error": 0.1, "agreement": 0.5, "windows_kl": windows}
+        texts[text] = numbers | {"perplexity": {"ppl": 30.0}, "original": {"ppl": 20.0}}
+    row = {"name": f"{program} {algorithm}, {scheme}", "program": program, "algorithm": algorithm, "scheme": scheme}
+    return row | {"bits": 4.25, "texts": texts, "machine": 0} | more
+
+
+def quality_data(*rows: dict[str, object]) -> dict[str, object]:
+    machine = {"processor": "one", "commit": "two", "command": "three", "date": "four"}
+    return {"machine": machine, "machines": [machine], "windows": 4, "samples": 8, "rows": list(rows)}
+
+
+def test_quality_is_judged_window_by_window(load: object) -> None:
+    report: ModuleType = load("quality_report")  # type: ignore[operator]
+    one, other = quality_row("lowbit", "gptq", "W4 g64", 0.201), quality_row("llm-compressor", "gptq", "W4 g64", 0.2)
+    apart = report.difference(one, other)
+    # The windows differ by 0.1 among one another, the rows by 0.001 in every window.
+    assert apart.mean == pytest.approx(0.001) and apart.error < 1e-9 and not apart.within
+    assert report.difference(other, one).within and report.difference(other, one).clear
+    assert report.difference(one, one).within and not report.difference(one, one).clear
+
+
+def test_promises_are_met_or_missed_by_the_rows(load: object) -> None:
+    report: ModuleType = load("quality_report")  # type: ignore[operator]
+    alone = {"alone": True, "host_bytes": 1e9, "device_bytes": 0}
+    data = quality_data(
+        quality_row("lowbit", "plain rtn", "W4 g64", 0.4),
+        quality_row("lowbit", "rtn", "W4 g64", 0.3),
+        quality_row("lowbit", "awq", "W4 g64", 0.35),
+        quality_row("lowbit", "gptq", "W4 g64", 0.2, seconds=9.0, **alone),
+        quality_row("llm-compressor", "gptq", "W4 g64", 0.19, seconds=8.0, **alone),
+        quality_row("lowbit", "autoround", "W4 g64", 0.18, seconds=5.0, **alone),
+        quality_row("auto-round", "autoround", "W4 g64", 0.2, seconds=10.0, alone=False),
+        quality_row("lowbit", "autoround", "W2 g64", 1.0, bits=2.25),
+        quality_row("lowbit", "autoround asym", "W2 g64", 0.5, bits=2.375),
+        quality_row("hqq", "hqq", "W2 g64", 1.5, bits=2.25),
+        quality_row("llama.cpp", "Q4_K_M", "Q4_K_M", 0.1, bits=4.8),
+        quality_row("lowbit", "gptq, bits allocated", "Q4_K_M", 0.09, bits=4.9),
+        {
+            "name": "hqq hqq, W4",
+            "program": "hqq",
+            "algorithm": "hqq",
+            "scheme": "W4",
+            "error": "it has no\nsuch bits",
+            "machine": 0,
+        },
+    )
+    found = {verdict.what: verdict.kept for verdict in report.judge(data)}
+    times = [verdict for verdict in report.judge(data) if " s against " in verdict.figures]
+    assert [(verdict.what, verdict.kept) for verdict in times] == [("gptq against llm-compressor gptq, W4 g64", False)]
+    assert found["rtn against plain rtn, W4 g64"] and not found["awq against rtn, W4 g64"]
+    assert not found["gptq against llm-compressor gptq, W4 g64"]
+    # More bits than the peer's are no fair comparison.
+    assert found["autoround against hqq hqq, W2 g64"] and not found["gptq, bits allocated against Q4_K_M"]
+    page = report.page(data)
+    assert "hqq hqq, W4: it has no such bits" in page and "~10.0" in page and "| 9.0 |" in page
+    assert "one standard error: **missed** (1 of 2)" in page and found["autoround against auto-round autoround, W4 g64"]
+    assert "| **lowbit gptq** | 4.250 | 0.3500 ± 0.1000 |" in page
+    assert report.plot_of(data).count("<circle") > len(data["rows"])
+
+
+def test_quality_knows_what_a_format_costs(load: object) -> None:
+    rows: ModuleType = load("quality_rows")  # type: ignore[operator]
+    shapes = [(576, 576), (192, 1536)]
+    assert rows.stored_bits(shapes, 4, 64, 0) == pytest.approx(4.25)
+    assert rows.stored_bits(shapes, 4, 64, 16) == pytest.approx(4.5)
+    assert rows.stored_bits(shapes, 8, 0, 0) == pytest.approx(8 + 16 * 768 / (576 * 576 + 192 * 1536))
+    named = [row.name for row in rows.all_rows()]
+    assert len(named) == len(set(named)) and "lowbit gptq, W3 g64" in named
+    scripts = load("peers.rounders").SCRIPTS  # type: ignore[operator]
+    for row in rows.all_rows():
+        assert row.program == "llama.cpp" or rows.worker_of(row) in scripts
