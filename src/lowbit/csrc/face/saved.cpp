@@ -103,16 +103,6 @@ Json read_description(const std::string& folder) {
 
 }  // namespace
 
-Block::Block(int64_t bytes) {
-    const size_t rounded = (static_cast<size_t>(bytes) + 63) / 64 * 64;
-    data_.reset(static_cast<uint8_t*>(aligned_alloc(64, rounded ? rounded : 64)));
-    if (!data_) throw std::bad_alloc();
-}
-
-void Block::Free::operator()(uint8_t* data) const { free(data); }
-
-Block& SavedModel::keep(int64_t bytes) { return *blocks_.emplace_back(std::make_unique<Block>(bytes)); }
-
 SavedModel::SavedModel(const std::string& folder) : description_(read_description(folder)), files_(folder, names_of(description_.at("files"))) {
     describe_sizes();
     describe_ropes();
@@ -136,7 +126,7 @@ void SavedModel::describe_sizes() {
 const float* SavedModel::numbers(const Json& list, int64_t least) {
     const int64_t count = static_cast<int64_t>(list.list().size());
     if (count < least) throw Refusal(LOWBIT_BAD_ARGUMENT, "a list of the folder's description is too short; write it anew");
-    float* to = keep(count * 4).as<float>();
+    float* to = reinterpret_cast<float*>(memory_.take(count * 4));
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(list.list()[static_cast<size_t>(i)].number());
     return to;
 }

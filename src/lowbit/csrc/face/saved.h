@@ -9,27 +9,11 @@
 #include <vector>
 
 #include "../engine_api.h"
+#include "arena.h"
 #include "json.h"
 #include "tensors.h"
 
 namespace lowbit {
-
-// 64-byte aligned memory.
-class Block {
-public:
-    explicit Block(int64_t bytes);
-    uint8_t* data() const { return data_.get(); }
-    template <class T>
-    T* as() const {
-        return reinterpret_cast<T*>(data_.get());
-    }
-
-private:
-    struct Free {
-        void operator()(uint8_t* data) const;
-    };
-    std::unique_ptr<uint8_t, Free> data_;
-};
 
 class SavedModel {
 public:
@@ -65,14 +49,13 @@ private:
     const float* load_numbers(const Json& pieces, int64_t count, float offset);
     const Tensor& tensor(const Json& place) const;
     lowbit_format format_of(const Json& packed);
-    Block& keep(int64_t bytes);
 
     Json description_;
     TensorFiles files_;
     lowbit_model model_{};
     std::vector<lowbit_layer> layers_;
     std::vector<lowbit_rope> ropes_;
-    std::vector<std::unique_ptr<Block>> blocks_;
+    Arena memory_;
 };
 
 }  // namespace lowbit

@@ -77,7 +77,7 @@ lowbit_format SavedModel::format_of(const Json& packed) {
     if (format.kind == LOWBIT_LEVELS) {
         const std::vector<Json>& levels = from.at("levels").list();
         if (static_cast<int64_t>(levels.size()) != format.level_count) throw Refusal(LOWBIT_BAD_ARGUMENT, "a table of levels is not whole; write lowbit_engine.json anew");
-        float* to = keep(static_cast<int64_t>(levels.size()) * 4).as<float>();
+        float* to = reinterpret_cast<float*>(memory_.take(static_cast<int64_t>(levels.size()) * 4));
         for (size_t i = 0; i < levels.size(); ++i) to[i] = levels[i].is_null() ? __builtin_nanf("") : static_cast<float>(levels[i].number());
         format.levels = to;
     }
@@ -144,8 +144,8 @@ lowbit_matrix SavedModel::load_packed(const Json& weight, const lowbit_format& f
     if (static_cast<int64_t>(pieces.size()) != (apart ? matrix.count : 1)) refuse_sizes(weight);
     matrix.kind = LOWBIT_PREPARED;
     matrix.bytes = lowbit_prepared_bytes(&format, matrix.rows, matrix.cols);
-    Block& room = keep(matrix.bytes * matrix.count);
-    matrix.data = room.data();
+    uint8_t* room = memory_.take(matrix.bytes * matrix.count);
+    matrix.data = room;
     for (int64_t e = 0; e < matrix.count; ++e) {
         Canonical whole;
         for (const Json& piece : pieces[static_cast<size_t>(apart ? e : 0)].list()) {
@@ -154,7 +154,7 @@ lowbit_matrix SavedModel::load_packed(const Json& weight, const lowbit_format& f
         }
         if (static_cast<int64_t>(whole.codes.size()) != matrix.rows * row_bytes(format, matrix.cols)) refuse_sizes(weight);
         check(lowbit_prepare(&format, matrix.rows, matrix.cols, whole.codes.data(), whole.scales.data(), whole.zeros.data(), whole.factors.data(),
-                             room.data() + e * matrix.bytes, matrix.bytes, whole.offset.data()));
+                             room + e * matrix.bytes, matrix.bytes, whole.offset.data()));
     }
     return matrix;
 }
@@ -172,7 +172,7 @@ lowbit_matrix SavedModel::load_plain(const Json& weight, lowbit_matrix matrix) {
         matrix.data = first.data;
         return matrix;
     }
-    uint8_t* to = keep(count * size).data();
+    uint8_t* to = memory_.take(count * size);
     int64_t used = 0;
     for (const Json& parts : pieces)
         for (const Json& part : parts.list()) {
@@ -184,7 +184,7 @@ lowbit_matrix SavedModel::load_plain(const Json& weight, lowbit_matrix matrix) {
     if (used != count * size) refuse_sizes(weight);
     matrix.data = to;
     if (!transposed) return matrix;
-    uint8_t* turned = keep(count * size).data();
+    uint8_t* turned = memory_.take(count * size);
     for (int64_t e = 0; e < matrix.count; ++e)
         for (int64_t row = 0; row < matrix.rows; ++row)
             for (int64_t col = 0; col < matrix.cols; ++col)
@@ -207,7 +207,7 @@ lowbit_vector SavedModel::load_vector(const Json& weight, bool norm) {
 // Plain pieces as one fp32 vector of this length.
 const float* SavedModel::load_numbers(const Json& pieces, int64_t count, float offset) {
     if (count < 1 || count > kMostElements) throw Refusal(LOWBIT_BAD_ARGUMENT, "a vector of the folder's description has no sensible length");
-    float* to = keep(count * 4).as<float>();
+    float* to = reinterpret_cast<float*>(memory_.take(count * 4));
     int64_t used = 0;
     for (const Json& parts : pieces.list())
         for (const Json& part : parts.list()) {
