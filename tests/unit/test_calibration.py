@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from lowbit import calibration
 from lowbit.calibration import Calibration, calibration_from
 from lowbit.cli import FAILED, OK, main
 from lowbit.errors import RecipeError
@@ -47,6 +48,12 @@ def test_named_text(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     default = calibration_from("default", tokenizer, 2, 32)
     first = tokenizer.decode(default.tokens[0].tolist())
     assert text("sqlite_train").startswith(first)
+
+
+def test_a_text_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(calibration._NAMED, "default", tmp_path / "gone.xz")
+    with pytest.raises(RecipeError, match=r"comes with lowbit and is missing here .* install lowbit again"):
+        calibration_from("default", None)
 
 
 def test_batches_have_one_size() -> None:
