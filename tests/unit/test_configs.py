@@ -151,7 +151,12 @@ def test_they_return_from_their_saved_form(config: WeightOnlyConfig, tmp_path: P
 
 
 @pytest.mark.transformers
-@pytest.mark.parametrize("config", EXAMPLES, ids=lambda config: config.quant_method)
+@pytest.mark.parametrize(
+    "config",
+    # TEQ trains for seconds.
+    [pytest.param(c, marks=pytest.mark.slow) if isinstance(c, TeqConfig) else c for c in EXAMPLES],
+    ids=lambda config: config.quant_method,
+)
 def test_models_are_made_saved_and_loaded(config: WeightOnlyConfig, dense: Path, tmp_path: Path) -> None:
     original: Any = transformers.AutoModelForCausalLM.from_pretrained(dense).eval()
     model = Auto.from_pretrained(dense, quantization_config=config, for_inference=True, use_layer_wise=None)
@@ -166,7 +171,21 @@ def test_models_are_made_saved_and_loaded(config: WeightOnlyConfig, dense: Path,
     assert torch.equal(logits(again), expected) and again.quantization_config.to_dict() == config.to_dict()
     again.save_low_bit(tmp_path / "twice")
     assert saved_config(tmp_path / "twice") is not None
-    assert again.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, num_beams=2).shape == (1, 6)
+    guide = {"do_sample": False, "temperature": 0.9, "num_beams": 4}
+    assert again.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, **guide).shape == (1, 6)
+
+
+@pytest.mark.transformers
+def test_the_arguments_of_that_systems_own_script(dense: Path) -> None:
+    """run_generation_gpu_woq.py, with the device named that is here."""
+    asked = {"compute_dtype": "fp16", "weight_dtype": "int4_fullrange", "group_size": 128, "scale_dtype": "fp16"}
+    config = RtnConfig(**asked, quant_lm_head=True, use_layer_wise=None)
+    more = {"trust_remote_code": False, "torch_dtype": torch.float16, "for_inference": False}
+    model = Auto.from_pretrained(dense, device_map="cpu", quantization_config=config, **more)
+    assert model.dtype == torch.float16 and model.lowbit_report.formats() == {"int4_g128": 15}
+    assert {row.kernel for row in lowbit.explain(model).rows} == {"core"}
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
 
 
 @pytest.mark.slow
