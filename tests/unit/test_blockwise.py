@@ -12,11 +12,11 @@ from torch import nn
 
 import lowbit
 from lowbit.blockwise import Where
-from lowbit.blockwise.inputs import find_input_groups
+from lowbit.blockwise.inputs import collect, find_input_groups
 from lowbit.calibration import Calibration
 from lowbit.errors import RecipeError
 from lowbit.layers import LowBitExperts, LowBitLinear
-from lowbit.models.capture import beside_of_blocks, find_blocks, first_calls, next_calls, run_block
+from lowbit.models.capture import Call, beside_of_blocks, find_blocks, first_calls, next_calls, run_block
 from lowbit.options import GptqOptions
 from lowbit.quantize import quantize_
 from lowbit.recipe import Recipe, recipe_named
@@ -122,6 +122,43 @@ def test_linears_with_one_input_are_found() -> None:
 
 
 # --- quality ---------------------------------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """Its first linear runs twice, its last one for some inputs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.calls = 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = self.second(self.first(self.first(hidden)).relu())
+        self.calls += 1
+        return self.last(hidden) if float(hidden.detach().sum()) > 0 else hidden
+
+
+def test_a_block_is_left_once_its_inputs_are_seen() -> None:
+    torch.manual_seed(0)
+    block = Twice()
+    block.second.weight.data.abs_()  # what comes out is positive unless the input is nothing
+    inputs = [torch.zeros(4, 8), *torch.randn(3, 4, 8)]
+    calls = [Call((x,), {}) for x in inputs]
+    with torch.no_grad():
+        halves = [block.first(x) for x in inputs]
+        rows = {
+            "first": torch.cat([*inputs, *halves]),
+            "second": torch.cat([block.first(half).relu() for half in halves]),
+        }
+        rows["last"] = block.second(rows["second"])[4:]
+    for wanted, run in ((["first"], 1), (["second", "first"], 1), (["last"], 4), (["last", "first"], 4)):
+        block.calls = 0
+        found = collect(block, calls, dict.fromkeys(wanted, 8), hessian=True)
+        assert block.calls == run, wanted  # the first call runs whole; all do where the first left a linear out
+        for path in wanted:
+            assert found[path].tokens == len(rows[path])
+            expected = 2 / len(rows[path]) * rows[path].t() @ rows[path]
+            assert torch.allclose(found[path].hessian, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

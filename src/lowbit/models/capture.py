@@ -82,7 +82,7 @@ class Call:
         return replace(self, args=args, kwargs=self.kwargs | {k: v for k, v in values.items() if isinstance(k, str)})
 
 
-class _StoppedError(Exception):
+class StoppedError(Exception):
     """Ends a forward once what was wanted of it has been seen."""
 
 
@@ -152,13 +152,13 @@ def record_calls(model: nn.Module, blocks: list[str], batch: torch.Tensor) -> li
         kept = {name: None if name in _CACHES else value for name, value in kwargs.items()}
         calls.append(Call(args, kept, _slot_of(args, kept)))
         if len(calls) == len(blocks):
-            raise _StoppedError
+            raise StoppedError
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True) for name in blocks]
     with _removing(hooks):
         try:
             _run(model, batch)
-        except _StoppedError:
+        except StoppedError:
             return calls
     raise RecipeError(f"the model ended before its tokens reached {blocks[-1]}, so it cannot be run block by block")
 
