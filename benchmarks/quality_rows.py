@@ -78,8 +78,8 @@ ALGORITHMS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "awq + gptq asym": (_ours("gptq", "awq", asymmetric=True, correction=0.25), FEW_BITS),
     "awq + autoround asym": (_ours("autoround", "awq", asymmetric=True), FEW_BITS),
 }
-# Peers: the worker, settings, and the formats. GPTQ and AWQ of llm-compressor stand for theirs: the archive of gptqmodel
-# 7.7.0 has no wheel and names its licence twice, which setuptools refuses. llm-compressor's AWQ pins memory and wants a GPU.
+# Peers: the worker, settings, and the formats. llm-compressor stands for the GPTQ of gptqmodel, whose 7.7.0 wants a torch
+# (2.14.1) newer than the one that all rows share. llm-compressor's own AWQ pins memory, which takes a GPU.
 PEERS: dict[tuple[str, str], tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ("auto-round", "rtn"): ("autoround", {"iterations": 0, "optimised": False}, EVERY),
     ("auto-round", "opt-rtn"): ("autoround", {"iterations": 0, "optimised": True}, EVERY),
