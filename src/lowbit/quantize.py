@@ -75,6 +75,8 @@ def quantize_(
             else:
                 report.skipped.append(left_out(target, choice.reason))
             advance(target.path)
+    if where is not None and where.source is not None:
+        where.source.release()
     order = {target.path: place for place, target in enumerate(targets)}
     report.layers.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
     if not report.layers:

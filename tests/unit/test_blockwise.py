@@ -13,11 +13,13 @@ from torch import nn
 import lowbit
 from lowbit.blockwise import Where
 from lowbit.blockwise.inputs import collect, find_input_groups
+from lowbit.blockwise.reading import let_go_, read_block_
 from lowbit.calibration import Calibration
+from lowbit.checkpoint.pages import Pages
 from lowbit.errors import RecipeError
 from lowbit.layers import LowBitExperts, LowBitLinear
-from lowbit.models.capture import Call, beside_of_blocks, find_blocks, first_calls, next_calls, run_block
-from lowbit.options import GptqOptions
+from lowbit.models.capture import Call, beside_of_blocks, find_blocks, first_calls, next_calls, run_block, watch_block
+from lowbit.options import AwqOptions, GptqOptions
 from lowbit.quantize import quantize_
 from lowbit.recipe import Recipe, recipe_named
 from lowbit.report import LayerReport
@@ -117,8 +119,41 @@ def test_linears_with_one_input_are_found() -> None:
     block = model.model.layers[0]
     paths = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     groups = find_input_groups(block, first_calls(model, [IDS])[0], paths)
-    names = [[path.rpartition(".")[2] for path in group] for group in groups]
+    names = [[path.rpartition(".")[2] for path in group] for group in groups.paths]
     assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert groups.visits == dict.fromkeys(paths, 1)
+
+
+def test_a_pass_ends_where_it_has_seen_what_it_is_made_for() -> None:
+    model = tiny_model_in_memory("llama")
+    block, call = model.model.layers[0], first_calls(model, [IDS])[0]
+    computed: list[str] = []
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, a, o, name=name: computed.append(name.rpartition(".")[2]))
+    whole = watch_block(block, call, {block.self_attn.o_proj: 0})
+    assert len(computed) == 7 and whole.output is not None
+    computed.clear()
+    seen = watch_block(block, call, {block.self_attn.o_proj: 1})
+    assert computed == ["q_proj", "k_proj", "v_proj"] and seen.output is None
+    ((args, _),), ((expected, _),) = (one.given[block.self_attn.o_proj] for one in (seen, whole))
+    assert torch.equal(args[0], expected[0])
+    computed.clear()
+    collect(block, [call, call], {"mlp.gate_proj": 64}, {"mlp.gate_proj": 1}, hessian=True)
+    assert sorted(set(computed)) == ["k_proj", "o_proj", "q_proj", "v_proj"] and len(computed) == 8
+
+
+def test_what_linears_get_in_full_precision_takes_one_pass() -> None:
+    model = tiny_model_in_memory("llama")
+    runs: list[str] = []
+    for name in ("q_proj", "o_proj"):
+        module = model.model.layers[0].self_attn.get_submodule(name)
+        module.register_forward_hook(lambda m, a, o, name=name: runs.append(name))
+    quantize_(model, GPTQ, calibration=CALIBRATION)
+    # What finds the blocks, what stands beside them, and the groups of a block: five. Then one pass in full precision, and
+    # those for o, gate and up, down, and the next block; o is passed by the last three of them.
+    assert runs.count("q_proj") - runs.count("o_proj") == 1
+    assert runs.count("q_proj") <= 5 + 1 + 4
 
 
 # --- quality ---------------------------------------------------------------------------------------------------------
@@ -151,10 +186,11 @@ def test_a_block_is_left_once_its_inputs_are_seen() -> None:
             "second": torch.cat([block.first(half).relu() for half in halves]),
         }
         rows["last"] = block.second(rows["second"])[4:]
-    for wanted, run in ((["first"], 1), (["second", "first"], 1), (["last"], 4), (["last", "first"], 4)):
+    for wanted, run in ((["first"], 0), (["second", "first"], 0), (["last"], 4), (["last", "first"], 4)):
+        visits = find_input_groups(block, calls[0], wanted).visits
         block.calls = 0
-        found = collect(block, calls, dict.fromkeys(wanted, 8), hessian=True)
-        assert block.calls == run, wanted  # the first call runs whole; all do where the first left a linear out
+        found = collect(block, calls, dict.fromkeys(wanted, 8), visits, hessian=True)
+        assert block.calls == run, wanted  # no call runs whole; all do where the first left a linear out
         for path in wanted:
             assert found[path].tokens == len(rows[path])
             expected = 2 / len(rows[path]) * rows[path].t() @ rows[path]
@@ -187,7 +223,7 @@ def test_error_of_a_block_is_below_that_of_plain_rounding() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [GptqOptions(true_sequential=False), GptqOptions(correction=0.25), GptqOptions(order="none")]
+    "options", [GptqOptions(true_sequential=False), GptqOptions(correction=0.0), GptqOptions(order="none")]
 )
 def test_options_reach_the_blocks(options: GptqOptions) -> None:
     models = [tiny_model_in_memory("llama") for _ in range(3)]
@@ -214,11 +250,43 @@ def test_saved_and_loaded_it_is_the_same(family: str, tmp_path: Path) -> None:
     assert [row.note for row in loaded.lowbit_report.layers] == [row.note for row in model.lowbit_report.layers]
 
 
+@pytest.mark.transformers
+def test_blocks_are_read_from_a_folder_when_it_is_their_turn(tmp_path: Path) -> None:
+    """What is loaded is mapped, a block gets numbers of its own, and those that are packed are let go; the result is the same."""
+    model = tiny_model_in_memory("llama")
+    model.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    pages = Pages([str(file)])
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    first, second = dense.model.layers
+    expected = {name: parameter.clone() for name, parameter in dense.named_parameters()}
+    assert all(map(pages.holds, dense.parameters()))
+    read = read_block_(first, pages)
+    assert not any(map(pages.holds, read)) and all(map(pages.holds, second.parameters()))
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in dense.named_parameters())
+    linear = first.mlp.up_proj
+    first.mlp.up_proj = nn.Identity()
+    let_go_(read, first, pages)
+    assert linear.weight.numel() == 0 and first.mlp.gate_proj.weight.numel()
+    loaded = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", recipe=GPTQ, calibration=IDS)
+    lowbit.optimize_model(model, None, recipe=GPTQ, calibration=IDS)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@pytest.mark.transformers
+def test_a_resumed_run_from_a_folder_keeps_what_scalers_did(tmp_path: Path) -> None:
+    tiny_model_in_memory("llama").save_pretrained(tmp_path / "dense")
+    recipe = INT3.replace(scaler="awq", scaler_options=AwqOptions(steps=4))
+    given = {"recipe": recipe, "calibration": IDS, "resume": tmp_path / "run"}
+    models = [lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **given) for _ in range(2)]
+    assert torch.equal(logits_of(models[0]), logits_of(models[1]))
+
+
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("options", [GptqOptions(), GptqOptions(correction=0.25)])
+@pytest.mark.parametrize("options", [GptqOptions(), GptqOptions(correction=0.0)])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_killed_run_goes_on_where_it_stopped(family: str, options: GptqOptions, tmp_path: Path) -> None:
     recipe, folder = GPTQ.replace(rounder_options=options), tmp_path / "unfinished"

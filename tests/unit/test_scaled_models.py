@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,22 @@ def test_weights_that_blocks_share_are_not_scaled() -> None:
     assert torch.equal(model.blocks[0].inner.weight, shared)
     assert isinstance(model.blocks[0].outer, LowBitLinear)
     torch.testing.assert_close(model(HELD_OUT).detach(), expected, rtol=0.1, atol=0.1)
+
+
+def test_a_scale_that_hurts_what_really_rounds_is_not_kept() -> None:
+    """SmoothQuant at its end takes all of the activations' range into the weights: nothing for four bits of weights alone."""
+    recipe = INT3.replace(rounder="gptq")
+    models = [model_with_outliers() for _ in range(2)]
+    quantize_(models[0], recipe, calibration=CALIBRATION)
+    options = SmoothQuantOptions(alpha=1.0, search=False)
+    scaled = recipe.replace(scaler="smoothquant", scaler_options=options)
+    report = quantize_(models[1], scaled, calibration=CALIBRATION)
+    assert all("without a scale" in row.note and "so none is kept" in row.note for row in report.layers)
+    assert torch.equal(logits_of(models[0]), logits_of(models[1]))
+
+
+def test_the_error_of_a_block_decides_about_its_scale() -> None:
+    report = quantize_(model_with_outliers(), INT3.replace(rounder="gptq", scaler="awq"), calibration=CALIBRATION)
+    for row in report.layers:
+        with_scale, without = map(float, re.findall(r"with gptq ([\d.e-]+), without a scale ([\d.e-]+)", row.note)[0])
+        assert with_scale >= without if "none is kept" in row.note else with_scale <= without

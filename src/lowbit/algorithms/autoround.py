@@ -36,7 +36,7 @@ from lowbit.bits import pack_codes
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.grid import fit_grid, group_weight, scale_rounder, store_grid
-from lowbit.models.capture import Call, run_block
+from lowbit.models.capture import Call, watch_calls
 from lowbit.models.walk import Target, stored_order
 from lowbit.options import AUTOROUND_RECIPES, AutoRoundOptions, RtnOptions
 from lowbit.packing import PackedTensor
@@ -101,22 +101,13 @@ def mean_squares(block: nn.Module, calls: Sequence[Call], paths: Iterable[str]) 
     """The mean square of each input [in] of linears of a block; of those that ran, and on more than nothing."""
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
-
-    def listen(path: str) -> Any:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            tokens = args[0].detach().float().flatten(0, -2)
-            sums[path] = sums.get(path, 0.0) + tokens.square().sum(0)
-            counts[path] = counts.get(path, 0) + len(tokens)
-
-        return hook
-
-    handles = [block.get_submodule(path).register_forward_pre_hook(listen(path)) for path in paths]
-    try:
-        for call in calls:
-            run_block(block, call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = {path: block.get_submodule(path) for path in paths}
+    for seen in watch_calls(block, calls, modules.values()):
+        for path, module in modules.items():
+            for args, _ in seen.given.get(module, ()):
+                tokens = args[0].detach().float().flatten(0, -2)
+                sums[path] = sums.get(path, 0.0) + tokens.square().sum(0)
+                counts[path] = counts.get(path, 0) + len(tokens)
     found = {path: total / max(counts[path], 1) for path, total in sums.items()}
     return {path: floored(square) for path, square in found.items() if bool(square.any())}
 

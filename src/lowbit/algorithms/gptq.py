@@ -3,8 +3,9 @@
     H = 2/n sum x x^T + damping        U^T U = H^-1, U upper triangular
     for each column i:   e = (w_i - w^_i) / U_ii        w_j -= e U_ij   for all j > i
 
-U comes from one Cholesky factor: with the columns reversed H = L L^T, and U is the inverse of L reversed back. Columns
-are taken in blocks of whole groups; what a block owes to the columns behind it is one matrix product.
+U comes from one Cholesky factor: with the columns reversed H = L L^T, and U is the inverse of L reversed back. A factor
+of H drops out of all this, so the sum of x x^T serves as it is. Columns are taken in blocks of whole groups; what a block
+owes to the columns behind it is one matrix product.
 
 The scale of a group is fitted when its first column is reached, to the weights as they are by then, with the search of
 `search.Search` in which column i counts 1 / U_ii^2: that is what its error costs once the columns behind it have done
@@ -38,6 +39,8 @@ from lowbit.search import Search
 # Damping rises by this factor until there is a Cholesky factor, and no further than the mean diagonal itself.
 _RISE = 4.0
 _MOST_DAMPING = 1.0
+# Triangular matrices up to this size are inverted at once.
+_SMALL = 256
 
 
 @dataclass(frozen=True)
@@ -56,43 +59,57 @@ def round_gptq(weight: torch.Tensor, format: Format, statistics: Statistics | No
             f"gptq chooses codes under scales that it can read, and {format} hides its own in blocks: "
             "take an int format with the same bits, or the rounder rtn"
         )
-    hessian = statistics.hessian
-    factor, damping = invert_factor(hessian, options.damping)
+    static = _needs_static(format) or options.static_groups
+    columns = order_columns(statistics.diagonal, format, options.order, static)
+    factor, damping = invert_factor(statistics.products, options.damping, columns.order)
     note = f"damping raised to {damping:g}" if damping > options.damping else ""
     target = weight.detach().float()
-    if options.correction and statistics.cross is not None:
-        target = target + options.correction * _correct(target, statistics.cross, hessian, damping)
-    static = _needs_static(format) or options.static_groups
-    columns = order_columns(hessian.diagonal(), format, options.order, static)
-    if not torch.equal(columns.order, torch.arange(len(columns.order), device=columns.order.device)):
-        factor, _ = invert_factor(hessian[columns.order][:, columns.order], damping)
-    grid = quantize(target, format, Search(), _importance(hessian.diagonal())) if static else None
+    if options.correction and statistics.differences is not None:
+        target = target + options.correction * _correct(target, statistics.differences, factor, columns.order)
+    grid = quantize(target, format, Search(), _importance(statistics.diagonal)) if static else None
     rounding = _Rounding(target, format, columns, factor, grid)
     for first, end in _blocks(columns.segments, options.block_columns):
         rounding.round_block_(first, end)
     return Rounded(rounding.packed(), note)
 
 
-def invert_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """U, upper triangular with U^T U = (H + damping)^-1, and the damping that it took."""
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
+def invert_factor(
+    hessian: torch.Tensor, damping: float, order: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
+    """U, upper triangular with U^T U = (H + damping)^-1, and the damping that it took; columns may come in another order.
+
+    Beside H and the result there is room for one more matrix of their size.
+    """
+    columns = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    backward = columns.flip(0)
+    mean = hessian.diagonal().mean()
     unit = torch.where(mean > 0, mean, torch.ones_like(mean))
     while True:
-        damped = hessian.flip(0, 1)
-        damped.diagonal().add_(unit * damping)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        usable = not bool(failed) and bool(torch.isfinite(lower).all())
-        if usable:
-            unity = torch.eye(len(lower), device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower, unity, upper=False)
-            if bool(torch.isfinite(inverse).all()):
-                return inverse.flip(0, 1), damping
+        lower = hessian[backward[:, None], backward]
+        lower.diagonal().add_(unit * damping)
+        lower, failed = torch.linalg.cholesky_ex(lower)
+        if not bool(failed) and bool(torch.isfinite(lower.sum())):
+            invert_lower_(lower)
+            if bool(torch.isfinite(lower.sum())):
+                return lower.flip(0, 1), damping
         if damping >= _MOST_DAMPING:
             raise RecipeError(
                 "the Hessian has no Cholesky factor at any damping: its inputs hold NaN or infinite values"
             )
         damping = min(damping * _RISE, _MOST_DAMPING)
+
+
+def invert_lower_(lower: torch.Tensor) -> None:
+    """A lower triangular matrix becomes its inverse, by halves:  [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1]."""
+    count = len(lower)
+    if count <= _SMALL:
+        lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(count, device=lower.device), upper=False))
+        return
+    half = count // 2
+    first, second = lower[:half, :half], lower[half:, half:]
+    invert_lower_(first)
+    invert_lower_(second)
+    lower[half:, :half] = -(second @ (lower[half:, :half] @ first))
 
 
 def order_columns(diagonal: torch.Tensor, format: Format, order: str, static: bool) -> Columns:
@@ -138,12 +155,14 @@ def _importance(values: torch.Tensor) -> torch.Tensor:
     return values.clamp_min(float(values.mean()) * 1e-4 + 1e-20)
 
 
-def _correct(weight: torch.Tensor, cross: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """W C H^-1."""
-    damped = hessian.clone()
-    damped.diagonal().add_(hessian.diagonal().mean() * damping)
-    lower = torch.linalg.cholesky(damped)
-    return torch.cholesky_solve((weight @ cross).t(), lower).t()
+def _correct(
+    weight: torch.Tensor, differences: torch.Tensor, factor: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """W C H^-1, where H^-1 = U^T U has its columns in an order of its own."""
+    moved = (weight @ differences)[:, order] @ factor.t() @ factor
+    corrected = torch.empty_like(moved)
+    corrected[:, order] = moved
+    return corrected
 
 
 class _Rounding:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +11,7 @@ from lowbit.algorithms.rtn import round_weight
 from lowbit.algorithms.statistics import Statistics
 from lowbit.formats import Format
 from lowbit.grid import unpack
-from lowbit.models.capture import Call, run_block
+from lowbit.models.capture import Call, watch_calls
 from lowbit.models.groups import first_tensor
 
 # Weight [.., out, in], format, importance [in] or None -> the weight that comes back.
@@ -31,42 +29,28 @@ def some_of(calls: Sequence[Call], tokens: int) -> Sequence[Call]:
     return calls[:: max(len(calls) * length // max(tokens, length), 1)]
 
 
-@contextmanager
-def watching(module: nn.Module, note: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
-    """Inside, `note` gets what a module is called with."""
-    hook = module.register_forward_pre_hook(lambda module, args, kwargs: note(args, kwargs), with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def collect_inputs(block: nn.Module, calls: Sequence[Call], reader: nn.Module) -> Statistics | None:
     """Statistics of what a module of a block is given over all calls; None where it is not called."""
-    found: list[Statistics] = []
-
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = first_tensor((args, kwargs))
-        if not found:
-            found.append(Statistics(x.shape[-1], x.device, hessian=False))
-        found[0].add_(x)
-
-    with watching(reader, read):
-        for call in calls:
-            run_block(block, call)
-    return found[0] if found else None
+    found: Statistics | None = None
+    for x in _inputs(block, calls, reader):
+        if found is None:
+            found = Statistics(x.shape[-1], x.device, hessian=False)
+        found.add_(x)
+    return found
 
 
 def inputs_of(block: nn.Module, calls: Sequence[Call], reader: nn.Module, tokens: int) -> torch.Tensor | None:
     """Up to about `tokens` rows [tokens, in] of what a module of a block is given; None where it is not called."""
-    rows: list[torch.Tensor] = []
-    with watching(reader, lambda args, kwargs: rows.append(first_tensor((args, kwargs)).flatten(0, -2))):
-        for call in some_of(calls, tokens):
-            run_block(block, call)
+    rows = [x.flatten(0, -2) for x in _inputs(block, some_of(calls, tokens), reader)]
     if not rows:
         return None
     joined = torch.cat(rows)
     return joined[:: max(len(joined) // tokens, 1)]
+
+
+def _inputs(block: nn.Module, calls: Sequence[Call], reader: nn.Module) -> Iterator[torch.Tensor]:
+    for seen in watch_calls(block, calls, [reader]):
+        yield from map(first_tensor, seen.given.get(reader, ()))
 
 
 def group_max(size: torch.Tensor, format: Format) -> torch.Tensor:

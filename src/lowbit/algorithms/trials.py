@@ -20,12 +20,12 @@ from torch import nn
 from torch.func import functional_call
 
 from lowbit.algorithms.rtn import importance_of
-from lowbit.algorithms.scaling import Round, collect_inputs, round_by_search, some_of, watching
+from lowbit.algorithms.scaling import Round, collect_inputs, round_by_search, some_of
 from lowbit.algorithms.statistics import Statistics
 from lowbit.algorithms.table import BlockWork
 from lowbit.formats import Format
 from lowbit.kernels.reference import round_activations
-from lowbit.models.capture import Call, run_block
+from lowbit.models.capture import Call, watch_calls
 from lowbit.models.folding import ScalingGroup, find_holder, fold_scale_
 from lowbit.models.groups import find_groups, first_tensor, short_call
 from lowbit.models.walk import gate_of
@@ -101,10 +101,8 @@ class GroupTrial:
         statistics = collect_inputs(block, calls, first.target.module)
         assert statistics is not None, "a group was found by running its linears"
         self.statistics = statistics
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        with watching(self.parent, lambda args, kwargs: self.calls.append((args, kwargs))):
-            for call in some_of(calls, tokens):
-                run_block(block, call)
+        seen = watch_calls(block, some_of(calls, tokens), [self.parent])
+        self.calls = [given for one in seen for given in one.given.get(self.parent, ())]
         with torch.no_grad():
             self.targets = [self._output({}, args, kwargs) for args, kwargs in self.calls]
         self.size = sum(float(target.float().square().sum()) for target in self.targets)
@@ -185,13 +183,12 @@ def round_scaled(
 def expert_inputs(work: BlockWork, group: ScalingGroup, tokens: int) -> list[torch.Tensor]:
     """What the second weight of each expert of a group gets: [tokens, in] for each expert, empty for one that was not reached."""
     first, second = find_holder(work.block, group.previous), find_holder(work.block, group.linears[0])
-    given: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with watching(second.target.module, lambda args, kwargs: given.append((*args, *kwargs.values())[:2])):
-        for call in some_of(work.calls, tokens):
-            run_block(work.block, call)
+    module = second.target.module
+    seen = watch_calls(work.block, some_of(work.calls, tokens), [module])
+    given = [(*args, *kwargs.values())[:2] for one in seen for args, kwargs in one.given.get(module, ())]
     hidden = torch.cat([x.flatten(0, -2) for x, _ in given])
     chosen = torch.cat([which.flatten(0, -2) for _, which in given])
-    weight, bias, gate = first.read().detach(), first.read_bias(), gate_of(second.target.module)
+    weight, bias, gate = first.read().detach(), first.read_bias(), gate_of(module)
     inputs = []
     with torch.no_grad():
         for index in range(group.experts):

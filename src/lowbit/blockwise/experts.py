@@ -7,7 +7,6 @@ once it is rounded. An expert that saw too few tokens is rounded to nearest, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 
 from lowbit.algorithms.statistics import Statistics
 from lowbit.algorithms.table import Rounded
-from lowbit.models.capture import Call, run_block
+from lowbit.models.capture import Call, watch_block
 from lowbit.models.walk import Target, dense_weights, gate_of, up_name
 from lowbit.packing import PackedTensor
 
@@ -24,34 +23,18 @@ RoundOne = Callable[[torch.Tensor, Statistics], Rounded]
 _MOST_NAMED = 8
 
 
-@contextmanager
-def _routed(module: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Inside, what a module of experts gets is kept: hidden [tokens, width], chosen experts [tokens, k]."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        seen.append((given[0].reshape(-1, given[0].shape[-1]), given[1]))
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 def round_experts_(
-    block: nn.Module, target: Target, path: str, calls: list[Call], hessian: bool, round_one: RoundOne
+    block: nn.Module, target: Target, path: str, calls: list[Call], visits: int, hessian: bool, round_one: RoundOne
 ) -> Iterator[tuple[str, torch.Tensor, Rounded]]:
     """Each weight of a module of experts: its name, itself and what it is rounded to. The second is rounded on what the
-    first gives as the caller left it."""
+    first gives as the caller left it. `visits`: how often the module is called in one pass."""
+    module = block.get_submodule(path)
     for suffix, weight in dense_weights(target):
         statistics = [Statistics(weight.shape[-1], weight.device, hessian) for _ in range(len(weight))]
         for call in calls:
-            with _routed(block.get_submodule(path)) as seen:
-                run_block(block, call)
-            for hidden, chosen in seen:
-                _add(statistics, target, suffix, hidden, chosen)
+            for args, kwargs in watch_block(block, call, {module: visits}).given.get(module, ()):
+                hidden, chosen, *_ = [*args, *kwargs.values()]
+                _add(statistics, target, suffix, hidden.reshape(-1, hidden.shape[-1]), chosen)
         yield suffix, weight, _round_each(weight, statistics, round_one)
 
 

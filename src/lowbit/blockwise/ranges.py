@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
+from lowbit.blockwise.inputs import first_given
 from lowbit.layers import PackedWeight
-from lowbit.models.capture import Call, run_block
+from lowbit.models.capture import Call, watch_calls
 from lowbit.report import LayerReport
 
 _UNSEEN = "no token reached it, or nothing but zeros, so each row of its input has its own scale"
@@ -44,22 +44,12 @@ def fix_ranges_(
 def input_ranges(block: nn.Module, calls: Sequence[Call], paths: Sequence[str]) -> dict[str, torch.Tensor]:
     """The lowest and the highest input [2] of modules that run, by path; nothing is ever above 0 or below it alone."""
     found: dict[str, torch.Tensor] = {}
-
-    def hook_of(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if x.numel():
-                ends = torch.stack([x.amin().float().clamp_max(0), x.amax().float().clamp_min(0)])
-                known = found.get(path, ends)
-                found[path] = torch.stack([torch.minimum(known[0], ends[0]), torch.maximum(known[1], ends[1])])
-
-        return hook
-
-    hooks = [block.get_submodule(path).register_forward_pre_hook(hook_of(path), with_kwargs=True) for path in paths]
-    try:
-        for call in calls:
-            run_block(block, call)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    modules = {path: block.get_submodule(path) for path in paths}
+    for seen in watch_calls(block, calls, modules.values()):
+        for path, module in modules.items():
+            for x in map(first_given, seen.given.get(module, ())):
+                if x.numel():
+                    ends = torch.stack([x.amin().float().clamp_max(0), x.amax().float().clamp_min(0)])
+                    known = found.get(path, ends)
+                    found[path] = torch.stack([torch.minimum(known[0], ends[0]), torch.maximum(known[1], ends[1])])
     return found

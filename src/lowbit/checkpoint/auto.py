@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
-from lowbit.checkpoint.calibrated import calibrate_, tokens_for
+from lowbit.checkpoint.calibrated import calibrate_, pages_of, tokens_for
 from lowbit.checkpoint.devices import check_device_map, quantizing_device
 from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
 from lowbit.checkpoint.gguf_source import gguf_file, gguf_tokenizer, lazy_tensors
@@ -30,6 +30,7 @@ from lowbit.checkpoint.hf import Job, LowBitConfig, reads
 from lowbit.checkpoint.hub import find_model
 from lowbit.checkpoint.keywords import as_dtype
 from lowbit.checkpoint.loading_bar import weights_bar
+from lowbit.checkpoint.pages import Pages
 from lowbit.checkpoint.request import Request
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.verdict import check_account, check_method, one_sentence
@@ -70,6 +71,7 @@ class _AutoBase:
         calibration = tokens_for(request, partial(_tokenizer, name, kwargs))
         if request.recipe is not None and calibration is None:
             kwargs["quantization_config"] = LowBitConfig(recipe=request.recipe, job=_job(request))
+        pages = pages_of(found, folder)
         wants_account = kwargs.pop("output_loading_info", False)
         with one_sentence(name, not found.is_on_hub), _bar(request):
             model, account = cls.transformers_class.from_pretrained(
@@ -77,7 +79,7 @@ class _AutoBase:
             )
         check_account(name, model, account, kwargs)
         if calibration is not None:
-            calibrate_(model, request, calibration)
+            calibrate_(model, request, calibration, pages)
         model.save_low_bit = partial(save_low_bit, model)
         if found.is_on_hub:
             model.lowbit_home = found.path
@@ -131,7 +133,7 @@ class _AutoBase:
         if gguf.generation_config and model.can_generate():
             model.generation_config = transformers.GenerationConfig(**gguf.generation_config)
         if calibration is not None:
-            calibrate_(model, request, calibration)
+            calibrate_(model, request, calibration, Pages(()))
         model.config._name_or_path = str(path)
         model.save_low_bit = partial(save_low_bit, model)
         _settle(model, place, request.config)

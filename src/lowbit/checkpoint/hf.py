@@ -24,6 +24,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowbit.blockwise import check_data
 from lowbit.bridge import attach_engine
 from lowbit.checkpoint import compressed
 from lowbit.checkpoint.devices import check_device_map
@@ -213,6 +214,8 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
             refuse_other_layers(str(folder), model, known)
             self.reading = Reading(model, self.quantization_config.fields, folder)
         elif self.quantization_config.recipe is not None:
+            # While a checkpoint streams in there is no model yet that could be run.
+            check_data(self.quantization_config.recipe, None)
             self.packing = Packing(model, self.quantization_config.recipe)
         else:
             raise FormatError("the quantization_config given names no recipe")

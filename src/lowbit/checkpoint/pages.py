@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 _DONT_NEED = 4
 # Giving back takes a look at the process's mappings, so it waits until this much has been read.
 _STEP_BYTES = 128 << 20
@@ -25,7 +27,7 @@ class Pages:
     """The pages that one load maps of some files."""
 
     def __init__(self, files: Iterable[str]) -> None:
-        self.files = {str(Path(file).resolve()) for file in files}
+        self.files = list(files)
         self.older = set(self._mappings())
         self.read_since = 0
 
@@ -44,13 +46,20 @@ class Pages:
             assert libc is not None
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in what this load mapped, so that its numbers are read when they are used."""
+        if tensor.device.type != "cpu":
+            return False
+        return any(start <= tensor.data_ptr() < end for start, end in set(self._mappings()) - self.older)
+
     def _mappings(self) -> Iterator[tuple[int, int]]:
         """The address ranges that the files are mapped to."""
         if sys.platform != "linux" or not self.files:
             return
+        files = {str(Path(file).resolve()) for file in self.files}  # of the hub's, some may have come only now
         for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
             # address-range permissions offset device inode path
             fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[5] in self.files:
+            if len(fields) == 6 and fields[5] in files:
                 start, end = (int(part, 16) for part in fields[0].split("-"))
                 yield start, end
