@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from lowbit.algorithms import ROUNDERS
 from lowbit.algorithms.allocate import OFFERED_BITS
 from lowbit.algorithms.rtn import relative_error, round_weight
-from lowbit.algorithms.sensitivity import allocate_formats, linear_weights, measure_moments
+from lowbit.algorithms.sensitivity import Moments, allocate_formats, linear_weights, measure_moments, module_of
 from lowbit.blockwise import Chosen, Where, check_data, describe_packed, round_in_blocks_
 from lowbit.calibration import Calibration, fitting
 from lowbit.errors import RecipeError
@@ -36,6 +36,8 @@ from lowbit.swap import low_bit_module, replace_module
 
 # Windows of calibration text on which sensitivities are measured, forward and backward.
 MEASURED_WINDOWS = 32
+# More idle experts than this are counted in the report instead of being named.
+_MOST_NAMED = 8
 
 
 def quantize_(
@@ -202,9 +204,11 @@ def _round_alone(weight: torch.Tensor, format: Format, recipe: Recipe) -> Packed
 
 
 def allocate_bits(model: nn.Module, recipe: Recipe, calibration: Calibration, bits_per_weight: float) -> Recipe:
-    """The recipe with 2 to 8 bits for each linear and the head, where they save most, at so many bits per weight in all.
+    """The recipe with 2 to 8 bits for each linear, the experts of a layer and the head, where they save most, at so many
+    bits per weight in all.
 
-    Scales are included in the budget; weights that the recipe leaves, or gives a format by an override, are not touched.
+    Scales are included in the budget; weights that the recipe leaves, or gives a format by an override, are not touched,
+    nor are those that no token reaches. The report says which, and which experts were not reached.
     """
     formats = [recipe.linear.replace(bits=bits) for bits in OFFERED_BITS] if recipe.linear.kind == "int" else []
     if not formats:
@@ -213,12 +217,25 @@ def allocate_bits(model: nn.Module, recipe: Recipe, calibration: Calibration, bi
         )
     targets = find_targets(model)
     free = {t.path for t in targets if plan(t, targets, recipe).formats[:1] in ((recipe.linear,), (recipe.head,))}
-    weights = {path: weight for path, weight in linear_weights(model).items() if path in free}
+    weights = {name: weight for name, weight in linear_weights(model).items() if module_of(name, weight) in free}
     device = next(model.parameters()).device
     moments = measure_moments(model, calibration.tokens[:MEASURED_WINDOWS].to(device))
     chosen = allocate_formats(weights, moments, formats, bits_per_weight)
     overrides = tuple((f"^{re.escape(path)}$", format) for path, format in chosen.items())
-    return recipe.replace(overrides=(*overrides, *recipe.overrides), name=f"{recipe.name}, {bits_per_weight:g} bits")
+    remarks = {module_of(name, weight): _unmeasured(moments.get(name)) for name, weight in weights.items()}
+    notes = tuple((f"^{re.escape(path)}$", remark) for path, remark in remarks.items() if remark)
+    name = f"{recipe.name}, {bits_per_weight:g} bits"
+    return recipe.replace(overrides=(*overrides, *recipe.overrides), notes=(*notes, *recipe.notes), name=name)
+
+
+def _unmeasured(moments: Moments | None) -> str:
+    """What the report says of a weight of which too little was seen while bits were measured."""
+    if moments is None:
+        return "no token reached it while bits were measured, so it has the format of the recipe"
+    if moments.idle:
+        named = ", ".join(map(str, moments.idle)) if len(moments.idle) <= _MOST_NAMED else str(len(moments.idle))
+        return f"experts {named} saw no token while bits were measured, and count as the mean of the others"
+    return ""
 
 
 def _for_blocks(targets: list[Target], plans: dict[str, Choice]) -> list[Chosen]:

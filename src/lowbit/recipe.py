@@ -87,13 +87,18 @@ class Recipe:
                 return Choice(reason=f"named in modules_to_not_convert ({name})")
         for pattern, format in self.overrides:
             if re.search(pattern, path):
-                return Choice((format,)) if format else Choice(reason=f"left out by the override {pattern!r}")
+                if format is None:
+                    return Choice(reason=f"left out by the override {pattern!r}")
+                return Choice((format,), note=self._note(path, besides=NOTES_OF_RECIPES))
         by_role = {"head": self.head, "embedding": self.embedding, "conv": self.conv}
         chosen = by_role.get(role, self.linear)
         if chosen is None:
             return Choice(reason=f"the recipe leaves every {role} in full precision")
-        note = next((note for pattern, note in self.notes if re.search(pattern, path)), "")
-        return Choice((chosen, *self.alternatives) if chosen == self.linear else (chosen,), note=note)
+        return Choice((chosen, *self.alternatives) if chosen == self.linear else (chosen,), note=self._note(path))
+
+    def _note(self, path: str, besides: tuple[str, ...] = ()) -> str:
+        """The first note on a path."""
+        return next((note for pattern, note in self.notes if pattern not in besides and re.search(pattern, path)), "")
 
     def replace(self, **changes: Any) -> Recipe:
         """The same recipe with some fields changed. Another algorithm has its own options, the defaults if none are given."""
@@ -149,6 +154,8 @@ FUSED_VALUES = (
 _HURT = r"(v_proj|down_proj)$"
 # Patterns that recipes bring along by themselves.
 OVERRIDES_OF_RECIPES = (VALUES, _HURT)
+# What recipes themselves say of paths is about their own choice, not about one that an override makes.
+NOTES_OF_RECIPES = (FUSED_VALUES,)
 _FUSED_NOTE = (
     "values share this weight with queries or keys, so they have its format and not the 6 bit that int4 gives them"
 )

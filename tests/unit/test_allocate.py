@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from lowbit.algorithms.allocate import OFFERED_BITS, allocate, byte_budget, stored_bytes
 from lowbit.algorithms.sensitivity import allocate_formats, expected_divergence, linear_weights, measure_moments
+from lowbit.calibration import Calibration
 from lowbit.cli import FAILED, OK, main
 from lowbit.errors import RecipeError
 from lowbit.evaluate import divergence
 from lowbit.formats import as_format
 from lowbit.grid import PLAIN, quantize, unpack
-from lowbit.quantize import quantize_
+from lowbit.quantize import allocate_bits, quantize_
 from lowbit.recipe import Recipe
 from lowbit_assets import tiny_model, tiny_model_in_memory
 
@@ -131,3 +132,53 @@ def test_the_command_spends_a_budget(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert 3.5 < sum(row["bytes_after"] for row in free) * 8 / weights <= 4
     assert main([*words[:4], "nf4", *words[5:], "--force"]) == FAILED
     assert "name an int format" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_of_a_layer_have_their_part_of_the_budget(family: str) -> None:
+    model = tiny_model_in_memory(family)
+    ids = torch.randint(3, 259, (6, 24), generator=torch.Generator().manual_seed(1))
+    grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    recipe = allocate_bits(model, Recipe(as_format("int4_g32"), name="int4"), Calibration(ids), 4.0)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == grads
+    assert all(parameter.grad is None for parameter in model.parameters())
+    report = quantize_(model, recipe)
+    experts = [row for row in report.layers if row.role == "experts"]
+    assert len(experts) == 2 * model.config.num_hidden_layers
+    assert sum(row.bytes_after for row in report.layers) * 8 / sum(math.prod(r.shape) for r in report.layers) <= 4.01
+    by_module: dict[str, set[str]] = {}
+    for row in experts:
+        by_module.setdefault(row.path.rpartition(".")[0], set()).add(row.format)
+    assert all(len(formats) == 1 for formats in by_module.values())
+
+
+def test_experts_cost_what_they_are_expected_to() -> None:
+    """The divergence that gradients of experts predict, beside the one that is measured."""
+    original, model = tiny_model_in_memory("mixtral"), tiny_model_in_memory("mixtral")
+    rows = torch.randint(3, 259, (24, 32), generator=torch.Generator().manual_seed(1))
+    moments, weights = measure_moments(original, rows), linear_weights(original)
+    name = "model.layers.1.mlp.experts.down_proj"
+    moved = weights[name] + 0.02 * torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model.get_parameter(name).copy_(moved)
+    expected = expected_divergence(weights[name], moved, moments[name])
+    assert 0.4 < expected / divergence(model, original, rows).kl < 2.5
+
+
+def test_experts_that_saw_nothing_count_as_the_others_and_are_named() -> None:
+    model = tiny_model_in_memory("qwen3_moe")
+    with torch.no_grad():  # nobody is ever sent to the last expert
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[-1] = 0
+            layer.mlp.gate.weight[:-1].abs_()
+            layer.post_attention_layernorm.weight.abs_()
+    ids = torch.randint(3, 259, (1, 2), generator=torch.Generator().manual_seed(1))
+    moments = measure_moments(model, ids)
+    found = moments["model.layers.0.mlp.experts.down_proj"]
+    assert found.idle
+    busy = [index for index in range(4) if index not in found.idle]
+    for index in found.idle:
+        assert torch.allclose(found.inputs[index], found.inputs[busy].mean(0))
+    recipe = allocate_bits(model, Recipe(as_format("int4_g32"), name="int4"), Calibration(ids), 4.0)
+    notes = {row.path: row.note for row in quantize_(model, recipe).layers}
+    assert "saw no token while bits were measured" in notes["model.layers.0.mlp.experts.down_proj"]
