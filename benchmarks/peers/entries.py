@@ -111,16 +111,7 @@ def entries(place: Place, model: str, width: int) -> list[Entry]:
 
 _SIX_BIT_TABLES = ("--head", "int6_g64", "--embedding", "int6_g64")
 _EIGHT_BIT_VALUES = ("--override", r"(^|\.)v_proj$=int8_g64")
-_CALIBRATED = (
-    "--algorithm",
-    "gptq",
-    "--algorithm-option",
-    "correction=0.25",
-    "--calibration",
-    "default",
-    "--samples",
-    "64",
-)
+_CALIBRATED = ("--algorithm", "gptq", "--calibration", "default", "--calibration", "own", "--samples", "96")
 # What `lowbit quantize` is told for each of our files, by name. A peer's file meets only those that are no further from the
 # original than it is; the wider ones are there to meet llama.cpp's Q4_K_M.
 OUR_RECIPES: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -128,14 +119,16 @@ OUR_RECIPES: dict[str, tuple[int, tuple[str, ...]]] = {
     "int4_g32 h6": (4, ("--format", "int4_g32", *_SIX_BIT_TABLES)),
     "int5_g64 v8 h6": (4, ("--format", "int5_g64", *_SIX_BIT_TABLES, *_EIGHT_BIT_VALUES)),
     "int6_g64": (4, ("--format", "int6_g64")),
-    "int4 gptq": (4, _CALIBRATED),
+    "int4 v8 h6": (4, (*_SIX_BIT_TABLES, *_EIGHT_BIT_VALUES)),
+    "int4 gptq v8 h6": (4, (*_CALIBRATED, *_SIX_BIT_TABLES, *_EIGHT_BIT_VALUES)),
+    "int5_g64 gptq": (4, (*_CALIBRATED, "--format", "int5_g64")),
     "int8_g64": (8, ("--format", "int8_g64")),
     "bf16": (16, ()),
 }
 # SmolLM2's Q4_K_M has 6.2 bits, see gguf_quality; at the 1.1 B's 5 bits no such recipe is needed.
-ONLY_SMALL = ("int6_g64",)
+ONLY_SMALL = ("int6_g64", "int5_g64 gptq")
 # The 1.1 B is random: no text calibrates it. The plainly rounded folder has the same bytes in the same places.
-STANDS_IN = {("random-1.1b", "int4 gptq"): "int4"}
+STANDS_IN = {("random-1.1b", "int4 gptq v8 h6"): "int4 v8 h6"}
 SPARE = 64  # positions that a cache has more than a task needs
 
 

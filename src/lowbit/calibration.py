@@ -24,10 +24,13 @@ from lowbit.configs.base import PILE, CalibrationText
 from lowbit.errors import RecipeError
 from lowbit.evaluate import token_ids
 from lowbit.options import LENGTH, SAMPLES
+from lowbit.progress import progress
 
 TEXTS = Path(__file__).parent / "texts"
 _NAMED = dict.fromkeys(("default", "sqlite_train"), TEXTS / "sqlite_train.txt.xz")
 _LARGEST_BATCH = 8
+OWN_TEXT = "own"
+OWN_TEXT_FORMAT = "int8"  # writes as the model would, three times as fast
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +87,38 @@ def calibration_from(source: Any, tokenizer: Any = None, samples: int = SAMPLES,
             f"a {type(source).__name__} is no calibration text: give a file, a list of texts, or token ids of equal length"
         ) from None
     return _cut(tokens, samples, length, "token ids") if tokens.dim() == 1 else Calibration(tokens)
+
+
+def own_text(source: str | Path, samples: int = SAMPLES, length: int = LENGTH) -> Calibration:
+    """What a model writes when it is asked nothing: for those who have no text that is like what it will read.
+
+    A text about one subject makes a model good at that subject. SmolLM2 in GPTQ's int4_g64, calibrated on SQLite's manual alone, is
+    at a KL of 0.069 on the rest of the manual and 0.232 on Moby Dick; with half of the windows its own, at 0.077 and 0.161.
+    """
+    from lowbit.runtime import load  # the engine, which only this needs
+
+    model = load(source, OWN_TEXT_FORMAT, context=length + 1)
+    first = model.spec.tokens.bos
+    start = [first if first is not None else next(iter(model.spec.tokens.eos), 0)]
+    written: list[int] = []
+    plain: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    with progress("writing a text to calibrate on", samples) as advance:
+        while len(written) < samples * length:
+            # Each answer has a seed of its own, so that the text is the same on every machine that rounds alike.
+            answer = model.generate(start, max_new_tokens=length, seed=len(written), ignore_end=False, **plain)
+            written += answer.tokens
+            advance(f"{len(written)} tokens")
+    return _cut(torch.tensor(written), samples, length, f"what {Path(source).name} wrote")
+
+
+def joined(parts: Sequence[Calibration]) -> Calibration:
+    """The windows of several texts as one calibration."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = {part.tokens.shape[1] for part in parts}
+    if len(lengths) > 1:
+        raise RecipeError(f"calibration texts have windows of {sorted(lengths)} tokens: give all of them one length")
+    return Calibration(torch.cat([part.tokens for part in parts]), " and ".join(part.source for part in parts))
 
 
 def is_text(source: Any) -> bool:

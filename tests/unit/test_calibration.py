@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from lowbit import calibration
-from lowbit.calibration import Calibration, calibration_from
+from lowbit.calibration import Calibration, calibration_from, joined, own_text
 from lowbit.cli import FAILED, OK, main
 from lowbit.errors import RecipeError
 from lowbit_assets import text, tiny_model
@@ -93,6 +93,38 @@ def test_what_cannot_be_calibrated_on(tokenizer: transformers.PreTrainedTokenize
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_writes_its_own_text(dense: Path) -> None:
+    own = own_text(dense, 3, 40)
+    assert own.tokens.shape == (3, 40) and len(own.tokens.unique()) > 20
+    assert own.digest == own_text(dense, 3, 40).digest
+    both = joined([own, Calibration(torch.zeros(2, 40, dtype=torch.long), "zeros")])
+    assert both.tokens.shape == (5, 40) and str(both).startswith("what llama wrote and zeros")
+    with pytest.raises(RecipeError, match=r"windows of \[40, 41\] tokens"):
+        joined([own, Calibration(torch.zeros(2, 41, dtype=torch.long))])
+
+
+def test_texts_share_the_windows(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--algorithm",
+        "gptq",
+        "--calibration",
+        "default",
+        "--calibration",
+        "own",
+        "--samples",
+        "5",
+        "--length",
+        "32",
+    ]
+    assert (
+        main(["quantize", str(dense), str(tmp_path / "out"), *arguments, "--resume", str(tmp_path / "run"), "--json"])
+        == OK
+    )
+    kept = "".join(file.read_text() for file in (tmp_path / "run").glob("*.json"))
+    assert "default and what llama wrote, 5 x 32 tokens" in kept
+    capsys.readouterr()
 
 
 def test_quantize_with_an_algorithm(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from lowbit.errors import LowbitError, RecipeError, check_text
 from lowbit.options import LENGTH, OPTION_RECIPES, RECIPE, ROUNDER_OPTIONS, SAMPLES, SCALER_OPTIONS, parse_options
 
 if TYPE_CHECKING:
+    from lowbit.calibration import Calibration
     from lowbit.formats import Format
     from lowbit.recipe import Recipe
     from lowbit.report import Report
@@ -35,6 +36,7 @@ EXAMPLES = """\
   lowbit quantize ./model ./small --override 'down_proj$=int8'    more bits where it matters
   lowbit quantize ./model ./small --format int4_g128 --head none  one width, dense head: as vLLM and SGLang want it
   lowbit quantize ./model ./small --algorithm gptq --format int4_g64 --calibration text.txt    rounded for what it reads
+  lowbit quantize ./model ./small --algorithm gptq --calibration default --calibration own    rounded for what it writes, too
   lowbit quantize ./model ./small --algorithm gptq --resume ./unfinished    goes on there after a kill
   lowbit quantize ./model ./small --format w8a8 --scaler smoothquant    8-bit products, a scale for each row
   lowbit quantize ./model ./small --format w8a8_static --scaler smoothquant    a range for each layer, in a JSON file
@@ -98,8 +100,10 @@ def add_algorithms(parser: argparse.ArgumentParser) -> None:
         )
     group.add_argument(
         "--calibration",
+        action="append",
         metavar="TEXT",
-        help="a text file like what the model will read, or 'default' (default: that, where the algorithm needs one)",
+        help="a text file like what the model will read, 'default', or 'own' for what the model writes by itself; several "
+        "share the windows (default: default, where the algorithm needs one)",
     )
     group.add_argument(
         "--bits",
@@ -152,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
 class Calibrating:
     """What is looked at while the model is quantised, and where finished blocks are kept."""
 
-    text: str
+    texts: tuple[str, ...]
     samples: int
     length: int
     resume: Path | None = None
@@ -167,10 +171,10 @@ def calibrating_from(options: argparse.Namespace, recipe: Recipe) -> Calibrating
         if given:
             raise RecipeError(f"--{given[0]} belongs to calibration: name a text with --calibration as well")
         return None
-    text = options.calibration or "default"
+    texts = tuple(options.calibration or ("default",))
     samples = options.samples or getattr(recipe.rounder_options, "samples", SAMPLES)
     length = options.length or LENGTH
-    return Calibrating(text, samples, length, options.resume, options.spill, options.bits)
+    return Calibrating(texts, samples, length, options.resume, options.spill, options.bits)
 
 
 def quantize_and_save(
@@ -201,13 +205,12 @@ def quantize_and_save(
 
 def _calibrated(source: Source, load: LoadOptions, tokenizer: Any, calibrating: Calibrating) -> Any:
     """The model in full precision first, then block by block."""
-    from lowbit.calibration import calibration_from
     from lowbit.cli.session import load_model, refuse_low_bit
     from lowbit.optimize import optimize_model
 
     assert load.recipe is not None
     refuse_low_bit(source)
-    calibration = calibration_from(calibrating.text, tokenizer, calibrating.samples, calibrating.length)
+    calibration = _tokens_for(source, tokenizer, calibrating)
     model, recipe = load_model(source, replace(load, recipe=None)), load.recipe
     where: dict[str, Any] = {"resume": calibrating.resume, "spill": calibrating.spill}
     if calibrating.bits is None:
@@ -217,6 +220,23 @@ def _calibrated(source: Source, load: LoadOptions, tokenizer: Any, calibrating: 
     recipe = allocate_bits(model, recipe, calibration, calibrating.bits)
     used = calibration if recipe.uses_data else None
     return optimize_model(model, None, recipe=recipe, calibration=used, **where)
+
+
+def _tokens_for(source: Source, tokenizer: Any, calibrating: Calibrating) -> Calibration:
+    """The windows, shared evenly among the texts."""
+    from lowbit.calibration import OWN_TEXT, calibration_from, joined, own_text
+
+    count = len(calibrating.texts)
+    parts = []
+    for number, text in enumerate(calibrating.texts):
+        samples = (calibrating.samples + number) // count
+        if text == OWN_TEXT and source.kind == "hub":
+            raise RecipeError("the text 'own' is written by a model on this machine: download it, and name its folder")
+        if text == OWN_TEXT:
+            parts.append(own_text(source.path, samples, calibrating.length))
+        else:
+            parts.append(calibration_from(text, tokenizer, samples, calibrating.length))
+    return joined(parts)
 
 
 def recipe_from(options: argparse.Namespace) -> Recipe:
