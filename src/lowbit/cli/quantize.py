@@ -204,20 +204,20 @@ def quantize_and_save(
 
 
 def _calibrated(source: Source, load: LoadOptions, tokenizer: Any, calibrating: Calibrating) -> Any:
-    """The model in full precision first, then block by block."""
+    """The model block by block; in full precision first where bits are allocated, which takes gradients of the whole."""
     from lowbit.cli.session import load_model, refuse_low_bit
-    from lowbit.optimize import optimize_model
 
     assert load.recipe is not None
     refuse_low_bit(source)
     calibration = _tokens_for(source, tokenizer, calibrating)
-    model, recipe = load_model(source, replace(load, recipe=None)), load.recipe
     where: dict[str, Any] = {"resume": calibrating.resume, "spill": calibrating.spill}
     if calibrating.bits is None:
-        return optimize_model(model, None, recipe=recipe, calibration=calibration, **where)
+        return load_model(source, load, calibration=calibration, **where)
+    from lowbit.optimize import optimize_model
     from lowbit.quantize import allocate_bits
 
-    recipe = allocate_bits(model, recipe, calibration, calibrating.bits)
+    model = load_model(source, replace(load, recipe=None))
+    recipe = allocate_bits(model, load.recipe, calibration, calibrating.bits)
     used = calibration if recipe.uses_data else None
     return optimize_model(model, None, recipe=recipe, calibration=used, **where)
 

@@ -177,9 +177,9 @@ def context_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_model(source: Source, options: LoadOptions) -> Any:
-    """A model, made low-bit while it loads if there is a recipe."""
-    arguments: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+def load_model(source: Source, options: LoadOptions, **more: Any) -> Any:
+    """A model, made low-bit while it loads if there is a recipe. `more`: further keywords of from_pretrained."""
+    arguments: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code, **more}
     if options.device is not None:
         arguments["device_map"] = _checked_device(options.device)
     if options.recipe is not None:
