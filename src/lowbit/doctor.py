@@ -24,6 +24,7 @@ from lowbit.core import calls, library
 from lowbit.errors import KernelError, one_line
 from lowbit.formats import FORMATS, Format
 from lowbit.machine import Machine, this_machine
+from lowbit.runtime.tight import tight_pays
 
 OLDEST_PYTHON = (3, 11)
 # The weight that kernels are asked about: a linear of the common sort.
@@ -31,6 +32,8 @@ USUAL_SHAPE = (2048, 2048)
 LITTLE_MEMORY = 2 * 10**9
 TOO_OLD, ABSENT = "too old", "absent"
 CACHE = "int8 where the weights are low-bit and computed in int8, else fp16; in transformers' generate fp16"
+TIGHT = "held exactly in 12 bits where memory allows, else read from the mapped file; in transformers' generate as torch has them"
+MAPPED = "read from the mapped file; in transformers' generate as torch has them"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Diagnosis:
     devices: list[str] = field(default_factory=list)
     prefill: str = ""
     cache: str = ""
+    plain: str = ""
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -135,6 +139,7 @@ def examine(device: str = "cpu") -> Diagnosis:
     )
     if found.instruction_set:
         found.prefill, found.cache = calls.folding(), CACHE
+        found.plain = TIGHT if tight_pays() else MAPPED
     found.problems = [*package_problems(packages), *([broken] if broken else []), *_machine_problems(found)]
     return found
 

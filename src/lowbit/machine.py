@@ -82,6 +82,11 @@ def _quota() -> float | None:
     return None if limit == "max" or not period else int(limit) / int(period)
 
 
+def available_memory() -> int | None:
+    """Bytes that this process may still take; None where that cannot be known."""
+    return _memory()[1]
+
+
 def _memory() -> tuple[int | None, int | None]:
     """All memory and what is free of it, both within the limit of the container."""
     if not _MEMORY_INFO.is_file():

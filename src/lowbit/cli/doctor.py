@@ -53,6 +53,7 @@ def print_machine(output: Output, found: Diagnosis) -> None:
             ("compiled core", f"uses {found.instruction_set}" if found.instruction_set else "missing"),
             *([("prefill", found.prefill)] if found.prefill else []),
             *([("keys and values", found.cache)] if found.cache else []),
+            *([("bf16 weights", found.plain)] if found.plain else []),
             ("cores", f"{machine.cores}, of which usable {machine.usable_cores}{quota}: {machine.threads} threads"),
             ("memory", memory),
             ("devices", ", ".join(found.devices)),

@@ -29,7 +29,7 @@ class EngineSession:
         start = time.perf_counter()
         if threads is not None:
             set_threads(threads)
-        model = load_files(files, options.recipe, options.context, cache=options.cache)
+        model = load_files(files, options.recipe, options.context, cache=options.cache, mapped=options.mapped)
         model.settings = model.settings.change(check=options.check, within_window=options.within_window)
         return cls(model, time.perf_counter() - start)
 

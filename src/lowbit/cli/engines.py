@@ -98,6 +98,7 @@ def _through_transformers(source: Source, options: LoadOptions, threads: int | N
         ("--context", options.context is not None),
         ("--cache", options.cache != "auto"),
         ("--within-window", options.within_window),
+        ("--mapped", options.mapped),
     ):
         if given:
             raise LowbitError(

@@ -34,6 +34,7 @@ class LoadOptions:
     cache: str = "auto"
     check: bool = False
     within_window: bool = False
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="what keys and values are kept in (default: int8 for low-bit models, fp16 for others; lowbit's own engine)",
     )
     group.add_argument(
+        "--mapped",
+        action="store_true",
+        help="leave plain weights in their file: less memory of its own, slower (lowbit's own engine)",
+    )
+    group.add_argument(
         "--within-window",
         action="store_true",
         help="refuse a prompt longer than the model's sliding window (lowbit's own engine)",
@@ -202,4 +208,5 @@ def loading_from(options: argparse.Namespace) -> LoadOptions:
         options.cache,
         options.check,
         options.within_window,
+        options.mapped,
     )

@@ -20,6 +20,10 @@ _HUGE_PAGE = 2 << 20
 _CHUNK = 32 << 20
 
 
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 class _Arena:
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,8 +35,14 @@ class _Arena:
             if self._used + size > self._chunk.size:
                 self._chunk, self._used = _map(_CHUNK), 0
             start = self._used
-            self._used += -(-size // ALIGNMENT) * ALIGNMENT
+            self._used += _aligned(size)
             return self._chunk[start : start + size]
+
+    def shorten(self, memory: Memory, size: int) -> None:
+        with self._lock:
+            end = int(self._chunk.ctypes.data) + self._used
+            if memory.size and int(memory.ctypes.data) + _aligned(memory.size) == end:
+                self._used -= _aligned(memory.size) - _aligned(size)
 
 
 _ARENA = _Arena()
@@ -41,6 +51,12 @@ _ARENA = _Arena()
 def weight_memory(size: int) -> Memory:
     """`size` bytes on a boundary of 64, not initialised."""
     return _map(size) if size > _CHUNK // 2 else _ARENA.take(size)
+
+
+def shorten(memory: Memory, size: int) -> Memory:
+    """The first `size` bytes of what was taken; the rest is taken again by who asks next."""
+    _ARENA.shorten(memory, size)
+    return memory[:size]
 
 
 def _map(size: int) -> Memory:

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "engine_api.h"
+#include "tight.h"
 
 namespace lowbit {
 
@@ -41,11 +42,11 @@ struct AttendJob {
 // By row queries in two planes of bytes, a tile's probabilities in two, three numbers; the last values of a tile (attention_tiles.h).
 inline int64_t attend_room(int64_t rows, int64_t padded) { return rows * (2 * padded + 2 * kKeyTile + 12) + kValueStep * padded; }
 
-// y[t][r] = bias[r] + sum x[t][k] w[r][k] for rows [row_begin, row_end) of a plain matrix.
+// y[t][r] = bias[r] + sum x[t][k] w[r][k] for rows [row_begin, row_end) of a plain or a tight matrix.
 struct DenseJob {
     const float* x;
     int64_t x_stride, tokens;
-    const void* weight;
+    const void* weight;  // rows of numbers, or the TightHeader
     int dtype;
     int64_t cols, row_begin, row_end;
     const float* bias;
@@ -85,6 +86,10 @@ struct EngineIsa {
     // Where they are; returns how many.
     int64_t (*gather)(const float* keys, int64_t count, float low, int32_t* places);
     void (*dense)(const DenseJob& job);
+    void (*tight)(const DenseJob& job);
+    // One row of bf16 into its lane of a block that was zero; its exceptions, as they are listed; returns how many.
+    int64_t (*split_row)(const uint16_t* row, int64_t cols, int lane, const TightTable& table, uint8_t* block, uint32_t* others);
+    bool tight_pays;  // decoding reads tight rows at least as fast as plain ones
     void (*attend)(const AttendJob& job);
     // One key or value of a head into the cache; int8 returns its scale.
     float (*store_key)(int cache_type, const float* key, int head_dim, int padded, void* keys, int64_t position);

@@ -11,6 +11,19 @@ struct Wanted {
     int64_t rows, cols, count;
 };
 
+int check_tight_matrix(const Wanted& wanted, int64_t layer) {
+    const lowbit_matrix& matrix = *wanted.matrix;
+    for (int64_t i = 0; i < matrix.count; ++i) {
+        const TightHeader* header = check_tight(static_cast<const uint8_t*>(matrix.data) + i * matrix.bytes, matrix.bytes);
+        if (!header) return LOWBIT_BAD_ARGUMENT;
+        if (header->rows != wanted.rows || header->cols != wanted.cols)
+            return fail(LOWBIT_BAD_ARGUMENT, "the tight %s weight of layer %lld is [%lld, %lld], the model's sizes ask for [%lld, %lld]", wanted.name,
+                        static_cast<long long>(layer), static_cast<long long>(header->rows), static_cast<long long>(header->cols),
+                        static_cast<long long>(wanted.rows), static_cast<long long>(wanted.cols));
+    }
+    return LOWBIT_OK;
+}
+
 int check_matrix(const Wanted& wanted, int64_t layer) {
     const lowbit_matrix& matrix = *wanted.matrix;
     const long long at = static_cast<long long>(layer);
@@ -23,6 +36,7 @@ int check_matrix(const Wanted& wanted, int64_t layer) {
     if (matrix.bytes < 0 || matrix.bytes > kMostElements)
         return fail(LOWBIT_BAD_ARGUMENT, "the %s weight of layer %lld has %lld bytes", wanted.name, at, static_cast<long long>(matrix.bytes));
     if (matrix.kind == LOWBIT_PLAIN) return check_dtype(matrix.dtype);
+    if (matrix.kind == LOWBIT_TIGHT) return check_tight_matrix(wanted, layer);
     if (matrix.kind != LOWBIT_PREPARED) return fail(LOWBIT_BAD_ARGUMENT, "a weight of kind %d is unknown", matrix.kind);
     for (int64_t i = 0; i < matrix.count; ++i) {
         const Header* header = check_prepared(static_cast<const uint8_t*>(matrix.data) + i * matrix.bytes, matrix.bytes);

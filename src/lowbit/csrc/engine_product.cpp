@@ -11,7 +11,7 @@ namespace {
 // Weights that a thread takes at a time when decoding: small enough that the last part keeps nobody waiting for long.
 constexpr int64_t kLeastPart = 8 << 10, kMostPart = 96 << 10;
 constexpr int64_t kPartsPerThread = 6;
-constexpr int64_t kPlainRows = 4;
+constexpr int64_t kPlainRows = kTightRows;  // so that plain and tight matrices can be paired
 
 ProductJob job_of(const View& view, const Form& form, float* y, int64_t y_stride) {
     ProductJob job = form.job(*view.header);
@@ -24,7 +24,9 @@ ProductJob job_of(const View& view, const Form& form, float* y, int64_t y_stride
 
 }  // namespace
 
-int64_t View::bytes() const { return header ? header->total_bytes : rows * cols * dtype_bytes(dtype); }
+int64_t View::bytes() const { return header ? header->total_bytes : tight ? tight->total_bytes : rows * cols * dtype_bytes(dtype); }
+
+int64_t View::group_bytes() const { return tight ? tight->block_bytes : kPlainRows * cols * dtype_bytes(dtype); }
 
 View view_of(const lowbit_matrix& matrix, int64_t index) {
     View view;
@@ -33,9 +35,10 @@ View view_of(const lowbit_matrix& matrix, int64_t index) {
     view.cols = matrix.cols;
     view.dtype = matrix.dtype;
     view.bias = matrix.bias ? matrix.bias + index * matrix.rows : nullptr;
-    const int64_t step = matrix.kind == LOWBIT_PREPARED ? matrix.bytes : matrix.rows * matrix.cols * dtype_bytes(matrix.dtype);
+    const int64_t step = matrix.kind != LOWBIT_PLAIN ? matrix.bytes : matrix.rows * matrix.cols * dtype_bytes(matrix.dtype);
     view.data = static_cast<const uint8_t*>(matrix.data) + index * step;
     if (matrix.kind == LOWBIT_PREPARED) view.header = static_cast<const Header*>(view.data);
+    if (matrix.kind == LOWBIT_TIGHT) view.tight = static_cast<const TightHeader*>(view.data);
     return view;
 }
 
@@ -105,13 +108,14 @@ Task::Span Task::span(int64_t item) const {
 
 void Task::plan(int team) {
     const int64_t matrices = second ? 2 : 1;
-    if (!view.header) cut(divide_up(view.rows, kPlainRows), kPlainRows * view.cols * dtype_bytes(view.dtype) * matrices, team);
+    if (!view.header) cut(divide_up(view.rows, kPlainRows), view.group_bytes() * matrices, team);
     else if (form->few) cut(view.header->blocks, view.header->block_bytes * matrices, team);
     else items = form->items(*view.header);
 }
 
 const uint8_t* Task::begin_of(const View& of, int64_t item) const {
-    if (!of.header) return static_cast<const uint8_t*>(of.data) + span(item).begin * kPlainRows * of.cols * dtype_bytes(of.dtype);
+    if (of.tight) return of.tight->block(span(item).begin);
+    if (!of.header) return static_cast<const uint8_t*>(of.data) + span(item).begin * of.group_bytes();
     return form->few ? block_at(*of.header, span(item).begin) : nullptr;
 }
 
@@ -120,8 +124,10 @@ namespace {
 Piece run_plain(const Task& task, const View& view, float* y, int64_t item, const uint8_t* next) {
     const Task::Span units = task.span(item);
     const int64_t begin = units.begin * kPlainRows, end = std::min(units.end * kPlainRows, view.rows);
-    engine_isa().dense({task.input->rows, task.input->stride, task.input->tokens, view.data, view.dtype, view.cols, begin, end, view.bias, y,
-                        task.y_stride, next});
+    const DenseJob job = {task.input->rows, task.input->stride, task.input->tokens, view.data, view.dtype, view.cols, begin, end, view.bias, y,
+                          task.y_stride, next};
+    if (view.tight) engine_isa().tight(job);
+    else engine_isa().dense(job);
     return {0, task.input->tokens, begin, end};
 }
 

@@ -6,9 +6,10 @@
 
 namespace lowbit {
 
-// One matrix of the model: `header` for a prepared one, else plain rows; no rows when the model has none.
+// One matrix of the model: `header` for a prepared one, `tight` for a tight one, else plain rows; no rows when the model has none.
 struct View {
     const Header* header = nullptr;
+    const TightHeader* tight = nullptr;
     const void* data = nullptr;
     const float* bias = nullptr;
     int64_t rows = 0, cols = 0;
@@ -16,6 +17,7 @@ struct View {
 
     explicit operator bool() const { return rows > 0; }
     int64_t bytes() const;
+    int64_t group_bytes() const;  // of four rows that are not prepared
 };
 
 View view_of(const lowbit_matrix& matrix, int64_t index = 0);
@@ -29,7 +31,7 @@ struct Input {
     Form forms[kMostForms];
 
     void start(const float* from, int64_t row_stride, int64_t count);
-    // The form that this weight needs, placed at `room` behind the ones before; nullptr for plain rows.
+    // The form that this weight needs, placed at `room` behind the ones before; nullptr for plain and tight rows.
     const Form* form_for(const View& view, int compute, uint8_t* room, int64_t* used);
     // Make all forms ready for tokens [begin, end), which are whole tiles or the last ones.
     void make_ready(int64_t begin, int64_t end) const;
@@ -55,7 +57,7 @@ struct Task {
     const lowbit_mlp* mlp = nullptr;
     float multiplier = 1.0f, soft_cap = 0.0f;  // of logits
     int64_t items = 0;
-    // Decoding: blocks (of plain matrices groups of rows) of large items, which come first, and of small ones.
+    // Decoding: blocks (of plain and tight matrices groups of rows) of large items, which come first, and of small ones.
     int64_t units = 0, large = 1, small = 1, large_items = 0;
 
     struct Span {

@@ -161,18 +161,23 @@ LaneScale lane_scale(const Header& header, int64_t row, int64_t group) {
 
 bool stores_zeros(const Header& header) { return header.kind == LOWBIT_INT && !header.symmetric; }
 
-// Words are mixed one after the other: 0.2 microseconds.
+// One after the other: 0.2 microseconds for a header.
+uint64_t mix_words(const uint64_t* words, size_t count) {
+    uint64_t seal = count * sizeof(uint64_t);
+    for (size_t i = 0; i < count; ++i) {
+        seal = (seal ^ words[i]) * 0x9E3779B97F4A7C15ull;
+        seal ^= seal >> 32;
+    }
+    return seal;
+}
+
 uint64_t seal_of(const Header& header) {
     Header open;
     memcpy(static_cast<void*>(&open), &header, sizeof open);
     open.seal = 0;
-    uint64_t words[sizeof open / sizeof(uint64_t)], seal = sizeof open;
+    uint64_t words[sizeof open / sizeof(uint64_t)];
     memcpy(words, &open, sizeof words);
-    for (uint64_t word : words) {
-        seal = (seal ^ word) * 0x9E3779B97F4A7C15ull;
-        seal ^= seal >> 32;
-    }
-    return seal;
+    return mix_words(words, sizeof words / sizeof words[0]);
 }
 
 const Header* check_prepared(const void* prepared, int64_t bytes) {

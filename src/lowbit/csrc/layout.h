@@ -19,6 +19,7 @@
 // 32 (or to exactly 16). Where segments are padded, position in the buffer and column of the weight differ; Plan knows the mapping.
 // Dense weights have no segments; their unit is 32 inputs x 16 rows of plain numbers, [input][row], bf16 in pairs of inputs.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "format.h"
@@ -108,6 +109,7 @@ void make_header(const lowbit_format& format, Shape shape, Header* header);
 // A header that belongs to this buffer, or nullptr with a sentence.
 const Header* check_prepared(const void* prepared, int64_t bytes);
 bool stores_zeros(const Header& header);
+uint64_t mix_words(const uint64_t* words, size_t count);
 uint64_t seal_of(const Header& header);
 // The scale and the minimum of one row's group; without the tensor's factor for the minimum, which has none.
 LaneScale lane_scale(const Header& header, int64_t row, int64_t group);

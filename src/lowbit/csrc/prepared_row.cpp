@@ -58,6 +58,7 @@ void read_prepared(const Header& header, int64_t row, float* to) {
 
 void read_row(const View& view, int64_t row, float* to) {
     if (view.header) return read_prepared(*view.header, row, to);
+    if (view.tight) return read_tight_row(*view.tight, row, to);
     engine_isa().widen(view.data, view.dtype, row * view.cols, view.cols, to);
 }
 

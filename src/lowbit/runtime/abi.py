@@ -52,9 +52,9 @@ PROFILE_PARTS = [
     "steps",
     "barrier_count",
 ]
-ABSENT, PREPARED, PLAIN = 0, 1, 2
+ABSENT, PREPARED, PLAIN, TIGHT = 0, 1, 2, 3
 ROPE_FIXED, ROPE_LONG, ROPE_DYNAMIC = 0, 1, 2
-CANCELLED, NOT_FINITE = 5, 6
+UNSUPPORTED, CANCELLED, NOT_FINITE = 3, 5, 6
 
 _I, _L, _F, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -150,6 +150,10 @@ class COptions(ctypes.Structure):
 
 
 _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
+    "lowbit_tight_pays": (ctypes.c_int, []),
+    "lowbit_tight_bytes": (_L, [_L, _L]),
+    "lowbit_tighten": (ctypes.c_int, [_P, _L, _L, _P, _L, ctypes.POINTER(_L)]),
+    "lowbit_loosen": (ctypes.c_int, [_P, _L, _P]),
     "lowbit_engine_create": (_P, [ctypes.POINTER(CModel), ctypes.POINTER(COptions)]),
     "lowbit_engine_destroy": (None, [_P]),
     "lowbit_engine_bytes": (_L, [ctypes.POINTER(CModel), ctypes.POINTER(COptions)]),

@@ -1,15 +1,15 @@
 """How weights get into the engine: as addresses, so that nothing is copied and torch layers can share them.
 
-A `Matrix` is a linear weight [out, in] in one of two forms: plain rows of numbers, or the buffer that `core.calls.prepare`
-lays out from packed codes. The experts of a layer lie one after another in one Matrix with `count` > 1. `EngineWeights` has a
-Matrix for every linear role of a spec and two fp32 arrays (weight, bias) for every norm, by (role, layer).
+A `Matrix` is a linear weight [out, in] in one of three forms: plain rows of numbers, the buffer that `core.calls.prepare` lays out
+from packed codes, or bf16 in 12 bits (tight.py). The experts of a layer lie one after another in one Matrix with `count` > 1.
+`EngineWeights` has a Matrix for every linear role of a spec and two fp32 arrays (weight, bias) for every norm, by (role, layer).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,13 @@ from lowbit.core.arena import ALIGNMENT, weight_memory
 from lowbit.errors import WeightError
 from lowbit.models.spec import DecoderSpec, Located
 from lowbit.packing import PackedTensor
-from lowbit.runtime.abi import LAYER_MATRICES, OUTER_MATRICES, PLAIN, PREPARED
+from lowbit.runtime.abi import LAYER_MATRICES, OUTER_MATRICES, PLAIN, PREPARED, TIGHT
 from lowbit.runtime.mapped import mapped_bytes
 from lowbit.runtime.stored import addresses
 
 Floats = NDArray[np.float32]
 Key = tuple[str, int | None]
+Sample = bytes  # by another name than the field of a Matrix
 MATRIX_ROLES = frozenset((*LAYER_MATRICES, *OUTER_MATRICES))
 _SAMPLE = 256  # bytes of a weight at each of three places: another model differs in some of them
 _AT_ONCE = 256 << 20  # bytes that one call lays out, in 0.2 s or less: Ctrl-C is heard between two calls
@@ -45,11 +46,10 @@ class Matrix:
     bytes: int = 0
     bias: Floats | None = None
     owner: Any = None
+    sample: Sample = b""  # tight: what `sample_of` took of the plain weight
 
     def with_bias(self, bias: Floats | None) -> Matrix:
-        return Matrix(
-            self.address, self.rows, self.cols, self.kind, self.dtype, self.count, self.bytes, bias, self.owner
-        )
+        return replace(self, bias=bias)
 
 
 @dataclass
@@ -140,9 +140,20 @@ def _reserve(packed: PackedTensor) -> tuple[Matrix, list[calls.Preparing], list[
 
 def bytes_at(matrix: Matrix) -> NDArray[np.uint8]:
     """A weight's memory as it lies there."""
-    size = matrix.count * (matrix.bytes or matrix.rows * matrix.cols * _DTYPES[matrix.dtype])
+    size = matrix.count * matrix.bytes or plain_size(matrix)
     view: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(matrix.address))
     return view
+
+
+def plain_size(matrix: Matrix) -> int:
+    """Bytes of a weight as plain numbers of its type."""
+    return matrix.count * matrix.rows * matrix.cols * _DTYPES[matrix.dtype]
+
+
+def sample_of(data: NDArray[np.uint8]) -> Sample:
+    """A few bytes of a weight: its beginning, middle and end."""
+    starts = (0, data.size // 2, max(data.size - _SAMPLE, 0))
+    return b"".join(data[start : start + _SAMPLE].tobytes() for start in starts)
 
 
 def fingerprint(spec: DecoderSpec, weights: EngineWeights) -> str:
@@ -151,10 +162,12 @@ def fingerprint(spec: DecoderSpec, weights: EngineWeights) -> str:
 
     digest = hashlib.sha256(repr(spec).encode())
     for key, matrix in sorted(weights.matrices.items(), key=lambda item: str(item[0])):
-        data = bytes_at(matrix)
-        digest.update(f"{key} {matrix.rows} {matrix.cols} {matrix.kind} {matrix.dtype} {data.size}".encode())
-        for start in (0, data.size // 2, max(data.size - _SAMPLE, 0)):
-            digest.update(data[start : start + _SAMPLE].tobytes())
+        # A tight weight counts as the plain one: whether it is tight depends on the memory that was there.
+        is_tight = matrix.kind == TIGHT
+        kind = PLAIN if is_tight else matrix.kind
+        size = plain_size(matrix) if is_tight else bytes_at(matrix).size
+        digest.update(f"{key} {matrix.rows} {matrix.cols} {kind} {matrix.dtype} {size}".encode())
+        digest.update(matrix.sample if is_tight else sample_of(bytes_at(matrix)))
     for key, pair in sorted(weights.vectors.items(), key=lambda item: str(item[0])):
         digest.update(str(key).encode())
         for vector in pair:

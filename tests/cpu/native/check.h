@@ -93,6 +93,7 @@ std::vector<const char*> instruction_sets();
 
 // The groups of checks, one per file.
 void check_weights();
+void check_tight();
 void check_products();
 void check_selection();
 void check_engine();

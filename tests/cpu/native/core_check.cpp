@@ -1,6 +1,6 @@
 // The native checks of the core. Without arguments all of them, else those named; 0 when everything holds.
 //
-//   core_check [weights] [products] [selection] [engine] [experts] [slots] [refusals] [hostile] [memory] [face] [threads]
+//   core_check [weights] [tight] [products] [selection] [engine] [experts] [slots] [refusals] [hostile] [memory] [face] [threads]
 #include <chrono>
 #include <cstring>
 
@@ -15,7 +15,8 @@ struct Group {
 };
 
 const Group kGroups[] = {
-    {"weights", check::check_weights, true},     {"products", check::check_products, true}, {"selection", check::check_selection, false},
+    {"weights", check::check_weights, true},     {"tight", check::check_tight, true},       {"products", check::check_products, true},
+    {"selection", check::check_selection, false},
     {"engine", check::check_engine, true},       {"experts", check::check_experts, true},   {"slots", check::check_slots, false},
     {"refusals", check::check_refusals, false},  {"hostile", check::check_hostile, false},  {"memory", check::check_memory, false},
     {"face", check::check_face, false},          {"threads", check::check_threads, false},
