@@ -121,12 +121,11 @@ OUR_RECIPES: dict[str, tuple[int, tuple[str, ...]]] = {
     "int6_g64": (4, ("--format", "int6_g64")),
     "int4 v8 h6": (4, (*_SIX_BIT_TABLES, *_EIGHT_BIT_VALUES)),
     "int4 gptq v8 h6": (4, (*_CALIBRATED, *_SIX_BIT_TABLES, *_EIGHT_BIT_VALUES)),
-    "int5_g64 gptq": (4, (*_CALIBRATED, "--format", "int5_g64")),
     "int8_g64": (8, ("--format", "int8_g64")),
     "bf16": (16, ()),
 }
 # SmolLM2's Q4_K_M has 6.2 bits, see gguf_quality; at the 1.1 B's 5 bits no such recipe is needed.
-ONLY_SMALL = ("int6_g64", "int5_g64 gptq")
+ONLY_SMALL = ("int6_g64",)
 # The 1.1 B is random: no text calibrates it. The plainly rounded folder has the same bytes in the same places.
 STANDS_IN = {("random-1.1b", "int4 gptq v8 h6"): "int4 v8 h6"}
 SPARE = 64  # positions that a cache has more than a task needs
