@@ -1,9 +1,13 @@
 """Memory of prepared weights: aligned, apart, and given back."""
 
+import ctypes
 import gc
+import subprocess
+import sys
 import weakref
 
 import numpy as np
+import pytest
 
 from lowbit.core import arena
 
@@ -33,3 +37,28 @@ def test_memory_goes_back_with_its_weight() -> None:
     del piece
     gc.collect()
     assert owner() is None
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc has malloc_trim"
+)
+def test_what_the_c_library_keeps_goes_back() -> None:
+    """Weights leave the memory that they were read into, and others must not have to take more."""
+    program = """
+import resource
+import numpy as np
+from lowbit.core import arena
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+del (first := [np.ones(1 << 20, np.uint8)])[0]  # blocks of this size come from the heap from now on
+pieces = [np.ones(1 << 20, np.uint8) for _ in range(128)]
+last = np.ones(1 << 20, np.uint8)  # keeps the end of the heap where it is
+pieces.clear()
+before = resident()
+piece = arena.weight_memory(20 << 20)
+print(before - resident() >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100
