@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from peers.entries import WORKERS
-from peers.runners import PeerError
+from peers.runners import PeerError, end
 
 # The environment that prepare.py makes for a worker; ours runs in the benchmark's own.
 SCRIPTS = {
@@ -59,8 +59,5 @@ class Rounder:
 
     def close(self) -> None:
         if self.process is not None:
-            assert self.process.stdin is not None and self.process.stdout is not None
-            self.process.stdin.close()
-            self.process.wait()
-            self.process.stdout.close()
+            end(self.process)
             self.process = None

@@ -41,6 +41,14 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """A worker that is asked nothing more ends by itself."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
+
+
 def busy_seconds() -> float:
     """Processor time that anything has used since the machine started, with what the host took away."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
@@ -159,10 +167,7 @@ class Worker:
 
     def close(self) -> None:
         if self.process is not None:
-            assert self.process.stdin is not None and self.process.stdout is not None
-            self.process.stdin.close()
-            self.process.wait()
-            self.process.stdout.close()
+            end(self.process)
             self.process = None
 
 

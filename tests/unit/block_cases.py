@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowbit.models.capture import Call, find_blocks, record_calls
+from lowbit_assets import tiny_model_in_memory
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -66,3 +67,14 @@ def block_of(family: str, outliers: bool = False) -> tuple[nn.Module, Call]:
                 if parameter.dim() == 1 and "norm" in name and name.endswith("weight"):
                     parameter[::13] *= 15
     return block, call
+
+
+def with_an_idle_expert() -> Any:
+    """A mixture that never sends a token to its last expert."""
+    model = tiny_model_in_memory("qwen3_moe")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[-1] = 0
+            layer.mlp.gate.weight[:-1].abs_()
+            layer.post_attention_layernorm.weight.abs_()
+    return model

@@ -23,6 +23,7 @@ from lowbit.grid import PLAIN, quantize, unpack
 from lowbit.quantize import allocate_bits, quantize_
 from lowbit.recipe import Recipe
 from lowbit_assets import tiny_model, tiny_model_in_memory
+from unit.block_cases import with_an_idle_expert
 
 OPTION = st.tuples(st.integers(1, 30), st.floats(0, 10, allow_nan=False))
 WEIGHTS = st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5)
@@ -166,12 +167,7 @@ def test_experts_cost_what_they_are_expected_to() -> None:
 
 
 def test_experts_that_saw_nothing_count_as_the_others_and_are_named() -> None:
-    model = tiny_model_in_memory("qwen3_moe")
-    with torch.no_grad():  # nobody is ever sent to the last expert
-        for layer in model.model.layers:
-            layer.mlp.gate.weight[-1] = 0
-            layer.mlp.gate.weight[:-1].abs_()
-            layer.post_attention_layernorm.weight.abs_()
+    model = with_an_idle_expert()
     ids = torch.randint(3, 259, (1, 2), generator=torch.Generator().manual_seed(1))
     moments = measure_moments(model, ids)
     found = moments["model.layers.0.mlp.experts.down_proj"]

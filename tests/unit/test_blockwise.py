@@ -24,6 +24,7 @@ from lowbit.quantize import quantize_
 from lowbit.recipe import Recipe, recipe_named
 from lowbit.report import LayerReport
 from lowbit_assets import tiny_model_in_memory
+from unit.block_cases import with_an_idle_expert
 
 IDS = torch.randint(3, 280, (8, 32), generator=torch.Generator().manual_seed(0))
 HELD_OUT = torch.randint(3, 280, (4, 32), generator=torch.Generator().manual_seed(1))
@@ -338,12 +339,7 @@ def test_activations_may_lie_on_disk(tmp_path: Path) -> None:
 
 
 def test_experts_without_tokens_are_rounded_and_named() -> None:
-    model = tiny_model_in_memory("qwen3_moe")
-    with torch.no_grad():  # nobody is ever sent to the last expert
-        for layer in model.model.layers:
-            layer.mlp.gate.weight[-1] = 0
-            layer.mlp.gate.weight[:-1].abs_()
-            layer.post_attention_layernorm.weight.abs_()
+    model = with_an_idle_expert()
     sent: list[torch.Tensor] = []
     model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda m, a: sent.append(a[1]))
     few = Calibration(IDS[:1, :2])
@@ -405,6 +401,12 @@ def test_loading_calibrates_what_was_loaded(tmp_path: Path) -> None:
     assert torch.equal(logits_of(found), logits_of(lowbit.optimize_model(model, recipe=GPTQ, calibration=CALIBRATION)))
     with pytest.raises(RecipeError, match="gptq looks at activations and needs calibration tokens"):
         load(tmp_path / "dense", recipe=GPTQ)
+
+
+def test_calibration_of_what_is_not_rounded_is_told(tmp_path: Path) -> None:
+    tiny_model_in_memory("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(RecipeError, match="nothing is rounded: name a format or recipe= too"):
+        lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", calibration=torch.randint(3, 90, (2, 16)))
 
 
 def test_report_has_a_line_for_every_linear() -> None:

@@ -244,9 +244,8 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
             return [*copies, WeightConverter(integers or list(compressed.NAMES), "weight", [ReadWeight(self)])]
         whole = [f"packed_weight.{name}" for name in BUFFERS]
         converters = [WeightConverter(whole, "weight", [ReadWeight(self)])]
-        for kind in _UP_PATTERNS:
-            converters.append(WeightConverter([f"{kind}.{name}" for name in BUFFERS], kind, [ReadWeight(self)]))
-        return converters
+        experts = [WeightConverter([f"{k}.{name}" for name in BUFFERS], k, [ReadWeight(self)]) for k in _UP_PATTERNS]
+        return [*converters, *experts]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """A checkpoint of packed experts is fused by lowbit: transformers' own operations know only dense ones."""

@@ -82,6 +82,10 @@ class Request:
         choices = Choices(**asked)
         cast = cast_of(low_bit, choices)
         if cast is not None or (low_bit is None and choices.recipe is None):
+            if choices.calibration is not None:
+                raise RecipeError(
+                    "calibration= says what rounding looks at, and nothing is rounded: name a format or recipe= too"
+                )
             return cls(None, cast or dtype, choices, pickles)
         names = [*([skip] if isinstance(skip, str) else skip or ()), *foreign_skip]
         recipe = build_recipe(low_bit, names, cpu_embedding, choices)

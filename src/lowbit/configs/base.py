@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import json
 import warnings
+from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -69,7 +70,7 @@ class CalibrationText:
     length: int
 
 
-class _Lenient(type):
+class _Lenient(ABCMeta):
     """Classes whose calls swallow keywords that they do not know, with a warning: scripts of that system pass such."""
 
     def __call__(cls, *values: Any, **named: Any) -> Any:
@@ -102,9 +103,9 @@ class WeightOnlyConfig(metaclass=_Lenient):
             self.modules_to_not_convert = [name for name in self.modules_to_not_convert if name not in _HEADS]
         self.to_recipe()
 
+    @abstractmethod
     def to_recipe(self) -> Recipe:
         """The recipe that this configuration means; raises a RecipeError where it contradicts itself."""
-        raise NotImplementedError
 
     def calibration(self) -> CalibrationText | None:
         """The text to calibrate on, or None for a configuration that looks at none."""
