@@ -315,3 +315,30 @@ def test_a_gguf_file_is_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[s
     }
     words = ("generate", tmp_path / "out", "--prompt", "Hello", *GREEDY)
     assert json_of(capsys, *words, "--raw")["prompt_tokens"] < json_of(capsys, *words)["prompt_tokens"]
+
+
+INTERRUPTED_WORK = """
+import os, signal, sys
+from lowbit.checkpoint import sites
+from lowbit.cli import main
+
+real, done = sites.pack_weight, []
+
+def pack_weight(*arguments):
+    done.append(1)
+    if len(done) == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(*arguments)
+
+sites.pack_weight = pack_weight
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this run of the tests has inherited
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_while_quantising_leaves_nothing(dense: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_WORK, "quantize", str(dense), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (INTERRUPTED, "")
+    assert done.stderr.endswith("\nlowbit: stopped\n") and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
