@@ -4,15 +4,16 @@ transformers finds the reader of a quantised folder in two dictionaries of `tran
 that the folder's config.json names. lowbit adds its own method, and stands in front of "compressed-tensors": folders of packed
 integer weights, which is how lowbit saves, get lowbit's layers and kernels, and every other folder goes on to the original entry.
 
-`import lowbit` must cost milliseconds, so a finder waits at the end of the import path for `transformers.quantizers.auto` and adds
+`import lowbit` must cost milliseconds, so a finder waits in front of the import path for `transformers.quantizers.auto` and adds
 the entries right after that module has run. The entries themselves import lowbit's quantiser only when a folder asks for it.
+Whoever else has something to do right after a module of somebody else's has run says so with `when_imported`.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,12 @@ def add_entries(tables: ModuleType) -> None:
     quantizers[COMPRESSED_METHOD] = QuantizerEntry(quantizers.get(COMPRESSED_METHOD))
 
 
+# What waits for which module; the first action is the first to run.
+_WAITING: dict[str, list[Callable[[ModuleType], None]]] = {}
+
+
 class _Loader(Loader):
-    """Runs the module as its own loader does, then adds the entries."""
+    """Runs the module as its own loader does, then what waited for it."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -79,16 +84,17 @@ class _Loader(Loader):
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        add_entries(module)
+        for action in list(_WAITING.get(module.__name__, ())):
+            action(module)
 
 
 class _Finder(MetaPathFinder):
-    """Waits for one module by name and steps aside for all others."""
+    """Waits for a few modules by name and steps aside for all others."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != TABLES_MODULE:
+        if fullname not in _WAITING:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -96,10 +102,24 @@ class _Finder(MetaPathFinder):
         return spec
 
 
+def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
+    """Call `action` with the module of that name: now if it is imported already, else right after it has run."""
+    module = sys.modules.get(name)
+    if module is not None:
+        action(module)
+        return
+    _WAITING.setdefault(name, []).append(action)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def no_longer_when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
+    """The other half of `when_imported`: the action waits no more."""
+    if action in _WAITING.get(name, ()):
+        _WAITING[name].remove(action)
+
+
 def install() -> None:
     """Add the entries now if transformers has its tables already, else when it makes them."""
-    tables = sys.modules.get(TABLES_MODULE)
-    if tables is not None:
-        add_entries(tables)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    if add_entries not in _WAITING.get(TABLES_MODULE, ()):
+        when_imported(TABLES_MODULE, add_entries)

@@ -30,7 +30,9 @@ ROWS = [
     {"hook"},
     {"optimize"},
     {"bench", "doctor", "demo"},
-    {"compat", "cli"},
+    {"compat"},
+    {"migrate"},
+    {"cli"},
     {"__init__", "__main__"},
 ]
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

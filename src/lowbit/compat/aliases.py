@@ -1,0 +1,92 @@
+"""Old import names, answered: `bigdl.llm.transformers` and `ipex_llm.transformers` are one module, a face of ours.
+
+A finder in front of Python's own knows the old top names. For `bigdl.llm.x` it imports `lowbit.compat.faces.ipex_llm.x` and enters
+that same module under the name that was asked for, so that a class reached through either name is one class. Faces import one
+another, and are known to pickle, under their real names.
+
+A module that no face has is refused with a sentence that names the nearest one; the same finder sees `from face import name` for a
+name that is missing, because Python asks for a submodule of that name then, and answers with the sentence instead of Python's own,
+which would not say what to use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lowbit.compat.missing import FACES, refuse_module
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader, MetaPathFinder
+else:  # names alone: importing their home takes 8 ms
+    Loader = MetaPathFinder = object
+
+ALIASES = {
+    "bigdl": f"{FACES}.bigdl",
+    "bigdl.llm": f"{FACES}.ipex_llm",
+    "ipex_llm": f"{FACES}.ipex_llm",
+    "intel_extension_for_pytorch": f"{FACES}.intel_extension_for_pytorch",
+    "neural_compressor": f"{FACES}.neural_compressor",
+}
+
+
+def face_of(name: str) -> str | None:
+    """The module of ours that answers an old name; None for every other name."""
+    head, tail = name, ""
+    while head:
+        if head in ALIASES:
+            return ALIASES[head] + tail
+        head, _, last = head.rpartition(".")
+        tail = f".{last}{tail}"
+    return None
+
+
+class _AliasLoader(Loader):
+    """Enters a module of ours under an old name."""
+
+    def __init__(self, face: str) -> None:
+        self.face = face
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # What the import returns is read from the table again after this: so it is the module of ours, untouched.
+        sys.modules[module.__name__] = importlib.import_module(self.face)
+
+
+class AliasFinder(MetaPathFinder):
+    """Answers the old names, and steps aside for all others."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.startswith(FACES + "."):
+            return _find_face(fullname, path, target)
+        face = face_of(fullname)
+        if face is None or (fullname == "bigdl" and PathFinder.find_spec(fullname) is not None):
+            return None
+        found = importlib.util.find_spec(face)
+        if found is None:
+            raise refuse_module(fullname, face)
+        is_package = found.submodule_search_locations is not None
+        return ModuleSpec(fullname, _AliasLoader(face), origin=found.origin, is_package=is_package)
+
+
+def _find_face(fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+    found = PathFinder.find_spec(fullname, path, target)
+    if found is None:
+        raise refuse_module(fullname, fullname)
+    return found
+
+
+def remove(finder: AliasFinder) -> None:
+    """Take the finder away, and the old names that it entered."""
+    if finder in sys.meta_path:
+        sys.meta_path.remove(finder)
+    for name in [name for name in sys.modules if face_of(name) is not None]:
+        del sys.modules[name]
