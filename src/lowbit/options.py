@@ -93,14 +93,15 @@ class GptqOptions(Options):
 class HqqOptions(Options):
     """The power of the objective, how fast beta rises from where, and for how many turns: the defaults of the project hqq.
 
-    `reach` is the share of a scale below which it may not fall: 1 lets it only grow, 0 lets it give up large weights.
+    `reach` is the share of a scale below which it may not fall: 1 lets it only grow, 0 lets it give up large weights. KL of
+    the reference model at int4_asym_g64 (4 windows of each text): 0.349 with 1, 0.357 with 0.95.
     """
 
     power: float = 0.7
     beta: float = 10.0
     growth: float = 1.01
     iterations: int = 20
-    reach: float = 0.95
+    reach: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.power <= 1:
