@@ -5,6 +5,7 @@ whole prompt was read (many rows at once), each later one after one row. Of the 
 and P99 how evenly.
 
     generate(new_tokens) -> seconds from the start to each token     timed `rounds` times, after one round that warms up
+    answer(new_tokens) -> seconds of whole answers                   for batches and beams, whose tokens come together
 
 What runs the model is the caller's business: this file imports neither torch nor transformers.
 """
@@ -15,12 +16,13 @@ import resource
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 Generate = Callable[[int], Sequence[float]]
+Answer = Callable[[int], float]
 _PROCESS_STATUS = Path("/proc/self/status")
 
 
@@ -83,6 +85,72 @@ def measure(
         later_p90=percentile(gaps, 0.90),
         later_p99=percentile(gaps, 0.99),
     )
+
+
+@dataclass(frozen=True)
+class AnswerTimings:
+    """What whole answers to a batch of prompts took, in seconds, and what answers of one token took if they were timed."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    seconds: tuple[float, ...]
+    first_seconds: tuple[float, ...] = ()
+
+    @property
+    def latency(self) -> float:
+        """Of one call: the mean over those that count."""
+        return statistics.fmean(self.seconds)
+
+    @property
+    def latency_per_token(self) -> float:
+        """Until every sequence has one token more, the reading of the prompt shared out among all of them."""
+        return self.latency / self.new_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all sequences together."""
+        return self.batch * self.new_tokens / max(self.latency, 1e-9)
+
+    @property
+    def answers_per_second(self) -> float:
+        return self.batch / max(self.latency, 1e-9)
+
+    @property
+    def first_token(self) -> float | None:
+        return statistics.fmean(self.first_seconds) if self.first_seconds else None
+
+    @property
+    def later_token(self) -> float | None:
+        """What is left of an answer without its first token, for each of the others."""
+        if self.first_token is None or self.new_tokens < 2:
+            return None
+        return (self.latency - self.first_token) / (self.new_tokens - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        names = (
+            "latency",
+            "latency_per_token",
+            "tokens_per_second",
+            "answers_per_second",
+            "first_token",
+            "later_token",
+        )
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+
+def measure_answers(
+    answer: Answer, timings: AnswerTimings, rounds: int, warmup: int, first: bool = False
+) -> AnswerTimings:
+    """Time whole answers: `warmup` calls that do not count, then `rounds` that do, and as many of one token if `first`."""
+    seconds = [answer(timings.new_tokens) for _ in range(warmup + rounds)][warmup:]
+    firsts = [answer(1) for _ in range(rounds)] if first else []
+    return replace(timings, seconds=tuple(seconds), first_seconds=tuple(firsts))
+
+
+def prompt_of(tokens: list[int], length: int) -> list[int]:
+    """A prompt of an exact length: the tokens over and over."""
+    return (tokens * (length // len(tokens) + 1))[:length]
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from lowbit.bench import Timings, measure
+from lowbit.bench import Timings, measure, prompt_of
+from lowbit.cli import bench_woq
 from lowbit.cli.options import (
     COUNT,
     Sampling,
@@ -28,7 +30,9 @@ EXAMPLES = """\
   lowbit bench ./small --prompt-tokens 1024 --new-tokens 128 --threads 4
   lowbit bench ./SmolLM2-135M --format int4 --rounds 5
   lowbit bench ./small --prompt-tokens 512 --profile
-  lowbit bench ./small --json | jq .tokens_per_second"""
+  lowbit bench ./small --json | jq .tokens_per_second
+  lowbit bench --woq --benchmark --model ./small --num_beams 4"""
+WRONG_USAGE = 2
 _PROMPT = "The quick brown fox jumps over the lazy dog while seven wise owls count the stars above a quiet harbour. "
 # The parts of a step as the engine names them, in the order in which they run.
 _PARTS = {
@@ -46,7 +50,7 @@ _AT_LEAST_TWO = number(int, 2, 1 << 31, "a number from 2 up (the first token is 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
+    add_model(parser, by_option=True)
     parser.add_argument(
         "--prompt-tokens", type=COUNT, default=32, metavar="N", help="length of the prompt (default: 32)"
     )
@@ -58,9 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", action="store_true", help="also show where the time goes, part by part (lowbit's own engine only)"
     )
     add_json(parser)
+    bench_woq.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    if not hasattr(options, "model"):
+        print("lowbit: error: which MODEL? (see 'lowbit bench --help')", file=sys.stderr)
+        return WRONG_USAGE
+    if bench_woq.is_asked(options):
+        return bench_woq.run(options, _PROMPT)
     output = Output(options.json)
     source, load = find_source(options.model), loading_from(options)
     from lowbit.cli.engine_session import EngineSession
@@ -92,11 +102,6 @@ def run(options: argparse.Namespace) -> int:
         facts |= {"profile": {"prompt": reading, "later": later}}
     output.result({"model": options.model, "cache": cache} | facts)
     return 0
-
-
-def prompt_of(tokens: list[int], length: int) -> list[int]:
-    """A prompt of an exact length: the tokens over and over."""
-    return (tokens * (length // len(tokens) + 1))[:length]
 
 
 def print_timings(

@@ -107,9 +107,15 @@ def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every command that runs a model: which, made low-bit or not, loaded how, run by whom."""
-    parser.add_argument("model", metavar="MODEL", help="a folder (low-bit or not), a .gguf file, or a name on the hub")
+def add_model(parser: argparse.ArgumentParser, by_option: bool = False) -> None:
+    """Arguments of every command that runs a model: which (by `--model` too, if asked for), made low-bit or not, loaded how,
+    run by whom."""
+    what = "a folder (low-bit or not), a .gguf file, or a name on the hub"
+    if by_option:
+        parser.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=what)
+        parser.add_argument("--model", metavar="MODEL", default=argparse.SUPPRESS, help="the same, as an option")
+    else:
+        parser.add_argument("model", metavar="MODEL", help=what)
     group = add_loading(parser)
     group.add_argument(
         "--format",

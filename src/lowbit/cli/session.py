@@ -70,9 +70,10 @@ class Session:
         self.model, self.tokenizer, self.load_seconds = model, tokenizer, load_seconds
 
     @classmethod
-    def load(cls, source: Source, options: LoadOptions) -> Session:
+    def load(cls, source: Source, options: LoadOptions, **more: Any) -> Session:
+        """Both from one source. `more`: further keywords of from_pretrained."""
         start = time.perf_counter()
-        model = load_model(source, options)
+        model = load_model(source, options, **more)
         tokenizer = load_tokenizer(source, options)
         if tokenizer is None:
             raise CheckpointError(
