@@ -75,7 +75,7 @@ def test_settings_that_the_engine_honours(keywords: dict[str, Any]) -> None:
         ({"attention_mask": torch.tensor([[1] * 4 + [0] + [1] * 6])}, "mask hides"),
         ({"attention_mask": torch.tensor([[1] * 10 + [0]])}, "mask hides"),
         ({"logits_processor": transformers.LogitsProcessorList([transformers.MinLengthLogitsProcessor(3, 2)])}, "logits_processor"),
-        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup"),
+        ({"prompt_lookup_num_tokens": 3, "return_dict_in_generate": True}, "return_dict_in_generate"),
         ({"max_time": 5.0}, "max_time"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -8,6 +8,7 @@ generator, seeded from torch's, so `torch.manual_seed` still repeats a text. A b
 each sequence, and reads the weights once for all.
 
     lowbit.explain(model).generate                    which of the two runs a plain call, and why
+    model.generate(ids, prompt_lookup_num_tokens=4)   guesses that are checked in one step: the same text, sooner (guessing.py)
     model.generate(ids, prompt_cache="book.cache")    what was read of a prompt is kept in a file
     model.generate(ids, check=True)                   if a number overflows, say in which layer
     model.generate(ids, within_window=True)           refuse a prompt longer than the model's sliding window
@@ -16,6 +17,7 @@ each sequence, and reads the weights once for all.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +26,8 @@ import torch
 from torch import nn
 
 from lowbit.bridge import request as reading
+from lowbit.bridge.clock import Clock
+from lowbit.bridge.guessing import Draft, guesser
 from lowbit.bridge.request import Request
 from lowbit.bridge.weights import model_weights
 from lowbit.core import threads
@@ -31,9 +35,11 @@ from lowbit.errors import LowbitError
 from lowbit.layers import PackedWeight
 from lowbit.runtime import beam
 from lowbit.runtime.engine import Engine
+from lowbit.runtime.generation import choose_tokens
 from lowbit.runtime.prompt_cache import PromptCache
 from lowbit.runtime.selection import Selector
 from lowbit.runtime.slots import Floats, Slot, check_window
+from lowbit.runtime.speculate import Guesser
 
 SHORTEST_CONTEXT = 512
 # transformers keeps keys and values as the model computes them, and these answers are to be its answers.
@@ -48,6 +54,7 @@ class EngineGenerate:
     def __init__(self, model: nn.Module, cache: str = CACHE) -> None:
         self.model, self.cache = model, cache
         self.why_not: str | None = None
+        self.guesser: Guesser | None = None  # that of the last call, with what became of its guesses
         self._engine: Engine | None = None
         self._state: list[tuple[int, int]] = []
 
@@ -62,15 +69,19 @@ class EngineGenerate:
         model = cast(Any, self.model)
         asked = {name: given for name in OWN_KEYWORDS if (given := kwargs.pop(name, None))}
         prompt_cache, check = asked.get("prompt_cache"), "check" in asked
+        clock, draft = kwargs.pop("clock", None), _draft(kwargs)
         try:
-            request, engine = self._read(inputs, generation_config, kwargs, check)
+            request, engine = self._read(inputs, generation_config, kwargs, check, draft)
             self.why_not = None
         except LowbitError as refusal:
-            self.why_not = str(refusal)
+            self.why_not, self.guesser = str(refusal), None
             if asked:
                 raise LowbitError(
                     f"{next(iter(asked))} needs the engine, which cannot run this call: {refusal}"
                 ) from None
+            for helper in (clock, draft):
+                if helper is not None:
+                    helper.join(kwargs)
             return type(model).generate(model, inputs, generation_config, **kwargs)
         if "within_window" in asked:
             check_window(max(map(len, request.prompts)), engine.spec.shortest_window)
@@ -81,15 +92,17 @@ class EngineGenerate:
         if streamer is not None:
             streamer.put(ids)
         found = (
-            self._search(engine, request, cache_file)
+            self._search(engine, request, cache_file, clock)
             if request.beams > 1
-            else self._choose(engine, request, cache_file, streamer)
+            else self._choose(engine, request, cache_file, streamer, clock)
         )
         if streamer is not None:
             streamer.end()
         return reading.fill_rows(found, request.fill, ids.dtype)
 
-    def _read(self, inputs: Any, generation_config: Any, kwargs: dict[str, Any], check: bool) -> tuple[Request, Engine]:
+    def _read(
+        self, inputs: Any, generation_config: Any, kwargs: dict[str, Any], check: bool, draft: Draft | None
+    ) -> tuple[Request, Engine]:
         """A call as the engine takes it, and the engine; a LowbitError says why it does not."""
         ids, streamer = kwargs.get("input_ids", inputs), kwargs.get("streamer")
         extra = {k: v for k, v in kwargs.items() if k not in ("input_ids", "streamer")}
@@ -100,7 +113,9 @@ class EngineGenerate:
         mask = reading.attention_mask(ids, config, rest.get("attention_mask"))
         _refuse(reading.batch_refusal(ids, mask, self._parts[0], streamer, config.num_beams or 1))
         request = reading.read(ids, mask, config, kwargs.get("max_length"), check)
-        return request, self.engine(request.length, request.slots)
+        engine = self.engine(request.length, request.slots)
+        self.guesser = guesser(config, draft, request, engine)
+        return request, engine
 
     def model_refusal(self) -> str | None:
         """Why the engine cannot run this model as it is now, or None."""
@@ -146,7 +161,9 @@ class EngineGenerate:
         asked = {w.compute for w in self.model.modules() if isinstance(w, PackedWeight)} or {"fp32"}
         return asked.pop() if len(asked) == 1 else "auto"
 
-    def _search(self, engine: Engine, request: Request, cache_file: PromptCache | None) -> list[list[int]]:
+    def _search(
+        self, engine: Engine, request: Request, cache_file: PromptCache | None, clock: Clock | None
+    ) -> list[list[int]]:
         """The best beams of each prompt, one prompt after another."""
         rows = []
         for prompt, seen in zip(request.prompts, request.seen, strict=True):
@@ -155,19 +172,22 @@ class EngineGenerate:
                 slot.clear()
             if cache_file is not None:
                 _read_through(cache_file, slots[0], prompt)
-            found = beam.search(slots, prompt, request.settings, seen)[: request.returns]
+            tick = None if clock is None else clock.tick
+            found = beam.search(slots, prompt, request.settings, seen, tick)[: request.returns]
             rows += [[*seen.tolist(), *best.tokens] for best in found]
         return rows
 
     def _choose(
-        self, engine: Engine, request: Request, cache_file: PromptCache | None, streamer: Any
+        self, engine: Engine, request: Request, cache_file: PromptCache | None, streamer: Any, clock: Clock | None
     ) -> list[list[int]]:
         """Every sequence continued token by token, all in one step."""
+        if self.guesser is not None:
+            return [self._choose_guessed(engine, request, self.guesser, cache_file, streamer, clock)]
         selection, stops = request.settings.selection, request.settings.stop_tokens
         logits = self._prefill(engine, request, cache_file)
         rows = [seen.tolist() for seen in request.seen for _ in range(request.returns)]
         selectors = [Selector(selection.replace(seed=seed), stops) for seed in request.seeds]
-        if request.slots == 1 and streamer is None:
+        if request.slots == 1 and streamer is None and clock is None:
             first = selectors[0].choose(logits[0], np.asarray(rows[0], np.int32))
             rows[0].append(first)
             left = request.settings.max_new_tokens - 1
@@ -177,6 +197,8 @@ class EngineGenerate:
         for made in range(1, request.settings.max_new_tokens + 1):
             for place, row in enumerate(active):
                 rows[row].append(selectors[row].choose(logits[place], np.asarray(rows[row], np.int32)))
+            if clock is not None:
+                clock.tick()
             if streamer is not None:
                 streamer.put(torch.tensor([rows[0][-1]]))
             active = [row for row in active if rows[row][-1] not in stops]
@@ -184,6 +206,32 @@ class EngineGenerate:
                 break
             logits = engine.step([rows[row][-1] for row in active], active)
         return rows
+
+    def _choose_guessed(
+        self,
+        engine: Engine,
+        request: Request,
+        guesses: Guesser,
+        cache_file: PromptCache | None,
+        streamer: Any,
+        clock: Clock | None,
+    ) -> list[int]:
+        """One sequence continued with guesses, as the runtime does it."""
+        slot, prompt = Slot(engine), request.prompts[0]
+        if cache_file is not None:
+            _read_through(cache_file, slot, prompt)
+        settings = dataclasses.replace(
+            request.settings, selection=request.settings.selection.replace(seed=request.seeds[0])
+        )
+        row = [int(token) for token in prompt]
+        for chosen in choose_tokens(slot, prompt, settings, guesses):
+            row.append(chosen.token)
+            if clock is not None:
+                clock.tick()
+            if streamer is not None:
+                streamer.put(torch.tensor([chosen.token]))
+        guesses.settle(np.asarray(row, np.int32))
+        return row
 
     def _prefill(self, engine: Engine, request: Request, cache_file: PromptCache | None) -> Floats:
         """The logits after each prompt, once for every answer to it; slots lie in that order."""
@@ -197,6 +245,12 @@ class EngineGenerate:
             for copied in range(first + 1, first + request.returns):
                 engine.copy(first, copied, len(prompt))
         return np.stack(logits)
+
+
+def _draft(keywords: dict[str, Any]) -> Draft | None:
+    """The model that guesses in a call, taken out of its keywords: a `Draft`, or what transformers calls an assistant."""
+    assistant, draft = keywords.pop("assistant_model", None), keywords.pop("draft", None)
+    return draft if draft is not None or assistant is None else Draft.of(assistant)
 
 
 def _refuse(reason: str | None) -> None:
@@ -216,3 +270,12 @@ def attach_engine(model: nn.Module) -> None:
     """Let the engine answer this model's `generate` where it can. Models that do not generate are left alone."""
     if hasattr(type(model), "_prepare_generation_config"):
         model.generate = EngineGenerate(model)  # type: ignore[assignment]
+
+
+def timed_generate(model: Any, *arguments: Any, **keywords: Any) -> tuple[Any, list[float]]:
+    """What `model.generate` returns, and the seconds from the start to each of its steps, whichever loop runs it."""
+    clock = Clock()
+    if isinstance(model.generate, EngineGenerate):
+        return model.generate(*arguments, clock=clock, **keywords), clock.seconds
+    clock.join(keywords)
+    return model.generate(*arguments, **keywords), clock.seconds

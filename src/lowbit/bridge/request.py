@@ -28,7 +28,7 @@ _HONOURED = {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "min_length", "min_new_tokens",
     "max_length", "max_new_tokens", "eos_token_id", "bos_token_id", "pad_token_id", "bad_words_ids", "use_cache",
     "transformers_version", "_from_model_config", "disable_compile", "num_beams", "num_return_sequences", "length_penalty",
-    "early_stopping", "num_beam_groups", "diversity_penalty",
+    "early_stopping", "num_beam_groups", "diversity_penalty", "prompt_lookup_num_tokens", "max_matching_ngram_size",
 }  # fmt: skip
 # What must have this value, or be unset.
 _REQUIRED = {
@@ -44,7 +44,7 @@ _IDLE = {
 }  # fmt: skip
 _FORWARDED = {"attention_mask", "use_cache", "logits_to_keep", "cache_position", "position_ids"}
 _OWN_LOOPS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "custom_generate")
-_OTHER_INPUTS = ("assistant_model", "synced_gpus", "negative_prompt_ids", "tokenizer")
+_OTHER_INPUTS = ("synced_gpus", "negative_prompt_ids", "tokenizer")
 
 
 @dataclass(frozen=True)

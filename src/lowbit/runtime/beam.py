@@ -16,7 +16,7 @@ chosen it (Vijayakumar et al., arXiv 1610.02424).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,10 +47,17 @@ class Group:
     done: bool = False
 
 
-def search(slots: Sequence[Slot], prompt: Tokens, settings: Settings, seen: Tokens | None = None) -> list[Beam]:
+def search(
+    slots: Sequence[Slot],
+    prompt: Tokens,
+    settings: Settings,
+    seen: Tokens | None = None,
+    after_step: Callable[[], None] | None = None,
+) -> list[Beam]:
     """The best finished texts, best first; `score` is the penalised one. Needs a slot for each beam.
 
-    `seen` stands for the prompt where penalties count tokens: a padded prompt counts its padding in transformers.
+    `seen` stands for the prompt where penalties count tokens: a padded prompt counts its padding in transformers. `after_step` is
+    called when a token of every beam was chosen.
     """
     seen = prompt if seen is None else seen
     beams = settings.beams
@@ -78,6 +85,8 @@ def search(slots: Sequence[Slot], prompt: Tokens, settings: Settings, seen: Toke
             group.done = made == room or _is_done(group, beams, made, room)
             for beam in group.running:
                 chosen[beam.tokens[-1]] += 1
+        if after_step is not None:
+            after_step()
         if all(group.done for group in groups):
             break
         _assign_slots(groups, slots, prompt)
