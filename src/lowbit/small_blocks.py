@@ -44,7 +44,7 @@ def quantize_small(weight: torch.Tensor, format: Format, steps: int, importance:
         better = tried[3] < best[3]
         best = tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
     return PackedTensor(
-        format, shape, _write(best[0], best[1], best[2].to(torch.uint8), format).reshape(*shape[:-1], -1)
+        format, shape, write_small(best[0], best[1], best[2].to(torch.uint8), format).reshape(*shape[:-1], -1)
     )
 
 
@@ -75,7 +75,8 @@ def _rounded(
     return d, m, q, (weights * (d * q + m - x).square()).sum(-1, keepdim=True)
 
 
-def _write(d: torch.Tensor, m: torch.Tensor, codes: torch.Tensor, format: Format) -> torch.Tensor:
+def write_small(d: torch.Tensor, m: torch.Tensor, codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """Blocks [n, bytes] of d and m [n, 1] and codes [n, 32]."""
     parts = [torch.cat([d, m], dim=-1).to(torch.float16).view(torch.uint8)]
     if format.bits == 5:
         places = torch.arange(8, dtype=torch.uint8, device=codes.device)

@@ -30,6 +30,7 @@ from lowbit.checkpoint.hf import Job, LowBitConfig, reads
 from lowbit.checkpoint.hub import find_model
 from lowbit.checkpoint.keywords import as_dtype
 from lowbit.checkpoint.loading_bar import weights_bar
+from lowbit.checkpoint.old_saves import load_old_save, old_low_bit
 from lowbit.checkpoint.pages import Pages
 from lowbit.checkpoint.request import Request
 from lowbit.checkpoint.save import save_low_bit
@@ -57,6 +58,8 @@ class _AutoBase:
             return cls._from_gguf(gguf, request, *model_args, **kwargs)
         name = str(pretrained_model_name_or_path if found.is_on_hub else found.path)
         folder = found.path / (kwargs.get("subfolder") or "")
+        if old_low_bit(folder) is not None:
+            return _from_old_save(cls.transformers_class, folder, request, kwargs)
         if not found.is_on_hub:
             check_folder(folder)
         check_method(folder)
@@ -88,10 +91,12 @@ class _AutoBase:
 
     @classmethod
     def load_low_bit(cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any) -> Any:
-        """Load a folder that `save_low_bit` wrote."""
+        """Load a folder that `save_low_bit` wrote, here or, with `allow_pickle`, in BigDL-LLM or ipex-llm."""
         folder = Path(pretrained_model_name_or_path).expanduser()
-        check_folder(folder)
-        if quantization_fields(folder) is None:
+        old = old_low_bit(folder)
+        if old is None:
+            check_folder(folder)
+        if old is None and quantization_fields(folder) is None:
             raise CheckpointError(
                 f"{folder} is a model in full precision; load it with from_pretrained(..., load_in_4bit=True)"
             )
@@ -138,6 +143,12 @@ class _AutoBase:
         model.save_low_bit = partial(save_low_bit, model)
         _settle(model, place, request.config)
         return model
+
+
+def _from_old_save(auto_class: Any, folder: Path, request: Request, kwargs: dict[str, Any]) -> Any:
+    """A folder that the old systems saved: it says itself how each weight is stored, and other keywords have no say."""
+    known = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+    return load_old_save(auto_class, folder, request.allow_pickle, kwargs.get("dtype") or request.dtype, **known)
 
 
 def _job(request: Request) -> Job:

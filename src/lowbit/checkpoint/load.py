@@ -11,7 +11,7 @@ there, of whatever kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch.utils._device import _device_constructors
 from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
 from lowbit.checkpoint.hf_names import is_transformers_model
 from lowbit.checkpoint.layout import dense_tensors, held_weights
+from lowbit.checkpoint.old_saves import load_old_save, old_low_bit, read_old_save, refuse_untrusted
 from lowbit.checkpoint.plain_save import attach_saving
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.sites import Reading
@@ -39,9 +40,14 @@ from lowbit.recipe import Recipe
 from lowbit.report import Report
 
 
-def load_low_bit(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Fill a model with a saved low-bit one's weights, in place; returns it."""
+def load_low_bit(model: nn.Module, folder: str | Path, allow_pickle: bool = False) -> nn.Module:
+    """Fill a model with a saved low-bit one's weights, in place; returns it.
+
+    `allow_pickle` lets a folder that BigDL-LLM or ipex-llm saved be read: as tensors, and nothing else.
+    """
     path = Path(folder).expanduser()
+    if old_low_bit(path) is not None:
+        return _load_old(model, path, allow_pickle)
     check_folder(path)
     refuse_pickles(path, file_names(path))
     fields = quantization_fields(path)
@@ -53,12 +59,25 @@ def load_low_bit(model: nn.Module, folder: str | Path) -> nn.Module:
         return _load_like_transformers(model, path)
     if fields.get("quant_method") != OWN_METHOD:
         raise CheckpointError(f"{path} was saved from a transformers model, so it cannot fill a {type(model).__name__}")
-    return _fill_(model, path, fields)
+    return _fill_(model, path, fields, _stored(path))
+
+
+def _load_old(model: nn.Module, folder: Path, allow_pickle: bool) -> nn.Module:
+    """Fill a model from a folder of the old systems."""
+    refuse_untrusted(folder, allow_pickle)
+    if is_transformers_model(model):
+        return _become(model, load_old_save(type(model), folder, allow_pickle), folder)
+    tensors, fields = read_old_save(folder, model)
+    return _fill_(model, folder, fields, tensors.items())
 
 
 def _load_like_transformers(model: Any, folder: Path) -> nn.Module:
     """Load a fresh model the one way that transformers' own loading goes, and let the given one become it."""
-    fresh = type(model).from_pretrained(folder)
+    return _become(model, type(model).from_pretrained(folder), folder)
+
+
+def _become(model: Any, fresh: Any, folder: Path) -> nn.Module:
+    """Let a model be another one of the same parts."""
     if _kinds(fresh) != _kinds(model):
         raise CheckpointError(f"{folder} holds a model of other parts than the {type(model).__name__} given")
     training = model.training
@@ -74,22 +93,18 @@ def _kinds(model: nn.Module) -> list[type]:
     return [type(module) for module in model.modules() if is_transformers_model(module)]
 
 
-def _fill_(model: nn.Module, folder: Path, fields: dict[str, Any]) -> nn.Module:
+def _fill_(
+    model: nn.Module, folder: Path, fields: dict[str, Any], stored: Iterable[tuple[str, torch.Tensor]]
+) -> nn.Module:
     reading = Reading(model, fields, folder)
     packed: dict[str, dict[str, torch.Tensor]] = {}
     dense: dict[str, torch.Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118
-                    path, _, part = key.rpartition(".")
-                    own = part in BUFFERS and _dense_name(path) in reading.by_name
-                    if own:
-                        packed.setdefault(_dense_name(path), {})[part] = opened.get_tensor(key)
-                    else:
-                        dense[key] = opened.get_tensor(key)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} cannot be read: {error}; get it again") from None
+    for key, tensor in stored:
+        path, _, part = key.rpartition(".")
+        if part in BUFFERS and _dense_name(path) in reading.by_name:
+            packed.setdefault(_dense_name(path), {})[part] = tensor
+        else:
+            dense[key] = tensor
     for name, tensors in packed.items():
         reading.read(name, tensors, None)
     reading.finish()
@@ -100,6 +115,17 @@ def _fill_(model: nn.Module, folder: Path, fields: dict[str, Any]) -> nn.Module:
     model.lowbit_recipe = Recipe.from_dict(fields["recipe"]) if fields.get("recipe") else None  # type: ignore[assignment]
     model.save_low_bit = partial(save_low_bit, model)  # type: ignore[assignment]
     return model
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in a folder's safetensors, by name."""
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    yield key, opened.get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}; get it again") from None
 
 
 def _dense_name(path: str) -> str:
