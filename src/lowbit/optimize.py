@@ -28,6 +28,8 @@ from lowbit.formats import Format
 from lowbit.kernels.table import CORE, refusals
 from lowbit.layers import prepare_
 from lowbit.quantize import finish, quantize_
+from lowbit.recipe import Recipe
+from lowbit.report import Report
 
 
 def optimize_model(
@@ -63,14 +65,21 @@ def optimize_model(
     recipe = build_recipe(low_bit, modules_to_not_convert, cpu_embedding, choices)
     calibration = None if choices.calibration is None else calibration_from(choices.calibration)
     report = quantize_(model, recipe, choices.progress, False, calibration, Where(choices.resume, choices.spill))
+    return settle_(model, report, recipe, choices.kernel, choices.compute)
+
+
+def settle_(
+    model: nn.Module, report: Report, recipe: Recipe, kernel: str | None = None, compute: str = "auto"
+) -> nn.Module:
+    """Make a model with packed weights one that is used: kernels chosen, a report and a recipe on it, ways to save it."""
     if is_transformers_model(model):
         from lowbit.checkpoint.hf import Job, attach
 
-        attach(model, report, recipe, job=Job(choices.kernel, choices.compute))
+        attach(model, report, recipe, job=Job(kernel, compute))
         return model
     for held in held_weights(model):
-        held.weight.compute = choices.compute
-    prepare_(model, choices.kernel)
+        held.weight.compute = compute
+    prepare_(model, kernel)
     finish(model, report, prepare=False)
     model.lowbit_recipe = recipe  # type: ignore[assignment]
     model.save_low_bit = partial(save_low_bit, model)  # type: ignore[assignment]

@@ -1,7 +1,8 @@
-"""Put low-bit modules in the place of dense ones."""
+"""Put low-bit modules in the place of dense ones, in a model or in a copy of it that shares its numbers."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,22 @@ def _low_bit_module(target: Target, weights: list[PackedWeight]) -> nn.Module:
     if target.role == "experts":
         return _experts(module, weights)
     return LowBitLinear(weights[0], module.bias)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A model of its own over the same numbers: what is replaced or cast in one stays in the other, and nothing is held twice.
+
+    What is written into a parameter in place is written into both.
+    """
+    shared: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+        for p in model.parameters()
+        if type(p) is nn.Parameter
+    }
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            shared |= {id(tensor): tensor for tensor in module.tensors.values()}
+    return copy.deepcopy(model, shared)
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

@@ -29,7 +29,7 @@ ROWS = [
     {"checkpoint"},
     {"hook"},
     {"optimize"},
-    {"bench", "doctor", "demo"},
+    {"bench", "doctor", "demo", "observed"},
     {"compat"},
     {"migrate"},
     {"cli"},

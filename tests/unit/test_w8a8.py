@@ -19,7 +19,7 @@ from lowbit.contents import ACTIVATIONS, REPORT
 from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
 from lowbit.formats import Format, format_from_name
 from lowbit.grid import quantize, unpack
-from lowbit.kernels import cpu_rows, reference
+from lowbit.kernels import fixed_rows, reference
 from lowbit.layers import LowBitLinear, PackedWeight
 from lowbit.packing import PackedTensor
 from lowbit.quantize import quantize_
@@ -87,12 +87,12 @@ def test_the_core_computes_what_the_reference_does(dtype: torch.dtype) -> None:
     expected = reference.run(x, reference.prepare(fixed), fixed.format, fixed.shape, "auto")
     by_hand = reference.round_to_range(x, fixed.input_range) @ unpack(fixed).t()
     assert torch.allclose(expected.float(), by_hand, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
-    buffers = cpu_rows.prepare(fixed)
-    found = cpu_rows.run(x, buffers, fixed.format, fixed.shape, "auto")
+    buffers = fixed_rows.prepare(fixed)
+    found = fixed_rows.run(x, buffers, fixed.format, fixed.shape, "auto")
     assert found.dtype == dtype and torch.allclose(
         found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3
     )
-    assert torch.equal(cpu_rows.restore(buffers, fixed.format, fixed.shape).input_range, fixed.input_range)
+    assert torch.equal(fixed_rows.restore(buffers, fixed.format, fixed.shape).input_range, fixed.input_range)
     held = PackedWeight(fixed)
     held.set_dense_(held.dense() * 2)
     assert torch.equal(held.packed().input_range, fixed.input_range)
@@ -270,7 +270,7 @@ def test_the_engine_runs_rows_and_leaves_ranges(tmp_path: Path) -> None:
     assert dynamic.generate.why_not is None
     static.generate(HELD_OUT[:1], max_new_tokens=3, do_sample=False)
     assert "rounds its input to a fixed range" in static.generate.why_not
-    assert {row.kernel for row in lowbit.explain(static).rows} == {"core"}
+    assert {row.kernel for row in lowbit.explain(static).rows} == {"core_fixed"}
     static.save_low_bit(tmp_path / "low")
     assert not (tmp_path / "low" / "lowbit_engine.json").exists()
     with pytest.raises(LowbitError, match="rounds activations to the range of their layer"):

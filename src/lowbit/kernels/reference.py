@@ -54,10 +54,15 @@ def round_activations(x: torch.Tensor) -> torch.Tensor:
 
 def round_to_range(x: torch.Tensor, input_range: torch.Tensor) -> torch.Tensor:
     """x as 8-bit codes of a range [low, high] would hold it, in fp32. Zero is always among them."""
+    step, zero = range_grid(input_range)
+    return (((x.float() / step).round() + zero).clamp(0, 255) - zero) * step
+
+
+def range_grid(input_range: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The step of a range's codes, and the code of zero."""
     low, high = input_range[0].clamp_max(0), input_range[1].clamp_min(0)
-    scale = ((high - low) / 255).clamp_min(1e-12)
-    zero = (-low / scale).round()
-    return (((x.float() / scale).round() + zero).clamp(0, 255) - zero) * scale
+    step = ((high - low) / 255).clamp_min(1e-12)
+    return step, (-low / step).round()
 
 
 def expert(

@@ -19,7 +19,7 @@ import torch
 
 from lowbit.errors import KernelError, nearest
 from lowbit.formats import Format
-from lowbit.kernels import cpu_rows, reference
+from lowbit.kernels import cpu_rows, fixed_rows, reference
 from lowbit.packing import PackedTensor
 
 Buffers = dict[str, torch.Tensor]
@@ -61,9 +61,19 @@ CORE = Kernel(
     cpu_rows.expert,
     cpu_rows.run_experts,
 )
+FIXED = Kernel(
+    "core_fixed",
+    fixed_rows.refuses,
+    fixed_rows.prepare,
+    fixed_rows.restore,
+    fixed_rows.run,
+    fixed_rows.rows,
+    fixed_rows.expert,
+    fixed_rows.run_experts,
+)
 
 KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "cpu": (CORE, REFERENCE),
+    "cpu": (CORE, FIXED, REFERENCE),
     "cuda": (REFERENCE,),
     "xpu": (REFERENCE,),
 }
