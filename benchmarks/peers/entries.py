@@ -126,8 +126,8 @@ OUR_RECIPES: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 # SmolLM2's Q4_K_M has 6.2 bits, see gguf_quality; at the 1.1 B's 5 bits no such recipe is needed.
 ONLY_SMALL = ("int6_g64",)
-# The 1.1 B is random: no text calibrates it. The plainly rounded folder has the same bytes in the same places.
-STANDS_IN = {("random-1.1b", "int4 gptq v8 h6"): "int4 v8 h6"}
+# No text calibrates a random model: the plainly rounded folder, whose bytes lie in the same places, stands in for these.
+STANDS_IN = {"int4 gptq v8 h6": "int4 v8 h6"}
 SPARE = 64  # positions that a cache has more than a task needs
 
 
@@ -138,7 +138,7 @@ def our_caches(width: int) -> tuple[Variant, ...]:
 
 def our_folder(models: Path, model: str, name: str) -> Path:
     """The saved folder of a recipe; bf16 is the original as it stands."""
-    name = STANDS_IN.get((model, name), name)
+    name = STANDS_IN.get(name, name) if model == "random-1.1b" else name
     return models / (f"hf-{model}" if name == "bf16" else f"lowbit-{model}-{name.replace(' ', '-')}")
 
 
