@@ -84,6 +84,8 @@ class _Loader(Loader):
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
+        # A module may put another object in its place while it runs, as transformers does.
+        module = sys.modules.get(module.__name__, module)
         for action in list(_WAITING.get(module.__name__, ())):
             action(module)
 

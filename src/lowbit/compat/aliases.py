@@ -45,18 +45,18 @@ def face_of(name: str) -> str | None:
     return None
 
 
-class _AliasLoader(Loader):
-    """Enters a module of ours under an old name."""
+class AliasLoader(Loader):
+    """Enters a module under another name too."""
 
-    def __init__(self, face: str) -> None:
-        self.face = face
+    def __init__(self, home: str) -> None:
+        self.home = home
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        # What the import returns is read from the table again after this: so it is the module of ours, untouched.
-        sys.modules[module.__name__] = importlib.import_module(self.face)
+        # What the import returns is read from the table again after this: so it is that module, untouched.
+        sys.modules[module.__name__] = importlib.import_module(self.home)
 
 
 class AliasFinder(MetaPathFinder):
@@ -74,7 +74,7 @@ class AliasFinder(MetaPathFinder):
         if found is None:
             raise refuse_module(fullname, face)
         is_package = found.submodule_search_locations is not None
-        return ModuleSpec(fullname, _AliasLoader(face), origin=found.origin, is_package=is_package)
+        return ModuleSpec(fullname, AliasLoader(face), origin=found.origin, is_package=is_package)
 
 
 def _find_face(fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:

@@ -10,7 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from lowbit.compat import aliases
+from lowbit.compat import aliases, shims, xpu
+from lowbit.compat.replacing import Replacements
 
 CHILD_FOLDER = str(Path(__file__).parent / "child")
 _PATH_VARIABLE = "PYTHONPATH"
@@ -20,11 +21,17 @@ class Installed:
     """What `install` changed; `undo` takes it back, and so does the end of a `with` block."""
 
     def __init__(self) -> None:
+        self.replaced = Replacements()
         self.finder: aliases.AliasFinder | None = None
+        self.parts: list[shims.Applied | xpu.Redirection] = []
         self.search_path: str | None = None
         self.children = False
 
     def undo(self) -> None:
+        for part in self.parts:
+            part.stop_waiting()
+        self.parts = []
+        self.replaced.undo()
         if self.finder is not None:
             aliases.remove(self.finder)
             self.finder = None
@@ -42,9 +49,15 @@ class Installed:
 def install(*, children: bool = True) -> Installed:
     """Answer the old import names in this process and, with `children`, in the Pythons it starts. A second call changes nothing."""
     done = Installed()
+    kind = xpu.chosen_kind()
     if not any(isinstance(finder, aliases.AliasFinder) for finder in sys.meta_path):
         done.finder = aliases.AliasFinder()
         sys.meta_path.insert(0, done.finder)
+        done.parts = [shims.Applied(done.replaced)]
+        if kind is not None:
+            done.parts.append(xpu.Redirection(kind, done.replaced))
+        for part in done.parts:
+            part.begin()
     if children and CHILD_FOLDER not in _search_path():
         done.search_path, done.children = os.environ.get(_PATH_VARIABLE), True
         os.environ[_PATH_VARIABLE] = child_search_path()

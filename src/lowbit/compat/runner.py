@@ -10,11 +10,12 @@ Starting Python a second time costs about 20 ms.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from types import TracebackType
 
 from lowbit.compat.installing import child_search_path, install
+from lowbit.errors import LowbitError
 
 USAGE = """\
 usage: python -m lowbit.compat script.py [arguments of the script]
@@ -48,6 +49,8 @@ def run(arguments: list[str]) -> int:
     environment = os.environ | {"PYTHONPATH": child_search_path()}
     sys.stdout.flush()
     if os.name == "nt":  # there, a replaced process ends for the one that waits for it
+        import subprocess
+
         return subprocess.call(command, env=environment)
     os.execve(sys.executable, command, environment)
 
@@ -79,4 +82,30 @@ def own_options(original: list[str], count: int) -> list[str]:
 
 def begin() -> None:
     """What a Python does that the runner started, before its script."""
-    install()
+    before = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sentence = about_xpu(error)
+        if sentence is not None:
+            error.add_note(sentence)
+        before(kind, error, trace)
+
+    sys.excepthook = tell
+    try:
+        install()
+    except (
+        LowbitError
+    ) as error:  # a variable that says nothing: Python would go on without us, after a page of traceback
+        print(f"lowbit.compat: {error}", file=sys.stderr, flush=True)
+        os._exit(_BAD_USAGE)
+
+
+def about_xpu(error: BaseException) -> str | None:
+    """What to do when a script's "xpu" is no device here; None for every other error."""
+    torch = sys.modules.get("torch")
+    if torch is None or "xpu" not in str(error).lower() or isinstance(error, LowbitError) or torch.xpu.is_available():
+        return None
+    return (
+        'lowbit.compat: torch sees no Intel GPU here; LOWBIT_XPU=cpu (or cuda) in front of the command lets "xpu" mean that '
+        "device in the script"
+    )

@@ -1,0 +1,90 @@
+"""Keys and values: a tuple of pairs once, an object today. Scripts index it, count it, and hand tuples of their own to models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from lowbit.compat.replacing import Replacement
+from lowbit.compat.shims.shim import say
+
+PAST = "past_key_values"
+
+
+def pair(layer: Any) -> tuple[Any, ...]:
+    """The keys and values of a layer, and the width of its window if it has one."""
+    window = getattr(layer, "_sliding_window_tensor", None)
+    return (layer.keys, layer.values) if window is None else (layer.keys, layer.values, window)
+
+
+def old_caches(module: ModuleType) -> Iterator[Replacement]:
+    """What could be done with a cache in transformers 4."""
+    cache, dynamic = module.Cache, module.DynamicCache
+
+    def index(self: Any, layer: int) -> tuple[Any, ...]:
+        say("past_key_values[...]", "is a Cache today; its layers are given as pairs")
+        return pair(self.layers[layer])
+
+    def each(self: Any) -> Iterator[tuple[Any, ...]]:
+        return (pair(layer) for layer in self.layers)
+
+    def from_legacy_cache(cls: Any, past_key_values: Any = None) -> Any:
+        return cls() if past_key_values is None else cls(tuple(layer[:2] for layer in past_key_values))
+
+    def get_usable_length(self: Any, new_seq_length: int, layer_idx: int | None = 0) -> int:
+        held, most = self.get_seq_length(layer_idx or 0), self.get_max_length() or -1
+        return most - new_seq_length if 0 < most < held + new_seq_length else held
+
+    names = {
+        "__getitem__": index,
+        "to_legacy_cache": lambda self: tuple(each(self)),
+        "get_usable_length": get_usable_length,
+        "seen_tokens": property(lambda self: self.get_seq_length()),
+        "key_cache": property(lambda self: [layer.keys for layer in self.layers]),
+        "value_cache": property(lambda self: [layer.values for layer in self.layers]),
+    }
+    for name, value in names.items():
+        if not hasattr(cache, name):
+            yield Replacement(cache, name, value)
+    yield Replacement(dynamic, "__iter__", each)
+    if not hasattr(dynamic, "from_legacy_cache"):
+        yield Replacement(dynamic, "from_legacy_cache", classmethod(from_legacy_cache))
+
+
+def as_cache(past: Any) -> Any:
+    """A tuple of pairs as a cache, everything else as it is."""
+    if not isinstance(past, tuple | list):
+        return past
+    from transformers import DynamicCache
+
+    say("past_key_values=(...)", "as a tuple is no cache today; it is made one")
+    return DynamicCache(tuple(layer[:2] for layer in past))
+
+
+def tuples_to_models(module: ModuleType) -> Iterator[Replacement]:
+    """A model that is called with a tuple gets a cache."""
+    cls = module.PreTrainedModel
+    original = cls.__call__
+
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(PAST) is not None:
+            kwargs[PAST] = as_cache(kwargs[PAST])
+        return original(self, *args, **kwargs)
+
+    yield Replacement(cls, "__call__", call)
+
+
+def tuples_to_generate(module: ModuleType) -> Iterator[Replacement]:
+    cls = module.GenerationMixin
+    original = cls.generate
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(PAST) is not None:
+            kwargs[PAST] = as_cache(kwargs[PAST])
+        return original(self, *args, **kwargs)
+
+    yield Replacement(cls, "generate", generate)

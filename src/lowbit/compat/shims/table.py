@@ -1,0 +1,166 @@
+"""The table of shims, and how it is applied and taken back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lowbit import hook
+from lowbit.compat.aliases import AliasLoader
+from lowbit.compat.replacing import Replacements
+from lowbit.compat.shims import caches, gone, loading, tokenizers, trainer
+from lowbit.compat.shims.shim import Shim
+
+if TYPE_CHECKING:
+    from importlib.abc import MetaPathFinder
+else:  # a name alone: importing its home takes 8 ms
+    MetaPathFinder = object
+
+_TESTS = "tests/unit/test_compat_shims.py::"
+
+
+def _row(old: str, reason: str, module: str, changes: Callable[..., object], test: str) -> Shim:
+    return Shim(old, reason, module, changes, _TESTS + test)  # type: ignore[arg-type]
+
+
+SHIMS = (
+    _row(
+        "TrainingArguments(...), of old",
+        "arguments were renamed and taken away",
+        "transformers.training_args",
+        trainer.training_arguments,
+        "test_training_arguments",
+    ),
+    _row(
+        "HfArgumentParser on a command line of old",
+        "arguments were renamed and taken away",
+        "transformers.hf_argparser",
+        trainer.argument_parser,
+        "test_arguments_on_a_command_line",
+    ),
+    _row(
+        "Trainer(tokenizer=), trainer.tokenizer",
+        "is processing_class today",
+        "transformers.trainer",
+        trainer.trainer,
+        "test_trainer_with_a_tokenizer",
+    ),
+    _row(
+        "LlamaTokenizer.from_pretrained",
+        "today it splits any vocabulary as Llama 2's, and loses the spaces of others",
+        "transformers.models.llama.tokenization_llama",
+        tokenizers.llama_tokenizer,
+        "test_llama_tokenizer_on_another_tokenizer",
+    ),
+    _row(
+        "apply_chat_template(...)",
+        "returns a dictionary today where it returned tokens",
+        "transformers.tokenization_utils_base",
+        tokenizers.chat_template,
+        "test_chat_template_gives_tokens",
+    ),
+    _row(
+        "from_pretrained(load_in_4bit=, load_in_8bit=, use_auth_token=, torchscript=, ...)",
+        "keywords were taken away",
+        "transformers.modeling_utils",
+        loading.from_pretrained,
+        "test_keywords_of_loading",
+    ),
+    _row(
+        "past_key_values[...], to_legacy_cache, from_legacy_cache, get_usable_length, key_cache, value_cache",
+        "a cache is an object today where it was a tuple of pairs",
+        "transformers.cache_utils",
+        caches.old_caches,
+        "test_caches_as_tuples",
+    ),
+    _row(
+        "model(past_key_values=(...))",
+        "a cache is an object today where it was a tuple of pairs",
+        "transformers.modeling_utils",
+        caches.tuples_to_models,
+        "test_caches_as_tuples",
+    ),
+    _row(
+        "model.generate(past_key_values=(...))",
+        "a cache is an object today where it was a tuple of pairs",
+        "transformers.generation.utils",
+        caches.tuples_to_generate,
+        "test_caches_as_tuples",
+    ),
+    _row(
+        "transformers.AdamW, AutoModelForVision2Seq, AutoModelWithLMHead, is_torch_tpu_available",
+        "are elsewhere today",
+        "transformers.utils.import_utils",
+        gone.lazy_names,
+        "test_names_that_are_elsewhere",
+    ),
+    _row(
+        "transformers.optimization.AdamW",
+        "is torch's today",
+        "transformers.optimization",
+        gone.optimization,
+        "test_names_that_are_elsewhere",
+    ),
+    _row(
+        "transformers.models.llama.modeling_llama.LlamaSdpaAttention, LlamaFlashAttention2",
+        "there is one class of attention today",
+        "transformers.models.llama.modeling_llama",
+        gone.attention_classes,
+        "test_names_that_are_elsewhere",
+    ),
+    _row(
+        "peft.prepare_model_for_int8_training",
+        "is prepare_model_for_kbit_training today",
+        "peft",
+        gone.peft_names,
+        "test_names_of_peft",
+    ),
+    _row(
+        "peft's search for neural_compressor's layers",
+        "lowbit answers that package's name and has none of these layers",
+        "peft.import_utils",
+        gone.no_neural_compressor,
+        "test_names_of_peft",
+    ),
+)
+
+
+class MovedFinder(MetaPathFinder):
+    """Finds the modules of transformers that are elsewhere today, where today's transformers does not."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        now = gone.MOVED_MODULES.get(fullname)
+        return None if now is None else ModuleSpec(fullname, AliasLoader(now), is_package=False)
+
+
+class Applied:
+    """The rows of the table, waiting or applied."""
+
+    def __init__(self, done: Replacements) -> None:
+        self.done = done
+        self.finder = MovedFinder()
+        self.waiting: list[tuple[str, Callable[[ModuleType], None]]] = []
+
+    def begin(self) -> None:
+        # Last of all finders: a transformers that still has the module answers first.
+        sys.meta_path.append(self.finder)
+        for shim in SHIMS:
+            action = self._action(shim)
+            self.waiting.append((shim.module, action))
+            hook.when_imported(shim.module, action)
+
+    def _action(self, shim: Shim) -> Callable[[ModuleType], None]:
+        return lambda module: self.done.make(shim.changes(module))
+
+    def stop_waiting(self) -> None:
+        sys.meta_path.remove(self.finder)
+        for module, action in self.waiting:
+            hook.no_longer_when_imported(module, action)
+        for old, now in gone.MOVED_MODULES.items():
+            if sys.modules.get(old) is not None and sys.modules[old] is sys.modules.get(now):
+                del sys.modules[old]

@@ -1,0 +1,51 @@
+"""torch.xpu when "xpu" is an NVIDIA GPU: each name is torch.cuda's, told "cuda" where it is told "xpu"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lowbit.compat.replacing import Replacement
+from lowbit.compat.xpu.meaning import VARIABLE, DeviceError, Meaning
+from lowbit.compat.xpu.places import anywhere
+
+# torch.cuda has these under another name or in another form.
+OTHER_NAMES = {"XPUGraph": "CUDAGraph"}
+# Classes whose arguments hold no device.
+AS_THEY_ARE = ("Event", "StreamContext", "default_generators")
+# What torch.cuda has not, or means otherwise.
+LEFT_OUT = ("XPUPluggableAllocator", "change_current_allocator", "streams", "device_memory_used")
+
+
+def replacements(meaning: Meaning) -> Iterator[Replacement]:
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"{VARIABLE}=cuda, and torch sees no NVIDIA GPU here: use {VARIABLE}=cpu, and see `lowbit doctor`"
+        )
+    for name in torch.xpu.__all__:
+        theirs = getattr(torch.cuda, OTHER_NAMES.get(name, name), None)
+        if theirs is not None and name not in LEFT_OUT:
+            yield Replacement(torch.xpu, name, answered(name, theirs, meaning))
+
+
+def answered(name: str, theirs: Any, meaning: Meaning) -> Any:
+    """torch.cuda's name for torch.xpu's."""
+    if name == "Stream":
+        return stream_class(meaning)
+    if name == "get_device_capability":
+        return lambda device=None: {"name": torch.cuda.get_device_name(meaning.of(device))}
+    if name in AS_THEY_ARE or not callable(theirs):
+        return theirs
+    return anywhere(theirs, meaning)
+
+
+def stream_class(meaning: Meaning) -> type[torch.cuda.Stream]:
+    """torch.cuda.Stream, for a device that may be called "xpu"."""
+
+    class Stream(torch.cuda.Stream):
+        def __new__(cls, device: Any = None, priority: int = 0, **kwargs: Any) -> Stream:
+            return super().__new__(cls, meaning.of(device), priority, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
+
+    return Stream

@@ -1,0 +1,210 @@
+"""What old scripts call, on today's transformers and peft: each row of the table of shims, used in the old way."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import lowbit.compat
+from lowbit.compat import ignored
+from lowbit.compat.shims import SHIMS
+from lowbit.compat.shims.trainer import ARGUMENTS
+from lowbit.layers import LowBitLinear
+from lowbit_assets import reference_model
+from unit.checkpoint_cases import EVEN, IDS, logits, make
+
+pytestmark = [
+    pytest.mark.transformers,
+    pytest.mark.filterwarnings("ignore::lowbit.compat.ignored.CompatWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def old_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ignored, "_SAID", set())
+    with lowbit.compat.install(children=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("shims") / "dense", **EVEN)
+
+
+def test_training_arguments(tmp_path: Path) -> None:
+    with pytest.warns(ignored.CompatWarning) as seen:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_gpu_train_batch_size=3,
+            evaluation_strategy="steps",
+            eval_steps=5,
+            warmup_ratio=0.03,
+            optim="adamw_hf",
+            group_by_length=True,
+            no_cuda=True,
+            use_ipex=False,
+            save_safetensors=False,
+            logging_dir=str(tmp_path / "logs"),
+            overwrite_output_dir=True,
+            report_to="none",
+        )
+    assert arguments.eval_strategy == "steps" and arguments.warmup_steps == 0.03 and arguments.use_cpu
+    assert arguments.get_warmup_steps(1000) == 30 and arguments.per_device_train_batch_size == 3
+    assert arguments.optim == "adamw_torch" and arguments.train_sampling_strategy == "group_by_length"
+    said = [str(warning.message) for warning in seen if warning.category is ignored.CompatWarning]
+    assert "TrainingArguments(evaluation_strategy=) is called eval_strategy today" in said
+    assert len(said) == 10 and {warning.filename for warning in seen} == {__file__}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_each_old_argument_is_taken(name: str, tmp_path: Path) -> None:
+    assert name not in inspect.signature(transformers.TrainingArguments.__init__).parameters
+    values: dict[str, Any] = {
+        "evaluation_strategy": "no",
+        "xpu_backend": None,
+        "torchdynamo": "eager",
+        "push_to_hub_token": "none",
+        "push_to_hub_model_id": "none",
+    }
+    given = {name: values.get(name, 1)}
+    assert transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **given)
+
+
+def test_a_class_made_from_training_arguments(tmp_path: Path) -> None:
+    @dataclass
+    class Own(transformers.TrainingArguments):
+        cache_dir: str | None = field(default=None)
+
+    for kind in (Own, transformers.Seq2SeqTrainingArguments):
+        arguments = kind(output_dir=str(tmp_path), evaluation_strategy="epoch", use_cpu=True, report_to="none")
+        assert arguments.eval_strategy == "epoch"
+    with pytest.raises(TypeError, match="no_such_argument"):
+        Own(output_dir=str(tmp_path), no_such_argument=1)  # type: ignore[call-arg]
+
+
+def test_arguments_on_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--output_dir", str(tmp_path), "--evaluation_strategy=steps", "--warmup_ratio", "0.1", "--group_by_length"]
+    flags += ["--no_cuda", "--logging_dir", "logs", "--report_to", "none", "--num_train_epochs", "2"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    (arguments,) = transformers.HfArgumentParser(transformers.TrainingArguments).parse_args_into_dataclasses()
+    assert arguments.eval_strategy == "steps" and arguments.warmup_steps == 0.1 and arguments.use_cpu
+    assert arguments.train_sampling_strategy == "group_by_length" and arguments.num_train_epochs == 2
+
+
+def test_trainer_with_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), no_cuda=True, report_to="none")
+    trainer = transformers.Trainer(model=model, args=arguments, tokenizer=tokenizer)
+    assert trainer.tokenizer is trainer.processing_class is tokenizer
+
+
+def test_llama_tokenizer_on_another_tokenizer() -> None:
+    smol = reference_model("plain")
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(smol, trust_remote_code=True)
+    expected = transformers.AutoTokenizer.from_pretrained(smol)
+    assert tokenizer.decode(tokenizer("What is AI?")["input_ids"]) == "What is AI?"
+    assert tokenizer("What is AI?")["input_ids"] == expected("What is AI?")["input_ids"]
+
+
+def test_llama_tokenizer_on_its_own(tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
+    transformers.LlamaTokenizer(vocabulary, [("▁", "a")]).save_pretrained(tmp_path)
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer).__name__ in ("LlamaTokenizer", "LlamaTokenizerFast")
+    assert tokenizer("a", add_special_tokens=False)["input_ids"] == [5]
+
+
+def test_chat_template_gives_tokens(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "hello"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    assert isinstance(ids, torch.Tensor) and ids.shape[0] == 1
+    assert tokenizer.apply_chat_template(chat, add_generation_prompt=True) == ids[0].tolist()
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert torch.equal(asked["input_ids"], ids)
+    assert isinstance(tokenizer.apply_chat_template(chat, tokenize=False), str)
+
+
+def test_keywords_of_loading(folder: Path) -> None:
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain = load(folder, use_auth_token=None, resume_download=True, load_in_8bit=False, torch_dtype=torch.float32)
+    assert not any(isinstance(module, LowBitLinear) for module in plain.modules())
+    packed = {bits: load(folder, **{f"load_in_{bits}bit": True}, torch_dtype=torch.float32) for bits in (4, 8)}
+    for model in packed.values():
+        assert any(isinstance(module, LowBitLinear) for module in model.modules())
+    distance = {bits: float((logits(model) - logits(plain)).norm()) for bits, model in packed.items()}
+    assert 0 < distance[8] < distance[4] / 4
+    assert load(folder, torchscript=True)(IDS)[0].shape[:2] == IDS.shape
+    with pytest.raises(TypeError, match="no_such_keyword"):
+        load(folder, no_such_keyword=1)
+
+
+@torch.no_grad()
+def test_caches_as_tuples(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole = model(IDS, use_cache=True)
+    first = model(IDS[:, :-4], use_cache=True)
+    past = first.past_key_values
+    assert past[0][0].shape[2] == IDS.shape[1] - 4 == past.get_usable_length(4) == past.seen_tokens
+    pairs = tuple((keys.clone(), values.clone()) for keys, values in past)
+    assert [len(layer) for layer in past.to_legacy_cache()] == [2] * len(past)
+    assert torch.equal(past.key_cache[1], past[1][0]) and torch.equal(past.value_cache[1], past[1][1])
+    rest = model(IDS[:, -4:], past_key_values=pairs, use_cache=True)
+    torch.testing.assert_close(rest.logits, whole.logits[:, -4:], atol=1e-4, rtol=1e-4)
+    made = transformers.DynamicCache.from_legacy_cache(pairs)
+    again = model(IDS[:, -4:], past_key_values=made, use_cache=True)
+    assert torch.equal(again.logits, rest.logits)
+    expected = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False, past_key_values=pairs), expected)
+
+
+def test_names_that_are_elsewhere() -> None:
+    from transformers.models.llama import modeling_llama
+
+    assert modeling_llama.LlamaSdpaAttention is modeling_llama.LlamaAttention
+    assert transformers.AutoModelForVision2Seq is transformers.AutoModelForImageTextToText
+    assert callable(transformers.is_torch_tpu_available)
+    weights = torch.nn.Parameter(torch.ones(2))
+    for adamw in (transformers.AdamW, importlib.import_module("transformers.optimization").AdamW):
+        (group,) = adamw([weights], lr=1e-4, correct_bias=True).param_groups
+        assert (group["lr"], group["eps"], group["weight_decay"]) == (1e-4, 1e-6, 0.0)
+    moved = importlib.import_module("transformers.deepspeed")
+    assert moved is importlib.import_module("transformers.integrations.deepspeed")
+    assert hasattr(importlib.import_module("transformers.tokenization_utils"), "PreTrainedTokenizer")
+    with pytest.raises(AttributeError, match="NoSuchName"):
+        _ = transformers.NoSuchName
+
+
+def test_names_of_peft(folder: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from peft.import_utils import is_inc_available
+
+    assert not is_inc_available()
+    model = peft.prepare_model_for_int8_training(
+        transformers.AutoModelForCausalLM.from_pretrained(folder, load_in_8bit=True)
+    )
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad) > 0
+
+
+def test_undo_gives_todays_libraries_back(folder: Path) -> None:
+    inside = lowbit.compat.install(children=False)  # the fixture's own is in force: a second changes nothing
+    inside.undo()
+    assert transformers.AutoModelForVision2Seq is not None
+
+
+def test_each_row_has_its_reason_and_its_test() -> None:
+    here = {f"tests/unit/{Path(__file__).name}::{name}" for name in globals() if name.startswith("test_")}
+    for shim in SHIMS:
+        assert shim.reason and shim.test in here, shim.old
+    assert len({shim.old for shim in SHIMS}) == len(SHIMS)
