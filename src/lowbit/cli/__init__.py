@@ -56,6 +56,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("lowbit.cli.evaluate", "perplexity on a text, and the distance from the original model"),
     "compare": Command("lowbit.cli.compare", "several recipes beside each other, with plots of error and quality"),
     "bench": Command("lowbit.cli.bench", "time to the first token, to the later ones, memory"),
+    "migrate": Command("lowbit.cli.migrate", "rewrite a script of the old systems in lowbit's own names"),
     "doctor": Command("lowbit.cli.doctor", "what is installed, what this machine can do, what is wrong"),
 }
 

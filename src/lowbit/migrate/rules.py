@@ -1,0 +1,230 @@
+"""What an old name is in lowbit's own words, and what becomes of its arguments.
+
+A rule stands for a class or a function. Names of BigDL-LLM are those of ipex-llm. A keyword that changes nothing any more is
+dropped, one that has another name is renamed; one that asks for what only `lowbit.compat` does leaves the whole call as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowbit.compat.shims.gone import MOVED_NAMES
+from lowbit.compat.shims.shim import Keyword
+from lowbit.compat.shims.tokenizers import LLAMA_CLASSES
+from lowbit.compat.shims.trainer import ARGUMENTS, OPTIMISERS
+
+IPEX, IPEX_LLM, NEURAL_COMPRESSOR = "intel_extension_for_pytorch", "ipex_llm", "neural_compressor"
+XPU = "xpu"
+OLD_TOPS = (IPEX, IPEX_LLM, NEURAL_COMPRESSOR, "bigdl")
+# What BigDL-LLM called ipex-llm.
+OLDER = "bigdl.llm"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`ours` is the new name. `members` are the attributes of a class that mean the same there."""
+
+    ours: str
+    members: tuple[str, ...] = ()
+    rename: Mapping[str, str] = field(default_factory=dict)
+    # Keywords that change nothing, and keywords with which the call keeps its old name; each with its reason.
+    drop: Mapping[str, str] = field(default_factory=dict)
+    stay: Mapping[str, str] = field(default_factory=dict)
+    # Keywords that the new name needs, as source.
+    add: Mapping[str, str] = field(default_factory=dict)
+    # Keywords that the table of shims translates.
+    table: Mapping[str, Keyword] = field(default_factory=dict)
+    # The keywords that are understood, where others leave the call as it is; None: all that are not named above go along.
+    only: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a use of an old name: the rule, the attributes behind the name that it stands for, or why it stays."""
+
+    rule: Rule | None
+    rest: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something about a line of the script that its user should know."""
+
+    line: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """The new source, what was left as it was, and what was dropped."""
+
+    source: str
+    left: list[Note]
+    dropped: list[Note]
+
+
+# Every attribute of a class means the same.
+ANY = ("*",)
+# The value of a keyword that is no literal.
+UNKNOWN = object()
+_LOADING = ("from_pretrained", "load_low_bit", "from_config")
+_ONE_ENGINE = "there is one engine, and it runs what is low-bit"
+_BLOCKS = "one block is in memory at a time in any case"
+_KERNELS = "kernels are chosen per layer in any case"
+_COMPAT = "lowbit.compat does it"
+NO_NAME = "lowbit has no name of its own for it, and lowbit.compat answers it"
+_IPEX_LLM_DROP = {
+    "optimize_model": _KERNELS,
+    "lightweight_bmm": "attention is left to the model",
+    "disk_embedding": "weights stay mapped from their files until they are used",
+    "imatrix": "calibration= weighs inputs instead",
+}
+_IPEX_LLM_STAY = {
+    "speculative": "a draft beside the model: " + _COMPAT,
+    "replace_embedding": "an older name of cpu_embedding",
+    "model_hub": _COMPAT,
+    "pipeline_parallel_stages": _COMPAT,
+    "allow_pickle": "the old library's own files: " + _COMPAT,
+}
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForTokenClassification",
+)
+_CONFIGS = ("AutoRoundConfig", "AwqConfig", "GPTQConfig", "RtnConfig", "TeqConfig")
+_OPTIMIZE = Rule(
+    "lowbit.optimize_model", drop={"optimize_llm": _KERNELS, "lightweight_bmm": "attention is left to the model"}
+)
+
+
+def _neural_compressor() -> dict[str, Rule]:
+    place = f"{NEURAL_COMPRESSOR}.transformers"
+    drop = {
+        "use_llm_runtime": _ONE_ENGINE,
+        "use_neural_speed": _ONE_ENGINE,
+        "for_inference": "a model that was made low-bit runs",
+        "use_layer_wise": _BLOCKS,
+    }
+    found = {f"{home}.{name}": Rule(f"lowbit.{name}", members=("from_dict", "from_json_file"), drop={"use_layer_wise": _BLOCKS})
+             for name in _CONFIGS for home in (place, f"{place}.utils", f"{place}.utils.quantization_config")}  # fmt: skip
+    for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        found[f"{place}.{name}"] = Rule(f"lowbit.{name}", members=_LOADING, drop=drop)
+    return found
+
+
+def _ipex_llm() -> dict[str, Rule]:
+    found = {f"{IPEX_LLM}.optimize_model": _OPTIMIZE, f"{IPEX_LLM}.optimize.optimize_model": _OPTIMIZE}
+    for name in ("low_memory_init", "load_low_bit"):
+        found[f"{IPEX_LLM}.optimize.{name}"] = Rule(f"lowbit.{name}")
+    for name in AUTO_CLASSES:
+        found[f"{IPEX_LLM}.transformers.{name}"] = Rule(
+            f"lowbit.{name}", members=_LOADING, drop=_IPEX_LLM_DROP, stay=_IPEX_LLM_STAY
+        )
+    for name in ("prepare_model_for_kbit_training", "get_peft_model"):
+        found[f"{IPEX_LLM}.transformers.qlora.{name}"] = Rule(f"peft.{name}")
+    found[f"{IPEX_LLM}.transformers.qlora.LoraConfig"] = Rule(
+        "peft.LoraConfig", stay={"training_mode": "peft's own has no such word"}
+    )
+    return found
+
+
+def _transformers() -> dict[str, Rule]:
+    """What the runner's shims do for a call of transformers 4, where it can be read off the call."""
+    optimiser = Keyword("optim", "has another name today", lambda name: {"optim": OPTIMISERS.get(name, name)})
+    arguments = ARGUMENTS | {"optim": optimiser}
+    found = {
+        "transformers.TrainingArguments": Rule("transformers.TrainingArguments", members=ANY, table=arguments),
+        "transformers.Trainer": Rule("transformers.Trainer", members=ANY, rename={"tokenizer": "processing_class"}),
+    }
+    for name in LLAMA_CLASSES:
+        found[f"transformers.{name}"] = Rule("transformers.AutoTokenizer", members=("from_pretrained",))
+    for (home, name), (place, now) in MOVED_NAMES.items():
+        if not place.startswith("lowbit."):
+            found[f"{home}.{name}"] = Rule(f"{place}.{now}", members=ANY)
+    return found
+
+
+RULES: dict[str, Rule] = _neural_compressor() | _ipex_llm() | _transformers()
+# What only set a process up.
+IDLE_CALLS = (f"{IPEX}.set_logging_level",)
+TORCH_XPU = f"torch.{XPU}."
+# Calls of a whole statement that do nothing where "xpu" becomes the CPU.
+DONE_ON_CPU = tuple(TORCH_XPU + name for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"))
+GRAD_SCALERS = ("torch.amp.GradScaler", "torch.amp.grad_scaler.GradScaler")
+NO_NAME = "lowbit has no name of its own for it, and lowbit.compat answers it"
+
+
+def canonical(name: str) -> str:
+    """An old name as the rules write it."""
+    return IPEX_LLM + name[len(OLDER) :] if name == OLDER or name.startswith(OLDER + ".") else name
+
+
+def is_old(name: str) -> bool:
+    return name.partition(".")[0] in OLD_TOPS
+
+
+def rule_for(name: str) -> tuple[Rule, str] | None:
+    """The rule whose name stands in front of a canonical name, and what follows."""
+    head, rest = name, ""
+    while head:
+        if head in RULES:
+            return RULES[head], rest
+        head, _, last = head.rpartition(".")
+        rest = f"{last}.{rest}" if rest else last
+    return None
+
+
+def decide(name: str, keywords: Mapping[str, Any] | None) -> Decision:
+    """What becomes of a canonical name; `keywords` are those that it is called with, None where it is not called."""
+    if name in IDLE_CALLS:
+        return Decision(Rule(""))
+    found = rule_for(name)
+    if found is None:
+        return Decision(None, reason=NO_NAME)
+    rule, rest = found
+    return Decision(rule, rest, _refusal(rule, rest, keywords) or "")
+
+
+def _refusal(rule: Rule, rest: str, keywords: Mapping[str, Any] | None) -> str | None:
+    """Why a use of a name keeps the old one, or None."""
+    if rest and rule.members != ANY and rest not in rule.members:
+        return f"{rule.ours} has no {rest} that is the same: {_COMPAT}"
+    if rule.only is not None and keywords is None:
+        return f"it is handed on, and not called here: {_COMPAT}"
+    for keyword, value in (keywords or {}).items():
+        if keyword in rule.stay:
+            return f"{keyword}=: {rule.stay[keyword]}"
+        if today(rule, keyword, value) is None:
+            return f"{keyword}=: {_COMPAT}"
+    return None
+
+
+def today(rule: Rule, keyword: str, value: Any) -> Mapping[str, Any] | None:
+    """The keywords that stand for one of old, empty for one that is dropped; None where only the running script can tell."""
+    if keyword in rule.drop:
+        return {}
+    if keyword in rule.table:
+        try:
+            now = rule.table[keyword].translate(value)
+        except (TypeError, ValueError):
+            return None
+        said = (
+            value is not UNKNOWN
+            or any(new is UNKNOWN for new in now.values())
+            or rule.table[keyword].reason.startswith("has no")
+        )
+        return now if said else None
+    if rule.only is not None and keyword not in (*rule.only, *rule.rename):
+        return None
+    return {rule.rename.get(keyword, keyword): value}

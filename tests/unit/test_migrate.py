@@ -1,0 +1,204 @@
+"""`lowbit migrate`: what becomes of old names, by whatever name a script has for them, and of everything else (nothing)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from lowbit.cli import FAILED, OK, main
+from lowbit.errors import LowbitError
+from lowbit.migrate.codemod import migrate
+from lowbit.migrate.rules import ANY, RULES
+
+
+def became(source: str, device: str | None = None) -> str:
+    found = migrate(dedent(source), device)
+    assert not found.left, found.left
+    return found.source
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("from neural_compressor.transformers import RtnConfig\n", "from lowbit import RtnConfig\n"),
+        ("from bigdl.llm import optimize_model as pack\n", "from lowbit import optimize_model as pack\n"),
+        (
+            "from ipex_llm.transformers import AutoModel\nm = AutoModel.from_pretrained('x', load_in_4bit=True)\n",
+            "from lowbit import AutoModel\nm = AutoModel.from_pretrained('x', load_in_4bit=True)\n",
+        ),
+        (
+            "import ipex_llm\nm = ipex_llm.optimize_model(m, low_bit='nf4')\n",
+            "import lowbit\nm = lowbit.optimize_model(m, low_bit='nf4')\n",
+        ),
+        (
+            "from ipex_llm import transformers\nm = transformers.AutoModel.load_low_bit('x')\n",
+            "import lowbit\nm = lowbit.AutoModel.load_low_bit('x')\n",
+        ),
+        (
+            "from bigdl.llm.transformers.qlora import get_peft_model, prepare_model_for_kbit_training\n",
+            "from peft import get_peft_model, prepare_model_for_kbit_training\n",
+        ),
+        ("import torch, ipex_llm\ntorch.ones(1)\n", "import torch\ntorch.ones(1)\n"),
+        ("# why\nimport intel_extension_for_pytorch as ipex\nimport torch\n", "# why\nimport torch\n"),
+        (
+            "import intel_extension_for_pytorch as ipex\nif x:\n    ipex.set_logging_level(1)\n",
+            "if x:\n    pass\n",
+        ),
+        (
+            "from ipex_llm.transformers import AutoModel\nAutoModel.from_pretrained(p, optimize_model=False, lightweight_bmm=b)\n",
+            "from lowbit import AutoModel\nAutoModel.from_pretrained(p)\n",
+        ),
+        ("from transformers import LlamaTokenizer\n", "from transformers import AutoTokenizer as LlamaTokenizer\n"),
+        (
+            "import transformers\nt = transformers.LlamaTokenizer.from_pretrained(p)\n",
+            "import transformers\nt = transformers.AutoTokenizer.from_pretrained(p)\n",
+        ),
+        (
+            "from transformers import TrainingArguments\n"
+            "TrainingArguments('o', evaluation_strategy=s, warmup_ratio=0.1, optim='adamw_hf', save_safetensors=True, bf16=b)\n",
+            "from transformers import TrainingArguments\n"
+            'TrainingArguments(\'o\', eval_strategy=s, warmup_steps=0.1, optim="adamw_torch", bf16=b)\n',
+        ),
+        (
+            "from transformers import Trainer\nTrainer(m, tokenizer=t)\n",
+            "from transformers import Trainer\nTrainer(m, processing_class=t)\n",
+        ),
+        ("t.apply_chat_template(c, return_tensors=r)\n", "t.apply_chat_template(c, return_tensors=r, return_dict=False)\n"),
+        ("ids = t.apply_chat_template(c, tokenize=False)\n", "ids = t.apply_chat_template(c, tokenize=False)\n"),
+        ("optimize_model = 1\nprint(optimize_model, 'xpu')  #  so\n", "optimize_model = 1\nprint(optimize_model, 'xpu')  #  so\n"),
+    ],
+)  # fmt: skip
+def test_names_and_keywords(before: str, after: str) -> None:
+    assert became(before) == after
+
+
+def test_a_device_is_given_for_xpu() -> None:
+    source = """\
+    '''About "xpu".'''
+    import torch
+    m.to("xpu")
+    x = torch.ones(1, device='xpu:0')
+    torch.xpu.synchronize()
+    scaler = torch.amp.GradScaler(enabled=True)
+    print("on the xpu")
+    """
+    cpu = became(source, "cpu")
+    assert 'm.to("cpu")' in cpu and "device='cpu'" in cpu and 'GradScaler(device="cpu", enabled=True)' in cpu
+    assert "torch.xpu" not in cpu and '"on the xpu"' in cpu and 'About "xpu"' in cpu
+    assert "torch.cuda.synchronize()" in became(source, "cuda")
+    asked = migrate("import torch\nprint(torch.xpu.is_available())\n", "cpu")
+    assert [note.name for note in asked.left] == ["torch.xpu.is_available"]
+
+
+def test_what_has_no_name_of_ours_stays_marked_and_answered() -> None:
+    source = dedent(
+        '''\
+        """What it does."""
+        from __future__ import annotations
+
+        import intel_extension_for_pytorch as ipex
+        from ipex_llm.transformers import AutoModelForCausalLM, AutoModel
+        from neural_compressor.transformers.quantization.utils import replace_linear
+
+        # load
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            speculative=True,
+        )
+        other = AutoModel.from_pretrained(path)
+        if True:
+            model = ipex.unheard_of(model)
+        '''
+    )
+    found = migrate(source)
+    assert [(note.line, note.name) for note in found.left] == [
+        (6, "neural_compressor.transformers.quantization.utils.replace_linear"),
+        (9, "ipex_llm.transformers.AutoModelForCausalLM.from_pretrained"),
+        (15, "intel_extension_for_pytorch.unheard_of"),
+    ]
+    lines = found.source.splitlines()
+    assert lines[:4] == ['"""What it does."""', "from __future__ import annotations", "", "import lowbit.compat"]
+    assert "from ipex_llm.transformers import AutoModelForCausalLM" in lines and "from lowbit import AutoModel" in lines
+    assert "import intel_extension_for_pytorch as ipex" in lines
+    place = lines.index("# load")
+    assert lines[place + 1].startswith(
+        "# lowbit: ipex_llm.transformers.AutoModelForCausalLM.from_pretrained stays: speculative=:"
+    )
+    assert lines[place + 2] == "model = AutoModelForCausalLM.from_pretrained("
+    assert any(line.startswith("    # lowbit: intel_extension_for_pytorch.unheard_of stays") for line in lines)
+    compile(found.source, "script", "exec")
+    again = migrate(found.source)
+    assert [note.name for note in again.left] == [note.name for note in found.left]
+
+
+def test_a_name_that_is_kept_once_is_kept_everywhere() -> None:
+    source = "from ipex_llm.transformers import AutoModel\nAutoModel.from_pretrained(a)\nAutoModel.load_convert('int4', True, a)\n"
+    found = migrate(source)
+    assert "from ipex_llm.transformers import AutoModel\n" in found.source and "from lowbit" not in found.source
+
+
+def test_every_rule_leads_to_something() -> None:
+    for old, rule in RULES.items():
+        home, _, name = rule.ours.rpartition(".")
+        found = getattr(importlib.import_module(home), name)
+        for member in rule.members if rule.members != ANY else ():
+            assert hasattr(found, member), f"{old}: {rule.ours}.{member}"
+
+
+def test_no_python_of_today() -> None:
+    with pytest.raises(LowbitError, match="line 1"):
+        migrate("print 'old'\n")
+
+
+SCRIPT = "from bigdl.llm import optimize_model\r\nm = optimize_model(m, optimize_llm=False)"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "old.py"
+    script.write_bytes(SCRIPT.encode())
+    script.chmod(0o750)
+    assert main(["migrate", str(script)]) == OK
+    shown = capsys.readouterr()
+    assert "-from bigdl.llm import optimize_model" in shown.out and "+from lowbit import optimize_model" in shown.out
+    assert "dropped: ipex_llm.optimize_model(optimize_llm=)" in shown.err and "nothing is written" in shown.err
+    assert script.read_bytes() == SCRIPT.encode()
+    assert main(["migrate", str(script), "--write", "--json"]) == OK
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["changed"] and not result["left"] and [note["line"] for note in result["dropped"]] == [2]
+    assert script.read_bytes() == b"from lowbit import optimize_model\r\nm = optimize_model(m)"
+    assert script.stat().st_mode & 0o777 == 0o750 and list(tmp_path.iterdir()) == [script]
+    assert main(["migrate", str(script)]) == OK
+    assert "nothing to translate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "said"),
+    [
+        (None, [], "there is no script"),
+        (b"\xff", [], "is no text in UTF-8"),
+        (b"print 'x'\n", [], "old.py: this is no Python that runs today: line 1"),
+        (b"", ["--device", "tpu"], "--device tpu is nothing that a script could run on here"),
+    ],
+)
+def test_scripts_that_cannot_be_rewritten(
+    content: bytes | None, words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "old.py"
+    if content is not None:
+        script.write_bytes(content)
+    assert main(["migrate", str(script), *words]) == FAILED
+    assert said in capsys.readouterr().err
+
+
+def test_without_libcst_the_line_that_installs_it(tmp_path: Path) -> None:
+    script = tmp_path / "old.py"
+    script.write_text("import ipex_llm\n")
+    code = f"import sys; sys.modules['libcst'] = None\nfrom lowbit.cli import main\nsys.exit(main(['migrate', {str(script)!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == FAILED and "pip install 'lowbit[migrate]'" in done.stderr
