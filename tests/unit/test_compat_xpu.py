@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.utils import _device
 
 import lowbit.compat
 from lowbit.compat.xpu import meaning, on_cuda, places
+from lowbit.compat.xpu.on_cpu import XPU_NAMES
+from unit.checkpoint_cases import EVEN, IDS, logits, make
 
 RUNNER = [sys.executable, "-m", "lowbit.compat"]
 FUNCTIONS = [(torch, name) for name in places.FACTORIES] + [
@@ -193,6 +196,70 @@ def test_other_threads_know_it_too() -> None:
     thread.start()
     thread.join()
     assert found == ["cpu"]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_names_of_ipex() -> None:
+    assert not torch.xpu.is_autocast_xpu_enabled()  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_rest_of_torch_xpu_is_torchs_own() -> None:
+    for name in set(torch.xpu.__all__) - set(XPU_NAMES):
+        assert getattr(getattr(torch.xpu, name), "__module__", "torch.xpu").startswith("torch"), name
+    with pytest.raises((RuntimeError, AssertionError, NotImplementedError, ImportError)):
+        torch.xpu.temperature()
+
+
+@pytest.mark.transformers
+@pytest.mark.usefixtures("on_cpu")
+def test_models_of_transformers(tmp_path: Path) -> None:
+    folder = make("llama", tmp_path / "dense", **EVEN)
+    expected = logits(transformers.AutoModelForCausalLM.from_pretrained(folder))
+    for device_map in ("xpu", "xpu:0", {"": "xpu"}, torch.device("xpu"), "auto", {"": 0}):
+        for cls in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
+            model = cls.from_pretrained(folder, device_map=device_map)
+            assert model.device.type == "cpu" and torch.equal(logits(model), expected)
+    model = lowbit.AutoModelForCausalLM.from_pretrained(folder, load_in_4bit=True, device_map="xpu").to("xpu")
+    assert model.device.type == "cpu"
+    ids = model.generate(IDS.to("xpu"), max_new_tokens=3, do_sample=False)
+    assert torch.equal(ids.cpu(), model.to("cpu").generate(IDS, max_new_tokens=3, do_sample=False))
+    pipe = transformers.pipeline("text-generation", model=str(folder), device="xpu")
+    assert len(pipe("hello", max_new_tokens=3)[0]["generated_text"]) >= len("hello")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_cpu")
+def test_a_compiled_model() -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()).to("xpu"), torch.rand(2, 4).to("xpu")
+
+    @torch.compile
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = model(x).to("xpu") + torch.ones(8, device="xpu")
+        with torch.autocast("xpu", dtype=torch.bfloat16):
+            return y @ y.T
+
+    with torch.no_grad():
+        torch.testing.assert_close(forward(x).float(), (model(x) + 1) @ (model(x) + 1).T, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.transformers
+def test_the_trainer_of_transformers(tmp_path: Path) -> None:
+    folder = make("llama", tmp_path / "dense", **EVEN)
+    script = f"""
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}, torch_dtype=torch.float32).to("xpu")
+rows = [{{"input_ids": torch.arange(3, 35), "labels": torch.arange(3, 35)}}] * 8
+arguments = transformers.TrainingArguments(output_dir="run", max_steps=4, bf16=True, learning_rate=1e-2, logging_steps=1,
+    per_device_train_batch_size=2, evaluation_strategy="no", optim="adamw_hf", report_to="none", disable_tqdm=True)
+trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+trainer.train()
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+print(arguments.device, losses[-1] < losses[0])
+"""
+    result = run(script, tmp_path, LOWBIT_XPU="cpu")
+    assert result.stdout.endswith("xpu:0 True\n"), result.stderr[-2000:]
 
 
 def test_every_function_of_torch_that_makes_tensors_is_known() -> None:

@@ -32,6 +32,7 @@ class Redirection:
 
     def __init__(self, kind: str, done: Replacements) -> None:
         self.kind, self.done = kind, done
+        self.redirected = False  # asked once: from then on torch.xpu says that it is available
         self.waiting: dict[str, Callable[[ModuleType], None]] = {
             "torch": self.change_torch,
             "transformers.modeling_utils": self.change_models,
@@ -49,7 +50,8 @@ class Redirection:
         from lowbit.compat.xpu import ipex_names, on_cpu, on_cuda, places
         from lowbit.compat.xpu.meaning import Meaning, an_intel_gpu_is_there
 
-        if an_intel_gpu_is_there():
+        self.redirected = not an_intel_gpu_is_there()
+        if not self.redirected:
             return
         meaning = Meaning(self.kind)
         module = on_cpu if self.kind == "cpu" else on_cuda
@@ -57,8 +59,8 @@ class Redirection:
         self.done.make([*module.replacements(meaning), *places.replacements(meaning), *ipex_names.replacements()])
 
     def change_models(self, module: ModuleType) -> None:
-        from lowbit.compat.xpu import libraries
-        from lowbit.compat.xpu.meaning import Meaning, an_intel_gpu_is_there
+        if self.redirected:  # torch is imported before it
+            from lowbit.compat.xpu import libraries
+            from lowbit.compat.xpu.meaning import Meaning
 
-        if not an_intel_gpu_is_there():
             self.done.make(libraries.replacements(Meaning(self.kind)))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class Stream:
 
     def query(self) -> bool:
         return True
+
+    def is_capturing(self) -> bool:
+        return False
 
     def wait_stream(self, stream: Any) -> None:
         return None
@@ -256,9 +260,18 @@ ACCELERATOR_NAMES: dict[str, Any] = MEMORY | {
 
 def replacements(meaning: Meaning) -> Iterator[Replacement]:
     """torch.xpu, torch.accelerator, and the methods of tensors that need a device besides the CPU."""
-    for name, value in XPU_NAMES.items():
-        yield Replacement(torch.xpu, name, value)
-    for name, value in ACCELERATOR_NAMES.items():
-        yield Replacement(torch.accelerator, name, value)
+    for owner, names in ((torch.xpu, XPU_NAMES), (torch.accelerator, ACCELERATOR_NAMES)):
+        for name, value in names.items():
+            yield Replacement(owner, name, of_its_own(value) if isinstance(value, FunctionType) else value)
     yield Replacement(torch.Tensor, "pin_memory", lambda self, device=None: self)
-    yield Replacement(torch.Tensor, "record_stream", nothing)
+    yield Replacement(torch.Tensor, "record_stream", of_its_own(nothing))
+
+
+def of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the same doing: torch's compiler keeps a table by function, and refuses one under two names."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call
