@@ -189,3 +189,14 @@ def test_quality_knows_what_a_format_costs(load: object) -> None:
     scripts = load("peers.rounders").SCRIPTS  # type: ignore[operator]
     for row in rows.all_rows():
         assert row.program == "llama.cpp" or rows.worker_of(row) in scripts
+
+
+def test_promises_of_old_names_are_judged_either_way(load: object) -> None:
+    old_apis: ModuleType = load("old_apis")  # type: ignore[operator]
+    cost, gain = old_apis.PROMISES["runner"], old_apis.PROMISES["decode"]
+    assert cost.kept(0.2) and not cost.kept(0.4) and gain.kept(2.1) and not gain.kept(1.9)
+    assert old_apis.line(gain, {"figure": 1.9, "plain, tokens/s": 4.0})[1:] == (
+        "1.9 times (plain, tokens/s 4)",
+        "at least 2",
+        "no",
+    )
