@@ -14,7 +14,7 @@ from torch import nn
 
 from lowbit.core.tensors import DTYPE_NAMES
 from lowbit.errors import LowbitError
-from lowbit.kernels.cpu_rows import PREPARED
+from lowbit.kernels.cpu_rows import ORDER, PREPARED
 from lowbit.layers import LowBitEmbedding, LowBitExperts, LowBitLinear, PackedWeight
 from lowbit.models.families import spec_from_config
 from lowbit.models.spec import DecoderSpec, Located
@@ -70,6 +70,8 @@ def _matrix(located: Located, held: dict[str, PackedWeight], dense: dict[str, nn
 def _packed_matrix(name: str, weight: PackedWeight) -> Matrix:
     if weight.format.fixed_range:
         raise LowbitError(f"{name} ({weight.format}) rounds its input to a fixed range, which the engine does not do")
+    if ORDER in weight.tensors:
+        raise LowbitError(f"{name} ({weight.format}) keeps its inputs in another order, which the engine does not read")
     buffer = weight.tensors.get(PREPARED)
     if buffer is None:
         kernel = weight.kernel.name if weight.kernel else "none yet"
