@@ -170,7 +170,8 @@ class _Weightless(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _device_constructors():
             # transformers makes an empty tensor to find the device in force, and loads nothing onto meta.
-            if not (func is torch.tensor and isinstance(args[0], list) and not args[0]):
+            # By its name: another function may stand at torch.tensor, which calls this one.
+            if not (func.__name__ == "tensor" and isinstance(args[0], list) and not args[0]):
                 kwargs["device"] = "meta"
         elif func in (torch.Tensor.to, torch.Tensor.cpu) and args[0].device.type == "meta":
             return args[0].to(device="meta", dtype=_dtype_of(args, kwargs)) if _dtype_of(args, kwargs) else args[0]

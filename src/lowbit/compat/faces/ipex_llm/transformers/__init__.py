@@ -1,0 +1,56 @@
+"""`ipex_llm.transformers`: the auto classes, and what scripts import beside them."""
+
+from __future__ import annotations
+
+from lowbit.compat.missing import refuse_unknown
+from lowbit.compat.names import REFUSED, WORKS, Name
+
+_AUTO = (
+    "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction", "AutoModelForQuestionAnswering", "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification", "AutoModelForSpeechSeq2Seq", "AutoModelForTokenClassification",
+)  # fmt: skip
+_NATIVE = (
+    "BigdlNativeForCausalLM", "BloomForCausalLM", "ChatGLMForCausalLM", "GptneoxForCausalLM", "LlamaForCausalLM",
+    "StarcoderForCausalLM",
+)  # fmt: skip
+_NEAREST = {
+    "npu_model": "ipex_llm.transformers: it runs on CPUs and GPUs, and has no kernels for an NPU",
+    "init_pipeline_parallel": "one process: a low-bit model of 4 bits needs a quarter of the memory",
+    "PPModelWorker": "`lowbit chat`: it has no server of its own",
+    "pipeline_parallel": "one process: a low-bit model of 4 bits needs a quarter of the memory",
+    "convert_model_hybrid": "lowbit.optimize_model: experts are packed like the rest",
+    "ggml_convert_low_bit": "lowbit.optimize_model",
+    "xgrammar": "a logits processor of the package xgrammar, passed to generate",
+    "relora": "ipex_llm.transformers.qlora with transformers' Trainer",
+    "lisa": "ipex_llm.transformers.qlora with transformers' Trainer",
+    "loader": "lowbit.AutoModelForCausalLM.from_pretrained",
+}
+
+__all__ = [*_AUTO, *_NATIVE, "Qwen2VLForConditionalGeneration", "get_enable_ipex"]
+__getattr__ = refuse_unknown(
+    __name__,
+    _NEAREST,
+    {
+        **dict.fromkeys(_AUTO, f"{__name__}.model"),
+        **dict.fromkeys(_NATIVE, f"{__name__}.modelling_bigdl"),
+        "Qwen2VLForConditionalGeneration": f"{__name__}.vision",
+        "get_enable_ipex": f"{__name__}.convert",
+    },
+)
+
+_UNIT = "tests/unit/test_compat_bigdl.py::"
+_PLACE = "ipex_llm.transformers"
+NAMES = (
+    *(Name(f"{_PLACE}.{name}", f"lowbit.{name}", WORKS, f"{_UNIT}test_every_auto_class_is_there") for name in _AUTO),
+    Name(f"{_PLACE}.Qwen2VLForConditionalGeneration", "", WORKS, f"{_UNIT}test_every_auto_class_is_there"),
+    *(
+        Name(f"{_PLACE}.{name}", "lowbit.runtime", WORKS, f"{_UNIT}test_llm_convert_and_the_native_classes")
+        for name in _NATIVE
+    ),
+    Name(f"{_PLACE}.get_enable_ipex", "", WORKS, f"{_UNIT}test_submodules_that_scripts_import", "always False"),
+    *(
+        Name(f"{_PLACE}.{name}", "", REFUSED, f"{_UNIT}test_what_is_not_there_says_what_to_use", f"use {instead}")
+        for name, instead in _NEAREST.items()
+    ),
+)

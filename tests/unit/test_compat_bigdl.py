@@ -1,0 +1,353 @@
+"""The face of bigdl.llm and ipex_llm: every old name and keyword does what it did, is refused, or says that it does nothing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lowbit.compat
+from interop.test_gguf import write_llama
+from lowbit.bridge import EngineGenerate
+from lowbit.compat import ignored
+from lowbit.compat.ignored import CompatWarning
+from lowbit.compat.missing import UnknownModuleError, UnknownNameError
+from lowbit.errors import FormatError, LowbitError, RecipeError
+from lowbit.formats import CASTS, NOT_YET
+from lowbit.interop.ipex_blocks import OLD_TYPES, UNREADABLE
+from lowbit.layers import LowBitLinear, PackedWeight
+from unit.checkpoint_cases import EVEN, logits, make
+
+pytestmark = pytest.mark.transformers
+PROMPT = torch.tensor([[5, 9, 11, 4, 8, 5, 9, 11, 4, 8, 5, 9, 11]])
+
+
+@pytest.fixture(autouse=True)
+def old_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ignored, "_SAID", set())
+    with lowbit.compat.install(children=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("face") / "dense", **EVEN)
+
+
+def old(name: str) -> Any:
+    return importlib.import_module(f"ipex_llm.{name}")
+
+
+def load(dense: Path, **keywords: Any) -> Any:
+    return old("transformers").AutoModelForCausalLM.from_pretrained(dense, **keywords)
+
+
+def test_optimize_model_saves_and_loads_as_the_guide_does(dense: Path, tmp_path: Path) -> None:
+    from bigdl.llm import optimize_model  # type: ignore[import-not-found]
+    from bigdl.llm.optimize import load_low_bit, low_memory_init  # type: ignore[import-not-found]
+
+    model = transformers.LlamaForCausalLM.from_pretrained(dense, dtype="auto")
+    model = optimize_model(model)
+    assert model.lowbit_report.layers and model.config.bigdl_transformers_low_bit == "sym_int4"
+    model.save_low_bit(str(tmp_path / "saved"))
+    with low_memory_init():
+        empty = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    again = load_low_bit(empty, str(tmp_path / "saved"))
+    assert torch.equal(logits(again), logits(model))
+    assert not list((tmp_path / "saved").glob("*.bin"))
+
+
+def test_optimize_model_takes_any_module_and_pipeline() -> None:
+    optimize_model = old("optimize").optimize_model
+    network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    assert isinstance(optimize_model(network, low_bit="sym_int8", optimize_llm=False)[0], LowBitLinear)
+    left = optimize_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), modules_to_not_convert=["1"])
+    assert isinstance(left[0], LowBitLinear) and not isinstance(left[1], LowBitLinear)
+
+    class StableDiffusionPipeline:
+        def __init__(self) -> None:
+            self.unet = nn.Sequential(nn.Linear(64, 64))
+
+    assert isinstance(optimize_model(StableDiffusionPipeline(), "sym_int4").unet[0], LowBitLinear)
+    with pytest.raises(LowbitError, match="not a str"):
+        optimize_model("model")
+    plain = nn.Sequential(nn.Linear(64, 64))
+    assert type(optimize_model(plain, low_bit=None)[0]) is nn.Linear
+    with pytest.raises(LowbitError, match="contradict"):
+        optimize_model(plain, low_bit="fp16", torch_dtype=torch.float32)
+    with pytest.warns(CompatWarning, match="lightweight_bmm has no effect"):
+        optimize_model(nn.Sequential(nn.Linear(64, 64)), lightweight_bmm=True)
+
+
+def test_optimize_model_with_a_dense_embedding(dense: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense)
+    made = old("optimize").optimize_model(model, "asym_int4", replace_embedding=True)
+    assert type(made.model.embed_tokens) is nn.Embedding
+
+
+NAMES_OF_TYPES = sorted(set(OLD_TYPES) | set(UNREADABLE) | set(CASTS) | {"gguf_q4k_s", "gguf_q4k_m"})
+
+
+@pytest.mark.parametrize("name", NAMES_OF_TYPES)
+def test_every_low_bit_name_packs_or_is_refused(name: str) -> None:
+    """All names of the old table; what cannot be packed is refused with a sentence."""
+    quantize = old("ggml.quantize")
+    assert set(NAMES_OF_TYPES) >= set(quantize.ggml_tensor_qtype) | set(quantize.gguf_mixed_qtype)
+    model = nn.Sequential(nn.Linear(256, 64))
+    if name in NOT_YET:
+        with pytest.raises(FormatError, match="nearest is q2_k"):
+            old("optimize").optimize_model(model, name)
+        return
+    made = old("optimize").optimize_model(model, name)
+    assert isinstance(made[0], LowBitLinear) == (name not in CASTS)
+    assert torch.isfinite(made(torch.ones(1, 256, dtype=next(iter(made.parameters())).dtype))).all()
+
+
+def test_an_unknown_type_is_named(dense: Path) -> None:
+    with pytest.raises(FormatError, match="did you mean"):
+        load(dense, load_in_low_bit="sym_int44")
+
+
+AUTO = [
+    "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction", "AutoModelForQuestionAnswering", "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification", "AutoModelForSpeechSeq2Seq", "AutoModelForTokenClassification",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_every_auto_class_is_there(name: str) -> None:
+    kind = getattr(old("transformers"), name)
+    assert kind is getattr(importlib.import_module("bigdl.llm.transformers"), name)
+    assert kind.HF_Model is getattr(transformers, name) and kind.OURS is getattr(lowbit, name)
+    for method in ("from_pretrained", "load_convert", "load_low_bit", "from_gguf"):
+        assert callable(getattr(kind, method))
+
+
+@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"])
+def test_other_auto_classes_load(name: str, dense: Path) -> None:
+    model = getattr(old("transformers"), name).from_pretrained(dense, load_in_4bit=True)
+    assert any(isinstance(module, LowBitLinear) for module in model.modules())
+
+
+def formats(model: Any) -> dict[str, str]:
+    return {row.path: row.format for row in model.lowbit_report.layers}
+
+
+def test_load_in_4bit_and_load_in_low_bit(dense: Path, tmp_path: Path) -> None:
+    model = load(dense, load_in_4bit=True, optimize_model=True, trust_remote_code=True, use_cache=True)
+    assert formats(model)["model.layers.0.mlp.up_proj"] == "int4"
+    nf4 = load(dense, load_in_low_bit="nf4", optimize_model=False, modules_to_not_convert=["lm_head", "down_proj"])
+    found = formats(nf4)
+    assert set(found.values()) == {"nf4"} and not [path for path in found if "lm_head" in path or "down_proj" in path]
+    nf4.save_low_bit(tmp_path / "nf4", safe_serialization=False)
+    again = old("transformers").AutoModelForCausalLM.load_low_bit(str(tmp_path / "nf4"), optimize_model=False)
+    assert formats(again) == found and again.config.bigdl_transformers_low_bit == "nf4"
+    assert torch.equal(logits(again), logits(nf4))
+
+
+def test_load_convert_puts_the_format_in_front(dense: Path) -> None:
+    made = old("transformers").AutoModelForCausalLM.load_convert("asym_int4", True, str(dense), torch_dtype="auto")
+    assert formats(made)["model.layers.0.mlp.up_proj"] == "int4_asym"
+
+
+def test_keywords_that_change_what_is_packed(dense: Path) -> None:
+    mixed = load(dense, load_in_low_bit="asym_int4", mixed_precision=True, cpu_embedding=True)
+    assert type(mixed.model.embed_tokens) is nn.Embedding
+    embedded = load(dense, load_in_low_bit="sym_int8", embedding_qtype="q4_k")
+    assert formats(embedded)["model.embed_tokens"].startswith(("q4_k", "int4_asym_g32"))
+    of_q2 = load(dense, load_in_low_bit="q2_k")
+    assert "model.embed_tokens" in formats(of_q2)
+    as_bf16 = load(dense, load_in_low_bit="bf16")
+    assert as_bf16.dtype == torch.bfloat16 and isinstance(as_bf16.generate, EngineGenerate)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    bits = load(dense, quantization_config=config)
+    assert set(formats(bits).values()) == {"nf4"} and "lm_head" not in formats(bits)
+
+
+def test_a_cast_model_is_saved_and_loaded(dense: Path, tmp_path: Path) -> None:
+    model = load(dense, load_in_low_bit="bf16")
+    model.save_low_bit(str(tmp_path / "cast"))
+    again = old("transformers").AutoModelForCausalLM.load_low_bit(str(tmp_path / "cast"))
+    assert again.dtype == torch.bfloat16 and torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("imatrix", "file.dat"), ("disk_embedding", True), ("lightweight_bmm", True), ("model_hub", "modelscope")],
+)
+def test_keywords_without_meaning_are_said_once(keyword: str, value: object, dense: Path) -> None:
+    with pytest.warns(CompatWarning, match=f"{keyword} has no effect"):
+        load(dense, load_in_4bit=True, **{keyword: value})
+
+
+def test_stages_are_refused(dense: Path) -> None:
+    with pytest.raises(RecipeError, match="pipeline_parallel_stages=2"):
+        load(dense, load_in_4bit=True, pipeline_parallel_stages=2)
+
+
+def test_lookup_generate_is_the_same_text(dense: Path) -> None:
+    model = load(dense, load_in_low_bit="sym_int8")
+    plain = model.generate(PROMPT, max_new_tokens=16, do_sample=False)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=16, do_sample=False, lookahead=3), plain)
+    assert model.generate.why_not is None and model.n_token_generated == 16 and model.n_drafted > 0
+    found = model.lookup_generate(PROMPT, max_new_tokens=16, num_output_tokens=3, do_sample=False)
+    assert torch.equal(found, plain) and model.first_token_time > 0
+    with pytest.raises(LowbitError, match="one prompt at a time"):
+        model.lookup_generate(PROMPT.expand(2, -1), max_new_tokens=4)
+    with pytest.warns(CompatWarning, match="one prompt at a time"):
+        assert (
+            model.generate(PROMPT.expand(2, -1), max_new_tokens=4, lookahead=2, max_matching_ngram_size=2).shape[0] == 2
+        )
+
+
+def test_performance_mode_looks_long_prompts_up(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(dense, load_in_low_bit="sym_int8")
+    monkeypatch.setenv("IPEX_LLM_PERFORMANCE_MODE", "1")
+    model.generate(PROMPT.repeat(1, 8), max_new_tokens=8, do_sample=False)
+    assert model.n_drafted > 0
+
+
+def test_speculative_generate_is_the_same_text(dense: Path) -> None:
+    model = load(dense, load_in_low_bit="bf16", speculative=True)
+    assert formats(model.draft_model) and not hasattr(model, "lowbit_report")
+    assert not [name for name, _ in model.named_modules() if "draft_model" in name]
+    alone = load(dense, load_in_low_bit="bf16")
+    plain = alone.generate(PROMPT, max_new_tokens=16, do_sample=False)
+    out = model.generate(
+        PROMPT, max_new_tokens=16, do_sample=False, max_step_draft=4, th_stop_draft=0.6, min_step_draft=2
+    )
+    assert torch.equal(out, plain) and model.generate.why_not is None
+    assert model.n_drafted >= model.n_matched >= 0 and model.n_drafted > 0
+    assert model.e2e_time_without_first > 0
+    again = model.speculative_generate(
+        PROMPT, max_new_tokens=16, do_sample=False, auto_parameters=[1, 0.5, 0.9, 0.01, 0.9]
+    )
+    assert torch.equal(again, plain)
+    model.clear_benchmarks()
+    assert model.n_drafted == 0
+    # Without a draft, the keywords that steer one are left aside, as they were.
+    assert torch.equal(alone.generate(PROMPT, max_new_tokens=16, do_sample=False, max_step_draft=4), plain)
+
+
+def test_from_gguf_gives_model_and_tokenizer(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "llama.gguf", "Q8_0")
+    model, tokenizer = old("transformers").AutoModelForCausalLM.from_gguf(str(path))
+    ids = tokenizer("a b", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3).shape[1] <= ids.shape[1] + 3
+    assert model.lowbit_report.layers
+
+
+def test_the_wrapper_measures_first_and_later_tokens(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrapper = old("utils").BenchmarkWrapper(load(dense, load_in_4bit=True), do_print=True, verbose=True)
+    out = wrapper.generate(PROMPT, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert out.shape[1] == PROMPT.shape[1] + 6
+    assert wrapper.first_cost > 0 and wrapper.rest_cost_mean > 0 and wrapper.peak_memory > 0.01
+    printed = capsys.readouterr().out
+    assert "First token" in printed and "(5 of them)" in printed
+    assert wrapper.config.model_type == "llama" and wrapper(PROMPT).logits.shape[0] == 1
+
+
+def test_submodules_that_scripts_import(dense: Path) -> None:
+    linear = old("transformers.low_bit_linear")
+    assert linear.LowBitLinear is LowBitLinear and linear.FP4Params is PackedWeight
+    assert (linear.get_block_size("sym_int4"), linear.get_block_size("q4_k"), linear.get_block_size("mixed_fp4")) == (
+        64,
+        256,
+        64,
+    )
+    assert old("transformers.convert").get_enable_ipex() is False
+    assert old("ggml.quantize").ggml_tensor_qtype["nf4"] == 10
+    checker = old("utils.isa_checker").ISAChecker()
+    assert isinstance(checker.check_avx2(), bool) and isinstance(checker.check_avx512(), bool)
+    common = old("utils.common")
+    common.invalidInputError(True, "fine")
+    with pytest.raises(RuntimeError, match="too few"):
+        common.invalidInputError(False, "too few", "add some")
+    with pytest.raises(KeyError):
+        old("utils.common.log4Error").invalidOperationError(False, "odd", cause=KeyError("x"))
+
+
+def test_a_batch_streams_its_texts(dense: Path) -> None:
+    class Letters:
+        def decode(self, tokens: list[int], **_: Any) -> str:
+            return "".join(" " if token == 0 else chr(96 + token) for token in tokens)
+
+    streamer = old("transformers.streamer").BatchTextIteratorStreamer(2, Letters(), skip_prompt=True)
+    streamer.put(torch.tensor([[1, 2], [3, 4]]))
+    for step in ([1, 2], [0, 3], [5, 0]):
+        streamer.put(torch.tensor(step))
+    streamer.end()
+    texts = list(streamer)
+    assert ["".join(part) for part in zip(*texts, strict=True)] == ["a e", "bc "]
+
+
+def test_llm_patch_and_unpatch(dense: Path) -> None:
+    peft = pytest.importorskip("peft")
+    before = (transformers.AutoModelForCausalLM, transformers.TrainingArguments, peft.get_peft_model, peft.LoraConfig)
+    from ipex_llm import llm_patch, llm_unpatch  # type: ignore[import-not-found]
+
+    llm_patch(train=True)
+    llm_patch(train=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense, load_in_low_bit="nf4")
+    assert set(formats(model).values()) == {"nf4"} and "lm_head" not in formats(model)
+    assert transformers.LlamaForCausalLM.from_pretrained(dense).dtype == torch.bfloat16
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], training_mode="qlora")
+    assert [n for n, p in peft.get_peft_model(model, lora).named_parameters() if p.requires_grad]
+    assert transformers.TrainingArguments(output_dir="x", report_to=[], use_cpu=True).bf16
+    llm_unpatch()
+    assert before == (
+        transformers.AutoModelForCausalLM,
+        transformers.TrainingArguments,
+        peft.get_peft_model,
+        peft.LoraConfig,
+    )
+
+
+def test_llm_convert_and_the_native_classes(dense: Path, tmp_path: Path) -> None:
+    from ipex_llm import llm_convert
+    from ipex_llm.transformers import BigdlNativeForCausalLM, LlamaForCausalLM  # type: ignore[import-not-found]
+
+    path = llm_convert(str(dense), str(tmp_path), "llama", outtype="int4")
+    assert Path(path).name == "bigdl_llm_llama_q4_0.bin"
+    model = LlamaForCausalLM.from_pretrained(path, native=True, dtype="int4", n_threads=1)
+    ids = model.tokenize("abc")
+    tokens = model.generate(ids, max_new_tokens=5, temperature=0.0)
+    assert 1 <= len(tokens) <= 5 and isinstance(model.decode(tokens), str)
+    answer = BigdlNativeForCausalLM.from_pretrained(path, model_family="llama")("abc", max_tokens=4, temperature=0.0)
+    assert (
+        answer["usage"]["completion_tokens"] <= 4
+        and answer["choices"][0]["text"] == model.batch_decode([tokens[:4]])[0]
+    )
+    assert formats(LlamaForCausalLM.from_pretrained(dense, native=False, load_in_4bit=True))
+    for wrong in ({"model_family": "lama"}, {"outtype": "int3"}, {"model_format": "ggml"}):
+        with pytest.raises(RecipeError):
+            llm_convert(str(dense), str(tmp_path), **{"model_family": "llama", **wrong})
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("from ipex_llm.transformers.npu_model import AutoModelForCausalLM", "no kernels for an NPU"),
+        ("import ipex_llm.serving", "lowbit chat"),
+        ("from ipex_llm.transformers import init_pipeline_parallel", "one process"),
+        ("from ipex_llm.transformers.qlora import LoraLowBitLinear", "peft.tuners.lora.Linear"),
+        ("from ipex_llm.transformers import AutoModelForCausalML", "did you mean AutoModelForCausalLM"),
+        ("import bigdl.llm.optimise", "did you mean optimize"),
+    ],
+)
+def test_what_is_not_there_says_what_to_use(statement: str, said: str) -> None:
+    with pytest.raises((UnknownModuleError, UnknownNameError), match=said):
+        exec(statement)
+
+
+def test_a_draft_beside_the_model_is_not_saved(dense: Path, tmp_path: Path) -> None:
+    model = load(dense, load_in_low_bit="sym_int8", speculative=True)
+    model.save_low_bit(tmp_path / "main")
+    assert formats(old("transformers").AutoModelForCausalLM.load_low_bit(tmp_path / "main")) == formats(model)
