@@ -1,0 +1,18 @@
+"""The guide names torch.float16 without importing torch: mended here."""
+
+import sys
+
+import torch
+import intel_extension_for_pytorch as ipex
+from bigdl.llm.transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1],
+    load_in_low_bit="nf4",
+    optimize_model=False,
+    torch_dtype=torch.float16,
+    modules_to_not_convert=["lm_head"],
+)
+model = model.to("xpu")
+
+print(sorted({type(module).__name__ for name, module in model.named_modules() if name.endswith(("q_proj", "lm_head"))}))
