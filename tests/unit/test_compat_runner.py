@@ -139,3 +139,24 @@ def test_help_shows_how(tmp_path: Path) -> None:
     result = run("--help", folder=tmp_path)
     assert result.returncode == 0 and "python -m lowbit.compat generate.py" in result.stdout
     assert run(folder=tmp_path).returncode == 2
+
+
+def test_one_call_under_pytest(tmp_path: Path) -> None:
+    written(tmp_path, "import lowbit.compat\nlowbit.compat.install()", "conftest.py")
+    test = """
+import subprocess, sys
+from bigdl import llm
+
+def test_old_names():
+    import ipex_llm
+    assert ipex_llm is llm
+
+def test_of_a_child():
+    subprocess.run([sys.executable, "-c", "import intel_extension_for_pytorch"], check=True)
+"""
+    written(tmp_path, test, "test_old.py")
+    plain = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(plain, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "2 passed" in result.stdout, result.stdout
+    (tmp_path / "conftest.py").unlink()
+    assert "2 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", folder=tmp_path).stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator
@@ -104,8 +104,15 @@ def test_trainer_with_a_tokenizer(folder: Path, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), no_cuda=True, report_to="none")
-    trainer = transformers.Trainer(model=model, args=arguments, tokenizer=tokenizer)
+
+    class Own(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+            return model(**inputs).loss
+
+    trainer = Own(model=model, args=arguments, tokenizer=tokenizer)
     assert trainer.tokenizer is trainer.processing_class is tokenizer
+    inputs = {"input_ids": IDS, "labels": IDS}
+    assert float(trainer.compute_loss(model, inputs, num_items_in_batch=1).detach()) > 0
 
 
 def test_llama_tokenizer_on_another_tokenizer() -> None:
@@ -144,6 +151,10 @@ def test_keywords_of_loading(folder: Path) -> None:
         assert any(isinstance(module, LowBitLinear) for module in model.modules())
     distance = {bits: float((logits(model) - logits(plain)).norm()) for bits, model in packed.items()}
     assert 0 < distance[8] < distance[4] / 4
+    if importlib.util.find_spec("bitsandbytes") is None:
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        again = load(folder, quantization_config=config, torch_dtype=torch.float32)
+        assert torch.equal(logits(again), logits(packed[8]))
     assert load(folder, torchscript=True)(IDS)[0].shape[:2] == IDS.shape
     with pytest.raises(TypeError, match="no_such_keyword"):
         load(folder, no_such_keyword=1)

@@ -190,6 +190,25 @@ def test_the_accelerator() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_a_profile() -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.XPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        _ = torch.rand(4, 4).to("xpu") @ torch.rand(4, 4).to("xpu")
+    assert "aten::mm" in profile.key_averages().table(sort_by="self_xpu_time_total", row_limit=50)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_libraries_put_tensors_there(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert torch.equal(safetensors.load_file(tmp_path / "a.safetensors", device="xpu")["a"], torch.ones(2))
+    accelerate = pytest.importorskip("accelerate")
+    assert accelerate.utils.is_xpu_available()
+    moved = accelerate.utils.send_to_device({"a": torch.ones(2)}, torch.device("xpu"))
+    assert moved["a"].device.type == "cpu"
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_other_threads_know_it_too() -> None:
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(torch.zeros(2).to("xpu").device.type))

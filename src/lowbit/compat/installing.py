@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lowbit.compat import aliases, shims, xpu
 from lowbit.compat.replacing import Replacements
+from lowbit.errors import LowbitError
 
 CHILD_FOLDER = str(Path(__file__).parent / "child")
 _PATH_VARIABLE = "PYTHONPATH"
@@ -56,8 +57,12 @@ def install(*, children: bool = True) -> Installed:
         done.parts = [shims.Applied(done.replaced)]
         if kind is not None:
             done.parts.append(xpu.Redirection(kind, done.replaced))
-        for part in done.parts:
-            part.begin()
+        try:
+            for part in done.parts:
+                part.begin()
+        except LowbitError:  # a device that is not there
+            done.undo()
+            raise
     if children and CHILD_FOLDER not in _search_path():
         done.search_path, done.children = os.environ.get(_PATH_VARIABLE), True
         os.environ[_PATH_VARIABLE] = child_search_path()

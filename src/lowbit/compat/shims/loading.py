@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 from lowbit.compat.replacing import Replacement
-from lowbit.compat.shims.shim import Keyword, dropped, renamed, translated
+from lowbit.compat.shims.shim import Keyword, dropped, renamed, say, translated
 
 FORMATS = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
 # What bitsandbytes was told beside them, and lowbit does its own way.
@@ -53,6 +54,22 @@ def from_pretrained(module: ModuleType) -> Iterator[Replacement]:
 
     @functools.wraps(original)
     def from_pretrained_of_old(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return original(cls, *args, **translated("from_pretrained", KEYWORDS, kwargs))
+        return original(cls, *args, **_packed_by_us(translated("from_pretrained", KEYWORDS, kwargs)))
 
     yield Replacement(cls, "from_pretrained", classmethod(from_pretrained_of_old))
+
+
+def _packed_by_us(given: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of bitsandbytes, where that package is not installed."""
+    from transformers import BitsAndBytesConfig
+
+    config = given.get("quantization_config")
+    if not isinstance(config, BitsAndBytesConfig) or importlib.util.find_spec("bitsandbytes") is not None:
+        return given
+    name = next((keyword for keyword in FORMATS if getattr(config, keyword)), None)
+    rest = {key: value for key, value in given.items() if key != "quantization_config"}
+    if name is None:
+        return rest
+    low_bit = FORMATS[name]
+    say("quantization_config=BitsAndBytesConfig(...)", f"needs bitsandbytes; lowbit packs the weights as {low_bit}")
+    return {**rest, **KEYWORDS[name].translate(True)}

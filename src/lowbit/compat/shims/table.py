@@ -42,8 +42,8 @@ SHIMS = (
         "test_arguments_on_a_command_line",
     ),
     _row(
-        "Trainer(tokenizer=), trainer.tokenizer",
-        "is processing_class today",
+        "Trainer(tokenizer=), trainer.tokenizer, compute_loss(self, model, inputs, return_outputs)",
+        "the tokenizer is processing_class today, and compute_loss is given one argument more",
         "transformers.trainer",
         trainer.trainer,
         "test_trainer_with_a_tokenizer",
@@ -63,8 +63,8 @@ SHIMS = (
         "test_chat_template_gives_tokens",
     ),
     _row(
-        "from_pretrained(load_in_4bit=, load_in_8bit=, use_auth_token=, torchscript=, ...)",
-        "keywords were taken away",
+        "from_pretrained(load_in_4bit=, load_in_8bit=, BitsAndBytesConfig, use_auth_token=, torchscript=, ...)",
+        "keywords were taken away; lowbit packs what bitsandbytes would have, where that is not installed",
         "transformers.modeling_utils",
         loading.from_pretrained,
         "test_keywords_of_loading",

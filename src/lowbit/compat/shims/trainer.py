@@ -166,5 +166,26 @@ def trainer(module: ModuleType) -> Iterator[Replacement]:
         begin(self, *args, **translated("Trainer", keywords, kwargs, accepted))
 
     yield Replacement(module.Trainer, "__init__", begin_old)
+    yield Replacement(module.Trainer, "__init_subclass__", classmethod(_of_old_trainers))
     if not hasattr(module.Trainer, "tokenizer"):
         yield Replacement(module.Trainer, "tokenizer", property(lambda self: self.processing_class))
+
+
+def _of_old_trainers(cls: type, /, **kwargs: Any) -> None:
+    """A class of the script's own whose compute_loss does not know the third argument that today's Trainer gives."""
+    object.__init_subclass__(**kwargs)
+    compute = vars(cls).get("compute_loss")
+    if compute is None:
+        return
+    accepted = inspect.signature(compute).parameters
+    added = "num_items_in_batch"
+    if added in accepted or any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        return
+
+    @functools.wraps(compute)
+    def compute_loss(self: Any, *args: Any, **given: Any) -> Any:
+        say(f"{cls.__name__}.compute_loss", f"is given {added} today; it is left out")
+        given.pop(added, None)
+        return compute(self, *args, **given)
+
+    cls.compute_loss = compute_loss  # type: ignore[attr-defined]

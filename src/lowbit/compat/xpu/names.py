@@ -25,6 +25,7 @@ NAMES = (
     Name('torch.autocast(device_type="xpu")', "", WORKS, f"{_TESTS}test_mixed_precision"),
     Name('torch.amp.GradScaler("xpu")', "", WORKS, f"{_TESTS}test_training_with_a_scaler"),
     Name('torch.load(map_location="xpu")', "", WORKS, f"{_TESTS}test_files_are_loaded"),
+    Name("torch.profiler.ProfilerActivity.XPU", "", WORKS, f"{_TESTS}test_a_profile"),
     Name("torch.compile(model)", "", WORKS, f"{_TESTS}test_a_compiled_model"),
     Name('from_pretrained(device_map="xpu")', "", WORKS, f"{_TESTS}test_models_of_transformers"),
     Name("torch.xpu.amp.autocast", "", WORKS, f"{_TESTS}test_mixed_precision", "IPEX's, never torch's"),

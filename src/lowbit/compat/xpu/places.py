@@ -43,6 +43,7 @@ def replacements(meaning: Meaning) -> Iterator[Replacement]:
     yield from autocast(meaning)
     yield Replacement(torch, "Generator", generator_class(meaning))
     yield from files(meaning)
+    yield from profiles(meaning)
 
 
 def by_name(original: Wrapper, meaning: Meaning) -> Wrapper:
@@ -202,3 +203,26 @@ def files(meaning: Meaning) -> Iterator[Replacement]:
         return restore(storage, meaning.of(location))  # type: ignore[no-untyped-call]
 
     yield Replacement(torch.serialization, "default_restore_location", restored)
+
+
+def profiles(meaning: Meaning) -> Iterator[Replacement]:
+    """`ProfilerActivity.XPU`, and tables sorted by an "xpu" time."""
+    xpu = torch.profiler.ProfilerActivity.XPU
+    other = getattr(torch.profiler.ProfilerActivity, meaning.kind.upper())
+    profile, events = torch.profiler.profiler._KinetoProfile, torch.autograd.profiler_util.EventList
+    begin, table = profile.__init__, events.table
+
+    @functools.wraps(begin)
+    def profiling(self: Any, *args: Any, activities: Any = None, **kwargs: Any) -> None:
+        if activities is not None:
+            asked = list(activities)
+            activities = [activity for activity in asked if activity != xpu]
+            activities += [other] if xpu in asked and other not in asked else []
+        begin(self, *args, activities=activities, **kwargs)
+
+    @functools.wraps(table)
+    def sorted_table(self: Any, sort_by: str | None = None, *args: Any, **kwargs: Any) -> str:
+        return table(self, sort_by and sort_by.replace(XPU, meaning.kind), *args, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
+
+    yield Replacement(profile, "__init__", profiling)
+    yield Replacement(events, "table", sorted_table)

@@ -1,7 +1,16 @@
-"""The face of `bigdl`, of which lowbit answers `bigdl.llm`."""
+"""The face of `bigdl`, of which lowbit answers `bigdl.llm`: the same module as `ipex_llm`."""
 
 from __future__ import annotations
 
-from lowbit.compat.missing import refuse_unknown
+import importlib
+from typing import Any
 
-__getattr__ = refuse_unknown(__name__, {})
+from lowbit.compat.missing import FACES, refuse_unknown
+
+__all__ = ["llm"]
+
+_refuse = refuse_unknown(__name__, dict.fromkeys(("chronos", "dllib", "friesian", "nano", "orca"), "bigdl.llm"))
+
+
+def __getattr__(name: str) -> Any:
+    return importlib.import_module(f"{FACES}.ipex_llm") if name == "llm" else _refuse(name)
