@@ -22,8 +22,28 @@ pytestmark = pytest.mark.transformers
 PLACE = "neural_compressor.transformers"
 
 
+SHORT: dict[str, Any] = {"dataset": ["A page of a database holds rows. " * 20], "n_samples": 2, "seq_len": 16}
+FIVE: dict[str, dict[str, Any]] = {
+    "RtnConfig": {},
+    "GPTQConfig": SHORT,
+    "AwqConfig": SHORT,
+    "TeqConfig": SHORT,
+    "AutoRoundConfig": SHORT | {"iters": 4},
+}
+
+
+@pytest.fixture
+def place() -> str:
+    """What "xpu" means, if anything."""
+    return ""
+
+
 @pytest.fixture(autouse=True)
-def old_names() -> Iterator[None]:
+def old_names(place: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if place and torch.xpu.is_available():
+        pytest.skip('"xpu" is an Intel GPU on this machine')
+    if place:
+        monkeypatch.setenv("LOWBIT_XPU", place)
     with lowbit.compat.install(children=False):
         yield
 
@@ -51,6 +71,34 @@ def test_classes_load(dense: Path, tmp_path: Path) -> None:
     transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
     t5 = face().AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5", quantization_config=face().RtnConfig())
     assert {row.format for row in t5.lowbit_report.layers} == {"int4_g32"}
+
+
+# TEQ trains for seconds.
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "TeqConfig" else k for k in FIVE])
+@pytest.mark.parametrize("place", ["cpu"])
+def test_on_xpu(kind: str, place: str, dense: Path, tmp_path: Path) -> None:
+    """Quantised for an XPU, saved, and loaded onto it, as by default where there is one."""
+    config = getattr(face(), kind)(**FIVE[kind])
+    model = face().AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, device_map="xpu")
+    assert model.device.type == place and model.lowbit_report.formats()
+    model.save_pretrained(tmp_path / "low")
+    loaded = face().AutoModelForCausalLM.from_pretrained(tmp_path / "low").to("xpu")
+    assert torch.equal(logits(loaded), logits(model)) and loaded.quantization_config.to_dict() == config.to_dict()
+    ids = torch.tensor([[5, 6, 7]]).to("xpu")
+    found = loaded.generate(ids, max_new_tokens=3, do_sample=False, temperature=0.9, num_beams=4)
+    assert found.shape == (1, 6)
+
+
+@pytest.mark.parametrize("place", ["cpu"])
+def test_the_device_to_quantise_on(place: str, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INC_TARGET_DEVICE", "xpu")
+    model = face().AutoModelForCausalLM.from_pretrained(dense, quantization_config=face().RtnConfig())
+    assert model.device.type == place
+    monkeypatch.setenv("INC_TARGET_DEVICE", "CPU")
+    model = face().AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=face().RtnConfig(device="xpu"), device_map="xpu:0"
+    )
+    assert model.device.type == place
 
 
 def test_the_configurations_are_ours() -> None:

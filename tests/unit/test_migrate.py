@@ -54,6 +54,15 @@ def became(source: str, device: str | None = None) -> str:
             "from ipex_llm.transformers import AutoModel\nAutoModel.from_pretrained(p, optimize_model=False, lightweight_bmm=b)\n",
             "from lowbit import AutoModel\nAutoModel.from_pretrained(p)\n",
         ),
+        (
+            "import torch\nimport intel_extension_for_pytorch as ipex\n"
+            "model = ipex.llm.optimize(model.eval(), dtype=torch.bfloat16, inplace=True)\n",
+            "import lowbit\nimport torch\nmodel = lowbit.optimize_model(model.eval(), torch_dtype=torch.bfloat16, low_bit=None)\n",
+        ),
+        (
+            "import intel_extension_for_pytorch as ipex\nimport torch\nm = ipex.llm.optimize(m)\n",
+            "import lowbit\nimport torch\nm = lowbit.optimize_model(m, low_bit=None, torch_dtype=\"float32\")\n",
+        ),
         ("from transformers import LlamaTokenizer\n", "from transformers import AutoTokenizer as LlamaTokenizer\n"),
         (
             "import transformers\nt = transformers.LlamaTokenizer.from_pretrained(p)\n",
@@ -135,6 +144,23 @@ def test_what_has_no_name_of_ours_stays_marked_and_answered() -> None:
     compile(found.source, "script", "exec")
     again = migrate(found.source)
     assert [note.name for note in again.left] == [note.name for note in found.left]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "other = ipex.llm.optimize(model)",
+        "model = ipex.llm.optimize(model, None, torch.float)",
+        "model = ipex.llm.optimize(model, quantization_config=q)",
+        "f = ipex.llm.optimize",
+    ],
+)
+def test_calls_of_which_only_a_part_is_understood_stay(call: str) -> None:
+    source = f"import intel_extension_for_pytorch as ipex\n{call}\n"
+    found = migrate(source)
+    assert (
+        len(found.left) == 1 and call in found.source and "import intel_extension_for_pytorch as ipex" in found.source
+    )
 
 
 def test_a_name_that_is_kept_once_is_kept_everywhere() -> None:

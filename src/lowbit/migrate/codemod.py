@@ -105,13 +105,25 @@ class _Finder(cst.CSTVisitor):
         call = parent if isinstance(parent, cst.Call) and parent.func is node else None
         if rules.is_old(name) or rules.rule_for(name) is not None:
             self._place(node)
-            self.uses[node] = _Use(node, name, call, rules.decide(name, _keywords(call)))
+            self.uses[node] = _Use(node, name, call, rules.decide(name, self._called(call)))
         elif name.startswith(rules.TORCH_XPU) or name in rules.GRAD_SCALERS:
             self._place(node)
             self.torch_names[node] = name
         else:
             return False
         return True
+
+    def _called(self, call: cst.Call | None) -> rules.Called | None:
+        if call is None:
+            return None
+        keywords = {argument.keyword.value: _literal(argument) for argument in call.args if argument.keyword}
+        parent = self._parent(call)
+        target = parent.targets[0].target if isinstance(parent, cst.Assign) and len(parent.targets) == 1 else None
+        first = call.args[0].value if call.args else None
+        while isinstance(first, cst.Call) and isinstance(first.func, cst.Attribute):  # model.eval() is the model
+            first = first.func.value
+        rebinds = isinstance(target, cst.Name) and isinstance(first, cst.Name) and target.value == first.value
+        return rules.Called(keywords, len(call.args) - len(keywords), rebinds)
 
     def _parent(self, node: cst.CSTNode) -> cst.CSTNode | None:
         found: cst.CSTNode | None = self.get_metadata(ParentNodeProvider, node, None)
@@ -164,7 +176,8 @@ class _Rewriter(cst.CSTTransformer):
         if not hasattr(first, "leading_lines") or not (texts or self.orphans):
             return updated
         comments = [cst.EmptyLine(comment=cst.Comment(_MARK + text)) for text in texts]
-        changed = first.with_changes(leading_lines=[*first.leading_lines, *self.orphans, *comments])
+        orphans = [line for line in self.orphans if line.comment or not first.leading_lines]
+        changed = first.with_changes(leading_lines=[*first.leading_lines, *orphans, *comments])
         self.orphans = []
         return cst.FlattenSentinel([changed, *updated.nodes[1:]]) if first is not updated else changed
 
@@ -179,7 +192,7 @@ class _Rewriter(cst.CSTTransformer):
         if lines is None:
             return updated_node
         if not lines:
-            self.orphans += [line for line in updated_node.leading_lines if line.comment]
+            self.orphans += updated_node.leading_lines
             return cst.RemoveFromParent()
         made = [cst.SimpleStatementLine([line]) for line in lines]
         made[0] = made[0].with_changes(leading_lines=updated_node.leading_lines)
@@ -311,7 +324,9 @@ class _Rewriter(cst.CSTTransformer):
                 yield argument.with_changes(keyword=cst.Name(name)) if same else _argument(name, repr(new))
             if not keyword:
                 yield argument
-        yield from (_argument(name, source) for name, source in rule.add.items())
+        made = {rule.rename.get(one.keyword.value, one.keyword.value) for one in given if one.keyword}
+        more = {**rule.add} | {name: source for name, source in rule.default.items() if name not in made}
+        yield from (_argument(name, source) for name, source in more.items())
 
     def leave_SimpleString(self, original_node: cst.SimpleString, updated_node: cst.SimpleString) -> cst.BaseExpression:
         if self.device is None or original_node not in self.finder.words:
@@ -329,13 +344,6 @@ def _after_opening(body: Sequence[Any]) -> int:
         if is_text or (module is not None and _dotted(module) == "__future__"):
             place = index + 1
     return place
-
-
-def _keywords(call: cst.Call | None) -> dict[str, Any] | None:
-    """The keywords of a call and their values, as far as they can be read."""
-    if call is None:
-        return None
-    return {argument.keyword.value: _literal(argument) for argument in call.args if argument.keyword}
 
 
 def _literal(argument: cst.Arg | None) -> Any:

@@ -32,12 +32,25 @@ class Rule:
     # Keywords that change nothing, and keywords with which the call keeps its old name; each with its reason.
     drop: Mapping[str, str] = field(default_factory=dict)
     stay: Mapping[str, str] = field(default_factory=dict)
-    # Keywords that the new name needs, as source.
+    # Keywords that the new name needs, as source: in any case, and where the call has not said its own.
     add: Mapping[str, str] = field(default_factory=dict)
+    default: Mapping[str, str] = field(default_factory=dict)
+    # The old name left its first argument as it was: the new one takes its place, where the script has no other use for it.
+    copies: bool = False
     # Keywords that the table of shims translates.
     table: Mapping[str, Keyword] = field(default_factory=dict)
     # The keywords that are understood, where others leave the call as it is; None: all that are not named above go along.
     only: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Called:
+    """A call as the rules see it: keywords with their values as far as they can be read, how many arguments have none, and
+    whether its result takes the name of its first argument."""
+
+    keywords: Mapping[str, Any]
+    positional: int = 0
+    rebinds: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,26 @@ def _ipex_llm() -> dict[str, Rule]:
     return found
 
 
+def _ipex() -> dict[str, Rule]:
+    """A model in a type. What is quantised by that library's own configurations keeps its names."""
+    traced, there = "nothing is traced", "the model changes in its place"
+    dense = Rule(
+        "lowbit.optimize_model",
+        rename={"dtype": "torch_dtype"},
+        drop={
+            "inplace": there,
+            "sample_inputs": traced,
+            "deployment_mode": traced,
+            "device": "the model is where it is",
+        },
+        add={"low_bit": "None"},
+        default={"torch_dtype": '"float32"'},
+        only=("model",),
+        copies=True,
+    )
+    return {f"{IPEX}.{name}": dense for name in ("llm.optimize", "optimize_transformers")}
+
+
 def _transformers() -> dict[str, Rule]:
     """What the runner's shims do for a call of transformers 4, where it can be read off the call."""
     optimiser = Keyword("optim", "has another name today", lambda name: {"optim": OPTIMISERS.get(name, name)})
@@ -155,7 +188,7 @@ def _transformers() -> dict[str, Rule]:
     return found
 
 
-RULES: dict[str, Rule] = _neural_compressor() | _ipex_llm() | _transformers()
+RULES: dict[str, Rule] = _neural_compressor() | _ipex_llm() | _ipex() | _transformers()
 # What only set a process up.
 IDLE_CALLS = (f"{IPEX}.set_logging_level",)
 TORCH_XPU = f"torch.{XPU}."
@@ -185,24 +218,28 @@ def rule_for(name: str) -> tuple[Rule, str] | None:
     return None
 
 
-def decide(name: str, keywords: Mapping[str, Any] | None) -> Decision:
-    """What becomes of a canonical name; `keywords` are those that it is called with, None where it is not called."""
+def decide(name: str, called: Called | None) -> Decision:
+    """What becomes of a canonical name, and of its call if it is called."""
     if name in IDLE_CALLS:
         return Decision(Rule(""))
     found = rule_for(name)
     if found is None:
         return Decision(None, reason=NO_NAME)
     rule, rest = found
-    return Decision(rule, rest, _refusal(rule, rest, keywords) or "")
+    return Decision(rule, rest, _refusal(rule, rest, called) or "")
 
 
-def _refusal(rule: Rule, rest: str, keywords: Mapping[str, Any] | None) -> str | None:
+def _refusal(rule: Rule, rest: str, called: Called | None) -> str | None:
     """Why a use of a name keeps the old one, or None."""
     if rest and rule.members != ANY and rest not in rule.members:
         return f"{rule.ours} has no {rest} that is the same: {_COMPAT}"
-    if rule.only is not None and keywords is None:
-        return f"it is handed on, and not called here: {_COMPAT}"
-    for keyword, value in (keywords or {}).items():
+    if called is None:
+        return None if rule.only is None else f"it is handed on, and not called here: {_COMPAT}"
+    if rule.only is not None and called.positional > 1:
+        return f"its arguments have no names: {_COMPAT}"
+    if rule.copies and not called.rebinds and called.keywords.get("inplace") is not True:
+        return f"{rule.ours} changes the model itself, and this call gives another one: {_COMPAT}"
+    for keyword, value in called.keywords.items():
         if keyword in rule.stay:
             return f"{keyword}=: {rule.stay[keyword]}"
         if today(rule, keyword, value) is None:
