@@ -219,6 +219,8 @@ def test_other_threads_know_it_too() -> None:
 
 @pytest.mark.usefixtures("on_cpu")
 def test_the_names_of_ipex() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).eval()
+    assert torch.equal(torch.xpu.optimize(model)(torch.ones(1, 4)), model(torch.ones(1, 4)))  # type: ignore[attr-defined]
     assert not torch.xpu.is_autocast_xpu_enabled()  # type: ignore[attr-defined]
 
 

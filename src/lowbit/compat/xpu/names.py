@@ -29,6 +29,7 @@ NAMES = (
     Name("torch.compile(model)", "", WORKS, f"{_TESTS}test_a_compiled_model"),
     Name('from_pretrained(device_map="xpu")', "", WORKS, f"{_TESTS}test_models_of_transformers"),
     Name("torch.xpu.amp.autocast", "", WORKS, f"{_TESTS}test_mixed_precision", "IPEX's, never torch's"),
+    Name("torch.xpu.optimize", "", WORKS, f"{_TESTS}test_the_names_of_ipex", "IPEX's, never torch's"),
     *(Name(f"torch.xpu.{name}", "", WORKS, _test_of(name)) for name in XPU_NAMES),
     *(Name(f"torch.accelerator.{name}", "", WORKS, f"{_TESTS}test_the_accelerator") for name in ACCELERATOR_NAMES),
     *(

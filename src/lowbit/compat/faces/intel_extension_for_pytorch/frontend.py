@@ -171,8 +171,11 @@ def OnDevice(
         torch.set_default_dtype(before)
 
 
+_MEMORY_FORMAT = "the memory format is the model's: model.to(memory_format=...)"
+
+
 def enable_auto_channels_last() -> None:
-    say_ignored("ipex", "enable_auto_channels_last", "the memory format is the model's: model.to(memory_format=...)")
+    say_ignored("ipex", "enable_auto_channels_last", _MEMORY_FORMAT)
 
 
 def disable_auto_channels_last() -> None:
@@ -218,7 +221,7 @@ NAMES = (
     Name(f"{_PLACE}.verbose", "", WORKS, f"{_UNIT}test_small_names", "torch.backends.mkldnn.verbose"),
     Name(f"{_PLACE}.version", "", WORKS, f"{_UNIT}test_small_names"),
     Name(f"{_PLACE}._set_optimized_model_for_generation", "", IGNORED, f"{_UNIT}test_small_names", "nothing is traced"),
-    Name(f"{_PLACE}.enable_auto_channels_last", "", IGNORED, f"{_UNIT}test_small_names"),
-    Name(f"{_PLACE}.disable_auto_channels_last", "", IGNORED, f"{_UNIT}test_small_names"),
+    Name(f"{_PLACE}.enable_auto_channels_last", "", IGNORED, f"{_UNIT}test_small_names", _MEMORY_FORMAT),
+    Name(f"{_PLACE}.disable_auto_channels_last", "", IGNORED, f"{_UNIT}test_small_names", "it is never on"),
     Name(f"{_PLACE}.enable_onednn_fusion", "", IGNORED, f"{_UNIT}test_small_names", "torch.compile fuses"),
 )

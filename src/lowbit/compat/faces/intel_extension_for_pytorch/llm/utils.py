@@ -32,5 +32,11 @@ _PLACE = "intel_extension_for_pytorch.llm.utils"
 _TESTS = "tests/unit/test_compat_ipex_llm.py::"
 NAMES = (
     Name(f"{_PLACE}.load_low_precision_checkpoint", "", WORKS, f"{_TESTS}test_checkpoints_that_others_packed"),
-    Name(f"{_PLACE}.shard_low_precision_checkpoint", "", REFUSED, f"{_TESTS}test_names_of_several_devices_are_refused"),
+    Name(
+        f"{_PLACE}.shard_low_precision_checkpoint",
+        "",
+        REFUSED,
+        f"{_TESTS}test_names_of_several_devices_are_refused",
+        _DEVICES,
+    ),
 )

@@ -80,6 +80,9 @@ _FORMATS = {
 _COMPUTES = {WoqLowpMode.FP16: "fp16", WoqLowpMode.BF16: "bf16", WoqLowpMode.INT8: "int8"}
 # NONE: what activations are.
 _BY_ACTIVATION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Why arguments of the SmoothQuant mapping have no effect.
+_ONE_OBSERVER = "the ends of inputs and weights are what smoothing is made of"
+_SHARED = "factors are folded into the weight before, which all linears of one input share"
 # Old spellings, of before that library had its own enumeration.
 _OF_TORCH = {torch.qint8: WoqWeightDtype.INT8, torch.quint4x2: WoqWeightDtype.INT4}
 
@@ -126,12 +129,9 @@ def get_smooth_quant_qconfig_mapping(
     observers |= {"wei_observer": wei_observer, "wei_ic_observer": wei_ic_observer}
     for name, value in observers.items():
         if value is not None:
-            say_ignored(
-                "get_smooth_quant_qconfig_mapping", name, "the ends of inputs and weights are what smoothing is made of"
-            )
+            say_ignored("get_smooth_quant_qconfig_mapping", name, _ONE_OBSERVER)
     if not share_weight_observers:
-        reason = "factors are folded into the weight before, which all linears of one input share"
-        say_ignored("get_smooth_quant_qconfig_mapping", "share_weight_observers", reason)
+        say_ignored("get_smooth_quant_qconfig_mapping", "share_weight_observers", _SHARED)
     config: Any = QConfigSmoothQuant(
         SmoothQuantActivationObserver.with_args(alpha=float(alpha)),
         SmoothQuantWeightObserver.with_args(alpha=float(alpha)),
@@ -256,7 +256,7 @@ _PLACE = "intel_extension_for_pytorch.quantization"
 _UNIT = "tests/unit/test_compat_ipex_quantization.py::"
 _WOQ = f"{_PLACE}.get_weight_only_quant_qconfig_mapping"
 _SMOOTH = f"{_PLACE}.get_smooth_quant_qconfig_mapping"
-_FIELDS = ("act_observer", "act_ic_observer", "wei_observer", "wei_ic_observer", "share_weight_observers")
+_FIELDS = ("act_observer", "act_ic_observer", "wei_observer", "wei_ic_observer")
 NAMES = (
     Name(_WOQ, "lowbit.optimize_model", WORKS, f"{_UNIT}test_every_weight_type_in_every_lowp_mode"),
     *(
@@ -270,9 +270,10 @@ NAMES = (
         )
     ),
     Name(_SMOOTH, "", WORKS, f"{_UNIT}test_two_stages", "w8a8_static with the scaler smoothquant"),
+    Name(f"{_PLACE}.QConfigSmoothQuant", "", WORKS, f"{_UNIT}test_two_stages"),
     *(
-        Name(f"{_SMOOTH}({name}=)", "", IGNORED, f"{_UNIT}test_configurations_that_contradict_themselves")
-        for name in _FIELDS
+        Name(f"{_SMOOTH}({name}=)", "", IGNORED, f"{_UNIT}test_configurations_that_contradict_themselves", reason)
+        for name, reason in (*((field, _ONE_OBSERVER) for field in _FIELDS), ("share_weight_observers", _SHARED))
     ),
     *(
         Name(f"{_PLACE}.{name}", "", WORKS, f"{_UNIT}test_groups_and_schemes_become_formats")
