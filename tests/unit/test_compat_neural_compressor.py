@@ -145,6 +145,22 @@ def test_a_folder_that_is_low_bit_wins(dense: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(made)) and again.quantization_config.bits == 8
 
 
+@pytest.mark.parametrize("place", ["cpu"])
+def test_ipex_takes_what_was_quantised_here(place: str, dense: Path, tmp_path: Path) -> None:
+    ipex = importlib.import_module("intel_extension_for_pytorch")
+    face().AutoModelForCausalLM.from_pretrained(dense, quantization_config=face().RtnConfig()).save_pretrained(
+        tmp_path / "low"
+    )
+    model = face().AutoModelForCausalLM.from_pretrained(tmp_path / "low")
+    config = model.quantization_config
+    made = ipex.optimize_transformers(
+        model, inplace=True, dtype=torch.float16, quantization_config=config, device="xpu"
+    )
+    assert made is model and made.dtype == torch.float16 and made.quantization_config is config
+    found = made.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, num_beams=4)
+    assert found.shape == (1, 6) and made.device.type == place
+
+
 def test_a_model_that_is_there_already(dense: Path, tmp_path: Path) -> None:
     utils = face(f"{PLACE}.quantization.utils")
     assert (

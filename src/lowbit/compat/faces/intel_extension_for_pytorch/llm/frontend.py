@@ -76,7 +76,8 @@ def optimize(
     made = model if inplace else copy_model(model)
     made.eval()
     if held_weights(made):
-        if quantization_config is not None:
+        # Scripts of Neural Compressor hand on the configuration that the model was made with.
+        if quantization_config is not None and not isinstance(quantization_config, WeightOnlyConfig):
             raise StageError(f"{_OWNER} was given a low-bit model and a quantization_config: leave the second out")
         made.to(dtype)
     elif isinstance(quantization_config, WeightOnlyConfig):
