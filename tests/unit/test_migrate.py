@@ -150,6 +150,7 @@ def test_what_has_no_name_of_ours_stays_marked_and_answered() -> None:
     "call",
     [
         "other = ipex.llm.optimize(model)",
+        "original = model; model = ipex.llm.optimize(model)",
         "model = ipex.llm.optimize(model, None, torch.float)",
         "model = ipex.llm.optimize(model, quantization_config=q)",
         "f = ipex.llm.optimize",

@@ -74,7 +74,8 @@ LOWBIT_XPU=cpu python -m lowbit.compat script.py
 
 The runner starts `python script.py` with the old names answered, in the script and in every Python that it starts. In a process of
 your own, one call does the same, before the old names are imported: `lowbit.compat.install()`, in a `conftest.py` for one.
-`import lowbit` alone answers no name but its own.
+`import lowbit` alone answers no name but its own. `lowbit migrate script.py` shows the script in lowbit's own names instead, and
+writes it with `--write`; what has none is marked, and goes on being answered.
 
 Below is every old name, lowbit's own name for it, and what happens to a script that uses it: it **works**; it is **ignored**, with
 a warning that gives the reason once; or it is **refused** where it is used, with a sentence that says what to use instead.

@@ -70,6 +70,8 @@ class _Finder(cst.CSTVisitor):
         self.torch_names: dict[cst.CSTNode, str] = {}
         self.words: set[cst.CSTNode] = set()
         self.imported: set[str] = set()
+        # Objects that the script has a second name for.
+        self.shared: set[str] = set()
         self.lines: dict[cst.CSTNode, int] = {}
         self.statements: dict[cst.CSTNode, cst.CSTNode] = {}
 
@@ -81,6 +83,10 @@ class _Finder(cst.CSTVisitor):
     def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
         self._place(node)
         return False
+
+    def visit_Assign(self, node: cst.Assign) -> None:
+        if isinstance(node.value, cst.Name):
+            self.shared.add(node.value.value)
 
     def visit_SimpleString(self, node: cst.SimpleString) -> None:
         value = node.evaluated_value
@@ -123,7 +129,8 @@ class _Finder(cst.CSTVisitor):
         while isinstance(first, cst.Call) and isinstance(first.func, cst.Attribute):  # model.eval() is the model
             first = first.func.value
         rebinds = isinstance(target, cst.Name) and isinstance(first, cst.Name) and target.value == first.value
-        return rules.Called(keywords, len(call.args) - len(keywords), rebinds)
+        alone = isinstance(first, cst.Name) and first.value not in self.shared
+        return rules.Called(keywords, len(call.args) - len(keywords), rebinds and alone)
 
     def _parent(self, node: cst.CSTNode) -> cst.CSTNode | None:
         found: cst.CSTNode | None = self.get_metadata(ParentNodeProvider, node, None)
