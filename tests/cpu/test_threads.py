@@ -170,14 +170,14 @@ def test_control_c_in_a_long_prompt_leaves_chunks_unread() -> None:
         assert main is not None
 
         def interrupt() -> None:
-            while engine.length() < LONGEST_CHUNK:
+            while engine.length() < engine.chunk:
                 pass
             signal.pthread_kill(main, signal.SIGINT)
 
         watcher = threading.Thread(target=interrupt)
         watcher.start()
         with pytest.raises(KeyboardInterrupt):
-            engine.prefill([7] * (chunks * LONGEST_CHUNK))
+            engine.prefill([7] * (chunks * engine.chunk))
         watcher.join()
         counted = engine.profile(False)
         assert 1 <= counted["steps"] < chunks

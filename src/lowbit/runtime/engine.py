@@ -35,7 +35,10 @@ from lowbit.runtime.weights import EngineWeights, Floats, fingerprint
 # int8 per head and token where products round their inputs to int8 anyway, fp16 elsewhere: benchmarks/results/cache_kl.md says what
 # it costs.
 DEFAULT_CACHE = "auto"
-LONGEST_CHUNK = 512  # tokens of one step: as many as keep the activations of a layer in the caches
+# Tokens of one step: as many as keep the activations of a layer in the second-level caches, where a narrow model reads a prompt
+# of 512 tokens 4 to 6% faster than with twice as many (docs/notes/cpu_engine.md).
+LONGEST_CHUNK = 512
+NARROW, NARROW_CHUNK = 1024, 256
 # A step that takes longer than this runs beside the main thread, so that Ctrl-C ends it; the detour costs 0.05 ms.
 NOTICED_SECONDS = 0.05
 LONGEST_SLEEP = 0.1
@@ -62,7 +65,8 @@ class Engine:
             raise RecipeError(f"the engine cannot compute in {compute!r}: {nearest(compute, COMPUTES)}")
         self.spec, self.context, self.slots, self.vocab_size = spec, context, slots, spec.vocab_size
         self._fingerprint: str | None = None
-        self.chunk = max(1, min(LONGEST_CHUNK, context)) if slots == 1 else max(LONGEST_CHUNK, slots)
+        longest = NARROW_CHUNK if spec.hidden_size < NARROW else LONGEST_CHUNK
+        self.chunk = max(1, min(longest, context)) if slots == 1 else max(LONGEST_CHUNK, slots)
         self._core = abi.engine_library()
         calls.say_if_slow()
         self._description = Description(spec, weights)  # keeps the weights alive
