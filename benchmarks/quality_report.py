@@ -237,7 +237,7 @@ def promises(verdicts: Iterable[Verdict]) -> list[str]:
     parts = []
     for promise, found in by_promise.items():
         kept = sum(verdict.kept for verdict in found)
-        head = f"### {promise}: {'met' if kept == len(found) else f'**missed** ({kept} of {len(found)})'}\n"
+        head = f"### {promise}: {'met' if kept == len(found) else '**missed**'} ({kept} of {len(found)} comparisons)\n"
         parts.append(f"{head}\n{common.table(('comparison', 'figures', ''), [v.cells() for v in found])}\n")
     return parts
 

@@ -69,7 +69,7 @@ ALGORITHMS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "hqq": (_ours("hqq", calibrated=False), EVERY),
     "hqq asym": (_ours("hqq", calibrated=False, asymmetric=True), EVERY),
     "gptq": (_ours("gptq"), EVERY),
-    "gptq corrected": (_ours("gptq", correction=0.25), EVERY),
+    "gptq uncorrected": (_ours("gptq", correction=0.0), EVERY),
     "awq": (_ours("rtn", "awq"), EVERY),
     "teq": (_ours("rtn", "teq"), ("W4 g64", *FEW_BITS)),
     "autoround": (_ours("autoround"), USUAL),
