@@ -35,6 +35,25 @@ def old_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+# What transformers takes itself is not ours to translate: versions before the newest know some of these still.
+ACCEPTED = inspect.signature(transformers.TrainingArguments.__init__).parameters
+OLD = {
+    name
+    for name in (
+        *(
+            "per_gpu_train_batch_size",
+            "evaluation_strategy",
+            "warmup_ratio",
+            "optim_of_old",
+            "group_by_length",
+            "no_cuda",
+        ),
+        *("use_ipex", "save_safetensors", "logging_dir", "overwrite_output_dir"),
+    )
+    if name not in ACCEPTED
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("llama", tmp_path_factory.mktemp("shims") / "dense", **EVEN)
@@ -57,17 +76,16 @@ def test_training_arguments(tmp_path: Path) -> None:
             overwrite_output_dir=True,
             report_to="none",
         )
-    assert arguments.eval_strategy == "steps" and arguments.warmup_steps == 0.03 and arguments.use_cpu
+    assert arguments.eval_strategy == "steps" and arguments.use_cpu
     assert arguments.get_warmup_steps(1000) == 30 and arguments.per_device_train_batch_size == 3
     assert arguments.optim == "adamw_torch" and arguments.train_sampling_strategy == "group_by_length"
     said = [str(warning.message) for warning in seen if warning.category is ignored.CompatWarning]
     assert "TrainingArguments(evaluation_strategy=) is called eval_strategy today" in said
-    assert len(said) == 10 and {warning.filename for warning in seen} == {__file__}
+    assert len(said) == len(OLD) and {warning.filename for warning in seen} == {__file__}
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS if name not in ACCEPTED])
 def test_each_old_argument_is_taken(name: str, tmp_path: Path) -> None:
-    assert name not in inspect.signature(transformers.TrainingArguments.__init__).parameters
     values: dict[str, Any] = {
         "evaluation_strategy": "no",
         "xpu_backend": None,
@@ -96,7 +114,7 @@ def test_arguments_on_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     flags += ["--no_cuda", "--logging_dir", "logs", "--report_to", "none", "--num_train_epochs", "2"]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     (arguments,) = transformers.HfArgumentParser(transformers.TrainingArguments).parse_args_into_dataclasses()
-    assert arguments.eval_strategy == "steps" and arguments.warmup_steps == 0.1 and arguments.use_cpu
+    assert arguments.eval_strategy == "steps" and arguments.get_warmup_steps(100) == 10 and arguments.use_cpu
     assert arguments.train_sampling_strategy == "group_by_length" and arguments.num_train_epochs == 2
 
 
@@ -177,6 +195,33 @@ def test_caches_as_tuples(folder: Path) -> None:
     assert torch.equal(again.logits, rest.logits)
     expected = model.generate(IDS, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False, past_key_values=pairs), expected)
+
+
+def test_pipelines_that_are_gone(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **sizes)
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids = model.generate(**tokenizer("hello there", return_tensors="pt"), max_new_tokens=4)
+    expected = tokenizer.decode(ids[0], skip_special_tokens=True)
+    for task, name in (
+        ("text2text-generation", "generated_text"),
+        ("summarization", "summary_text"),
+        ("translation_en_to_fr", "translation_text"),
+    ):
+        pipe = transformers.pipeline(task, model=model, tokenizer=tokenizer)
+        assert pipe("hello there", max_new_tokens=4) == [{name: expected}]
+        assert pipe(["hello there", "hello there"], max_new_tokens=4) == [{name: expected}] * 2
+    found = transformers.LlamaForQuestionAnswering.from_pretrained(folder)
+    pipe = transformers.pipeline("question-answering", model=found, tokenizer=tokenizer)
+    context = "the model runs on a CPU"
+    answer = pipe(question="where?", context=context)
+    assert answer["answer"] == context[answer["start"] : answer["end"]] and 0 < answer["score"] <= 1
+    assert pipe({"question": "where?", "context": context}) == answer
+    assert len(pipe(question=["where?", "what?"], context=context)) == 2
+    with pytest.raises(KeyError):
+        transformers.pipeline("no-such-task", model=found, tokenizer=tokenizer)
 
 
 def test_names_that_are_elsewhere() -> None:

@@ -34,7 +34,8 @@ def old_caches(module: ModuleType) -> Iterator[Replacement]:
         return cls() if past_key_values is None else cls(tuple(layer[:2] for layer in past_key_values))
 
     def get_usable_length(self: Any, new_seq_length: int, layer_idx: int | None = 0) -> int:
-        held, most = self.get_seq_length(layer_idx or 0), self.get_max_length() or -1
+        longest = getattr(self, "get_max_length", None) or self.get_max_cache_shape  # by its name in older versions
+        held, most = self.get_seq_length(layer_idx or 0), longest() or -1
         return most - new_seq_length if 0 < most < held + new_seq_length else held
 
     names = {

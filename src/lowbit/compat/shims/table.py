@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lowbit import hook
 from lowbit.compat.aliases import AliasLoader
 from lowbit.compat.replacing import Replacements
-from lowbit.compat.shims import caches, gone, loading, tokenizers, trainer
+from lowbit.compat.shims import caches, gone, loading, pipelines, tokenizers, trainer
 from lowbit.compat.shims.shim import Shim
 
 if TYPE_CHECKING:
@@ -89,6 +89,13 @@ SHIMS = (
         "transformers.generation.utils",
         caches.tuples_to_generate,
         "test_caches_as_tuples",
+    ),
+    _row(
+        "pipeline(text2text-generation | summarization | translation | question-answering)",
+        "these tasks were taken away",
+        "transformers.pipelines",
+        pipelines.removed_tasks,
+        "test_pipelines_that_are_gone",
     ),
     _row(
         "transformers.AdamW, AutoModelForVision2Seq, AutoModelWithLMHead, is_torch_tpu_available",
