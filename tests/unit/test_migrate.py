@@ -37,6 +37,10 @@ def became(source: str, device: str | None = None) -> str:
             "import lowbit\nm = lowbit.optimize_model(m, low_bit='nf4')\n",
         ),
         (
+            "from ipex_llm.transformers import AutoModel\nm = AutoModel.load_low_bit('x').eval().to('xpu')\n",
+            "from lowbit import AutoModel\nm = AutoModel.load_low_bit('x').eval().to('xpu')\n",
+        ),
+        (
             "from ipex_llm import transformers\nm = transformers.AutoModel.load_low_bit('x')\n",
             "import lowbit\nm = lowbit.AutoModel.load_low_bit('x')\n",
         ),

@@ -95,7 +95,8 @@ def _write(script: Path, source: str) -> None:
 
 
 def _difference(script: Path, before: str, after: str) -> list[str]:
+    name = script.as_posix().lstrip("/")
     lines = difflib.unified_diff(
-        before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{script}", f"b/{script}"
+        before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{name}", f"b/{name}"
     )
     return [line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines]

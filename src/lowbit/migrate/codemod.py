@@ -103,7 +103,7 @@ class _Finder(cst.CSTVisitor):
     def _look_at(self, node: cst.Attribute | cst.Name) -> bool:
         """Whether this is a use of a name that matters."""
         parent = self._parent(node)
-        if isinstance(parent, cst.Attribute) and parent.attr is node:
+        if (isinstance(parent, cst.Attribute) and parent.attr is node) or not _is_name(node):
             return False
         found = self.get_metadata(QualifiedNameProvider, node, set())
         names = {one.name for one in found if one.source is QualifiedNameSource.IMPORT}
@@ -339,6 +339,13 @@ class _Rewriter(cst.CSTTransformer):
         if self.device is None or original_node not in self.finder.words:
             return updated_node
         return updated_node.with_changes(value=f"{original_node.quote}{self.device}{original_node.quote}")
+
+
+def _is_name(node: cst.BaseExpression) -> bool:
+    """Whether there is nothing but dots in it: what a call gave has attributes of its own, `load("small").to`."""
+    while isinstance(node, cst.Attribute):
+        node = node.value
+    return isinstance(node, cst.Name)
 
 
 def _after_opening(body: Sequence[Any]) -> int:
