@@ -74,14 +74,16 @@ def test_training_arguments(tmp_path: Path) -> None:
             save_safetensors=False,
             logging_dir=str(tmp_path / "logs"),
             overwrite_output_dir=True,
-            report_to="none",
+            report_to=None,
         )
+    assert arguments.report_to in ("none", [], ["none"])
     assert arguments.eval_strategy == "steps" and arguments.use_cpu
     assert arguments.get_warmup_steps(1000) == 30 and arguments.per_device_train_batch_size == 3
     assert arguments.optim == "adamw_torch" and arguments.train_sampling_strategy == "group_by_length"
     said = [str(warning.message) for warning in seen if warning.category is ignored.CompatWarning]
     assert "TrainingArguments(evaluation_strategy=) is called eval_strategy today" in said
-    assert len(said) == len(OLD) and {warning.filename for warning in seen} == {__file__}
+    assert "TrainingArguments(report_to=None) is 'none' today" in said
+    assert len(said) == len(OLD) + 1 and {warning.filename for warning in seen} == {__file__}
 
 
 @pytest.mark.parametrize("name", [name for name in ARGUMENTS if name not in ACCEPTED])

@@ -79,7 +79,11 @@ def _make(cls: type, *args: Any, **kwargs: Any) -> Any:
 _plain_new = staticmethod(_make)
 
 
-def _with_optimiser(owner: str, given: dict[str, Any]) -> dict[str, Any]:
+def _with_values(owner: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Values of today for those of old, where the argument is the same."""
+    if "report_to" in given and given["report_to"] is None:
+        say(f"{owner}(report_to=None)", "is 'none' today")
+        given = given | {"report_to": "none"}
     named = given.get("optim")
     if named not in OPTIMISERS:
         return given
@@ -114,7 +118,7 @@ def _taking_old_arguments(begin: Callable[..., None], base: type) -> Callable[..
     def begin_old(self: Any, *args: Any, **kwargs: Any) -> None:
         if vars(base)["__new__"] is not _plain_new:
             owner = type(self).__name__
-            kwargs = _with_optimiser(owner, translated(owner, ARGUMENTS, kwargs, accepted))
+            kwargs = _with_values(owner, translated(owner, ARGUMENTS, kwargs, accepted))
         begin(self, *args, **kwargs)
 
     begin_old.of_old = True  # type: ignore[attr-defined]
