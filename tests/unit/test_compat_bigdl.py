@@ -166,8 +166,11 @@ def test_keywords_that_change_what_is_packed(dense: Path) -> None:
     assert "model.embed_tokens" in formats(of_q2)
     as_bf16 = load(dense, load_in_low_bit="bf16")
     assert as_bf16.dtype == torch.bfloat16 and isinstance(as_bf16.generate, EngineGenerate)
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
     bits = load(dense, quantization_config=config)
+    assert bits.dtype == torch.bfloat16
     assert set(formats(bits).values()) == {"nf4"} and "lm_head" not in formats(bits)
 
 
@@ -325,6 +328,8 @@ def test_llm_convert_and_the_native_classes(dense: Path, tmp_path: Path) -> None
         answer["usage"]["completion_tokens"] <= 4
         and answer["choices"][0]["text"] == model.batch_decode([tokens[:4]])[0]
     )
+    pieces = list(model("abc", max_tokens=4, temperature=0.0, stream=True))
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == answer["choices"][0]["text"]
     assert formats(LlamaForCausalLM.from_pretrained(dense, native=False, load_in_4bit=True))
     for wrong in ({"model_family": "lama"}, {"outtype": "int3"}, {"model_format": "ggml"}):
         with pytest.raises(RecipeError):

@@ -7,7 +7,7 @@ print(model.decode(tokens), model("Once upon a time", max_tokens=32)["choices"][
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from lowbit.compat.ignored import say_ignored
 from lowbit.compat.missing import refuse_unknown
 from lowbit.core.threads import set_threads
 from lowbit.runtime import load
+
+# How the old library drew tokens where nothing was said.
+_DRAWN = {"top_k": 40, "top_p": 0.95, "temperature": 0.80, "repetition_penalty": 1.1}
 
 
 class _NativeModel:
@@ -41,38 +44,30 @@ class _NativeModel:
         return [self.decode(row) for row in tokens]
 
     def generate(
-        self,
-        inputs: Sequence[int],
-        max_new_tokens: int = 128,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        temperature: float = 0.80,
-        repetition_penalty: float = 1.1,
-        stop: str | Sequence[str] | None = (),
-        **kwargs: Any,
+        self, inputs: Sequence[int], max_new_tokens: int = 128, stop: str | Sequence[str] | None = (), **kwargs: Any
     ) -> list[int]:
-        """The tokens that continue `inputs`."""
-        for name in kwargs:
-            say_ignored("generate", name, "the engine has no such setting")
-        answer = self.model.generate(
-            list(inputs),
-            max_new_tokens=max_new_tokens,
-            top_k=top_k,
-            top_p=top_p,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            stop=stop or (),
-        )
+        """The tokens that continue `inputs`; drawn as that library drew them, unless `temperature` and its like say otherwise."""
+        settings = _DRAWN | kwargs | {"stop": stop or ()}
+        answer = self.model.generate(list(inputs), max_new_tokens=max_new_tokens, **settings)
         return list(answer.tokens)
 
-    def __call__(self, prompt: str, max_tokens: int = 128, **kwargs: Any) -> dict[str, Any]:
-        """A completion in the form that servers of that time gave."""
+    def __call__(self, prompt: str, max_tokens: int = 128, stream: bool = False, **kwargs: Any) -> Any:
+        """A completion in the form that servers of that time gave, or with `stream` its pieces, one after another."""
         ids = self.tokenize(prompt)
+        if stream:
+            return self._pieces(ids, max_tokens, kwargs)
         tokens = self.generate(ids, max_new_tokens=max_tokens, **kwargs)
         counts = {"prompt_tokens": len(ids), "completion_tokens": len(tokens), "total_tokens": len(ids) + len(tokens)}
         reason = "length" if len(tokens) >= max_tokens else "stop"
-        choice = {"text": self.decode(tokens), "index": 0, "logprobs": None, "finish_reason": reason}
-        return {"object": "text_completion", "model": self.model_path, "choices": [choice], "usage": counts}
+        return self._completion(self.decode(tokens), reason) | {"usage": counts}
+
+    def _pieces(self, ids: list[int], max_tokens: int, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for piece in self.model.stream(ids, max_new_tokens=max_tokens, **_DRAWN | settings):
+            yield self._completion(piece.text, piece.finish)
+
+    def _completion(self, text: str, reason: str | None) -> dict[str, Any]:
+        choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": reason}
+        return {"object": "text_completion", "model": self.model_path, "choices": [choice]}
 
 
 class Llama(_NativeModel):

@@ -57,6 +57,9 @@ class _BaseAutoModelClass:
         if train:
             _prepare_training(kwargs)
         low_bit = _low_bit(kwargs)
+        compute = getattr(kwargs.get("quantization_config"), "bnb_4bit_compute_dtype", None)
+        if compute is not None and low_bit is not None:
+            kwargs.setdefault("torch_dtype", compute)  # what is not packed had that type
         embedding = _EMBEDDINGS.get(low_bit or "")
         if embedding is not None and not kwargs.get("cpu_embedding"):
             kwargs.setdefault("embedding_qtype", embedding)
