@@ -84,4 +84,5 @@ def refuse_module(asked: str, face: str) -> UnknownModuleError:
 def _submodules(module: str) -> list[str]:
     import pkgutil  # only who errs needs it
 
-    return [found.name for found in pkgutil.iter_modules(sys.modules[module].__path__)]
+    names = (found.name for found in pkgutil.iter_modules(sys.modules[module].__path__))
+    return [name for name in names if not name.startswith("_")]
