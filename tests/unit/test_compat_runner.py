@@ -160,3 +160,17 @@ def test_of_a_child():
     assert result.returncode == 0 and "2 passed" in result.stdout, result.stdout
     (tmp_path / "conftest.py").unlink()
     assert "2 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", folder=tmp_path).stdout
+
+
+def test_a_child_without_lowbit_on_its_path_has_it_all_the_same(tmp_path: Path) -> None:
+    """A child of an empty path, where the names are answered from where lowbit lies; nothing else of that place is importable."""
+    script = """
+import os, subprocess, sys
+folder, *_ = os.environ["PYTHONPATH"].split(os.pathsep)
+code = "import sys, bigdl.llm; print(bigdl.llm.__name__, [p for p in sys.path if 'lowbit' in p])"
+command = [sys.executable, "-s", "-c", code]
+print(subprocess.run(command, env={"PYTHONPATH": folder}, capture_output=True, text=True, check=True).stdout, end="")
+"""
+    written(tmp_path, script)
+    result = run("script.py", folder=tmp_path)
+    assert result.stdout.startswith("lowbit.compat.faces.ipex_llm "), result.stderr

@@ -356,6 +356,11 @@ def test_an_nvidia_gpu_answers_for_each_name_that_it_has() -> None:
         "manual_seed_all",
     ):
         assert callable(on_cuda.answered(name, getattr(torch.cuda, name), cuda)), name
+    assert on_cuda.answered("Event", torch.cuda.Event, cuda) is torch.cuda.Event
+    stream_class = on_cuda.answered("Stream", torch.cuda.Stream, cuda)
+    assert issubclass(stream_class, torch.cuda.Stream)
+    in_xpus_words = on_cuda.answered("device", torch.cuda.device, cuda)
+    assert in_xpus_words("xpu:1").idx == 1 and in_xpus_words(torch.device("xpu", 2)).idx == 2
 
 
 def run(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -13,8 +13,8 @@ from lowbit.compat.xpu.places import anywhere
 
 # torch.cuda has these under another name or in another form.
 OTHER_NAMES = {"XPUGraph": "CUDAGraph"}
-# Classes whose arguments hold no device.
-AS_THEY_ARE = ("Event", "StreamContext", "default_generators")
+# Classes that are told a device, as functions that make them; all others stay the classes that they are.
+TOLD_A_DEVICE = ("device", "device_of")
 # What torch.cuda has not, or means otherwise.
 LEFT_OUT = ("XPUPluggableAllocator", "change_current_allocator", "streams", "device_memory_used")
 
@@ -36,7 +36,7 @@ def answered(name: str, theirs: Any, meaning: Meaning) -> Any:
         return stream_class(meaning)
     if name == "get_device_capability":
         return lambda device=None: {"name": torch.cuda.get_device_name(meaning.of(device))}
-    if name in AS_THEY_ARE or not callable(theirs):
+    if not callable(theirs) or (isinstance(theirs, type) and name not in TOLD_A_DEVICE):
         return theirs
     return anywhere(theirs, meaning)
 
