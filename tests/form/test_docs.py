@@ -1,7 +1,8 @@
 """Every code block of the README and the docs runs, and every example too.
 
 The blocks of one page run in order in one empty folder: python blocks in a process each, shell blocks line by line, C++ blocks
-compiled and linked with the core.
+compiled and linked with the core. A python block that begins with the name of a file (`# old.py`) is that file, for the lines
+of the shell to run.
 Lines that set the project up (`make`, `pip`, `git`, `cd`) are what brought this test here and are checked for existing
 targets only.
 """
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"# (\w+\.py)\n")
 SETTING_UP = ("make ", "pip ", "git ", "cd ")
 SECONDS = 300
 
@@ -67,7 +69,10 @@ def run_cpp(block: str, folder: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     for language, block in BLOCK.findall(page.read_text()):
-        if language == "python":
+        file = FILE.match(block)
+        if language == "python" and file:
+            (tmp_path / file[1]).write_text(block)
+        elif language == "python":
             run([sys.executable, "-c", block], tmp_path)
         elif language in ("sh", "shell", "bash", "console"):
             run_shell(block, tmp_path)
