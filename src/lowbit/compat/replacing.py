@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ class Replacements:
 
     def __init__(self) -> None:
         self._before: list[Replacement] = []
+        self._afterwards: list[Callable[[], None]] = []
 
     def make(self, wanted: Iterable[Replacement]) -> None:
         for one in wanted:
@@ -31,6 +32,10 @@ class Replacements:
             self._before.append(Replacement(one.owner, one.name, before))
             setattr(one.owner, one.name, one.value)
 
+    def when_undone(self, action: Callable[[], None]) -> None:
+        """Call it once everything is what it was."""
+        self._afterwards.append(action)
+
     def undo(self) -> None:
         while self._before:
             one = self._before.pop()
@@ -38,3 +43,5 @@ class Replacements:
                 delattr(one.owner, one.name)
             else:
                 setattr(one.owner, one.name, one.value)
+        while self._afterwards:
+            self._afterwards.pop()()

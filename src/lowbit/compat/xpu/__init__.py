@@ -17,6 +17,7 @@ Without the variable nothing is touched, and on a machine where torch sees an In
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -57,6 +58,8 @@ class Redirection:
         module = on_cpu if self.kind == "cpu" else on_cuda
         # A refusal comes before the first replacement.
         self.done.make([*module.replacements(meaning), *places.replacements(meaning), *ipex_names.replacements()])
+        forget_answers()
+        self.done.when_undone(forget_answers)
 
     def change_models(self, module: ModuleType) -> None:
         if self.redirected:  # torch is imported before it
@@ -64,3 +67,11 @@ class Redirection:
             from lowbit.compat.xpu.meaning import Meaning
 
             self.done.make(libraries.replacements(Meaning(self.kind)))
+
+
+def forget_answers() -> None:
+    """Libraries remember whether there is an "xpu"; they shall ask again."""
+    for name in ("transformers.utils.import_utils", "accelerate.utils.imports"):
+        for value in list(vars(sys.modules.get(name, object)).values()):
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
