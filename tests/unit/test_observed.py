@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,11 +216,31 @@ def test_a_small_model_without_blocks_is_smoothed_as_a_whole() -> None:
     assert errors[0.5] < 0.03 and errors[0.5] < errors[None] / 2
 
 
-def test_noise_tells_which_range_is_too_wide() -> None:
-    model = tiny_model_in_memory("llama")
-    watch, _, linears = watched(model, None)
-    noise = watch.noise(linears)
-    assert set(noise) == {linear.path for linear in linears} and all(0 < value < 0.1 for value in noise.values())
+def test_a_range_that_is_too_wide_gives_way_to_rows() -> None:
+    """Trained models give their first token a size of hundreds, and all others one of one."""
+    linears = watched(tiny_model_in_memory("llama"), None)[2]
+    assert all(linear.noise is not None and 0 < linear.noise < 0.01 for linear in linears)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 8)).eval()
+    x = torch.randn(2100, 32)
+    seen = torch.cat([x[:2000], torch.zeros(1, 32).index_fill(1, torch.tensor([3]), 300.0)])
+    watch = Watch(model)
+    with torch.no_grad():
+        model(seen)
+        expected = model(x[2000:])
+    watch.remove()
+    found = watch.summarize()
+    assert all(linear.noise is not None and linear.noise > 0.01 for linear in found)
+    errors = []
+    for given in (found, [replace(linear, noise=None) for linear in found]):
+        made = copy_model(model)
+        report = quantize_from_summary_(made, given)
+        with torch.no_grad():
+            errors.append(float((made(x[2000:]) - expected).norm() / expected.norm()))
+        rows = given is found
+        assert {row.format for row in report.layers} == {"w8a8" if rows else "w8a8_static"}
+        assert all(("each row of it has its own scale" in row.note) is rows for row in report.layers)
+    assert errors[0] < 0.02 and errors[0] < errors[1] / 10
 
 
 def test_tuning_takes_the_first_that_is_good_enough_and_the_best_with_time() -> None:

@@ -9,8 +9,8 @@
 One entry for each module that holds linears of its own (" " is the model itself), operations numbered as they stand in it. The
 range of an input is that after smoothing. A column of the weight is multiplied by its factor, the input by the inverse, which
 that system does at every call and lowbit in the weights before: `"lowbit"` in an operation says in which ones, and is what their
-files lack. Only linears are read; a linear whose "inf_dtype" is floating point is left as it is, which is how such a file is tuned
-by hand.
+files lack; it also says how much of the signal the steps of the range lose. Only linears are read; a linear whose
+"inf_dtype" is floating point is left as it is, which is how such a file is tuned by hand.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class FoldPlace:
 @dataclass(frozen=True)
 class LinearSummary:
     """What is known of one linear: the grid of its inputs (None: nothing was seen), the scale of each row of its weight, and
-    the factor of each column with its place, where it is smoothed. `is_left` keeps it in full precision."""
+    the factor of each column with its place, where it is smoothed. `is_left` keeps it in full precision. `noise`: what the steps
+    lose, step^2 / 12 to the mean square of the inputs."""
 
     path: str
     step: float | None
@@ -57,6 +58,7 @@ class LinearSummary:
     factors: tuple[float, ...] = ()
     place: FoldPlace | None = None
     is_left: bool = False
+    noise: float | None = None
 
     @property
     def input_range(self) -> tuple[float, float] | None:
@@ -102,17 +104,13 @@ def _operation(linear: LinearSummary, number: int, observers: Mapping[str, Any])
         "output_tensor_infos": [{"orig_dtype": _FLOAT, "inf_dtype": _FLOAT}],
         **settings,
     }
+    own: dict[str, Any] = {} if linear.noise is None else {"noise": _short([linear.noise])[0]}
     place = linear.place
     if place is not None:
         rows = None if place.rows is None else list(place.rows)
-        own: dict[str, Any] = {
-            "group": place.group,
-            "previous": place.previous,
-            "others": list(place.others),
-            "offset": place.offset,
-        }
-        operation[_OWN] = own | {"rows": rows}
-    return operation
+        own |= {"group": place.group, "previous": place.previous, "others": list(place.others), "offset": place.offset}
+        own |= {"rows": rows}
+    return operation | ({_OWN: own} if own else {})
 
 
 def _short(values: Sequence[float]) -> list[float]:
@@ -160,15 +158,16 @@ def _read_linear(file: Path, operation: dict[str, Any]) -> LinearSummary:
         factors = weight.get("smooth_quant_scaling_factor")
         if factors is None and given.get("smooth_quant_scaling_factor") is not None:
             factors = [1 / factor for factor in _list(given["smooth_quant_scaling_factor"])]
-        place = operation.get(_OWN)
+        own = operation.get(_OWN) or {}
         return LinearSummary(
             str(path),
             None if step is None else float(step),
             0 if zero is None else int(zero) + (_MIDDLE if given.get("inf_dtype") == _QINT8 else 0),
             tuple(map(float, weight.get("scale") or ())),
             tuple(map(float, factors or ())),
-            None if place is None else _read_place(place),
+            _read_place(own) if "group" in own else None,
             "float" in str(given.get("inf_dtype")) and step is not None,
+            None if own.get("noise") is None else float(own["noise"]),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{file} is damaged at the linear {path!r} ({error}): calibrate again") from None

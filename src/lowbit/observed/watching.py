@@ -126,9 +126,11 @@ class Watch:
     def _summarize(self, path: str, weight: torch.Tensor, fold: Fold | None, is_left: bool) -> LinearSummary:
         scales = tuple((weight.abs().amax(1).clamp_min(_LEAST) / _WEIGHT_STEPS).tolist())
         step, zero = self._input_grid(path, fold)
+        noise = self._noise(path, fold, step)
         if fold is None:
-            return LinearSummary(path, step, zero, scales, is_left=is_left)
-        return LinearSummary(path, step, zero, scales, tuple(fold.scale.tolist()), place_of(fold.group), is_left)
+            return LinearSummary(path, step, zero, scales, is_left=is_left, noise=noise)
+        factors, place = tuple(fold.scale.tolist()), place_of(fold.group)
+        return LinearSummary(path, step, zero, scales, factors, place, is_left, noise)
 
     def _input_grid(self, path: str, fold: Fold | None) -> tuple[float | None, int]:
         """The step of a linear's inputs and the code of zero; no step where nothing but zeros was seen."""
@@ -144,14 +146,11 @@ class Watch:
         step = max((high - low) / _STEPS, _LEAST)
         return step, round(-low / step)
 
-    def noise(self, linears: Sequence[LinearSummary]) -> dict[str, float]:
-        """How much of the signal of each linear's inputs is lost in the steps of its range: step^2 / 12 to their mean square."""
-        found = {}
-        for linear in linears:
-            seen = self.seen.get(linear.path)
-            if seen is None or linear.step is None:
-                continue
-            factors = torch.tensor(linear.factors).to(seen.square.device) if linear.factors else 1.0
-            mean = float((seen.square / factors**2).mean()) / seen.rows
-            found[linear.path] = linear.step**2 / 12 / max(mean, _LEAST)
-        return found
+    def _noise(self, path: str, fold: Fold | None, step: float | None) -> float | None:
+        """How much of the signal of a linear's inputs is lost in the steps of its range: step^2 / 12 to their mean square."""
+        seen = self.seen.get(path)
+        if seen is None or step is None:
+            return None
+        factor = 1.0 if fold is None else fold.scale.to(seen.square.device)
+        mean = float((seen.square / factor**2).mean()) / seen.rows
+        return step**2 / 12 / max(mean, _LEAST)

@@ -132,8 +132,7 @@ class _Search:
                 for sample in itertools.islice(self.loader, size):
                     call_with(prepared, _inputs(sample))
         summary = stage.summary()
-        assert stage.watch is not None
-        self.noises = self.noises or stage.watch.noise(summary)
+        self.noises = self.noises or {linear.path: linear.noise for linear in summary if linear.noise is not None}
         stage.end()
         return summary
 

@@ -80,8 +80,8 @@ _FORMATS = {
 _COMPUTES = {WoqLowpMode.FP16: "fp16", WoqLowpMode.BF16: "bf16", WoqLowpMode.INT8: "int8"}
 # NONE: what activations are.
 _BY_ACTIVATION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Why arguments of the SmoothQuant mapping have no effect.
-_ONE_OBSERVER = "the ends of inputs and weights are what smoothing is made of"
+_OBSERVERS = ("act_observer", "act_ic_observer", "wei_observer", "wei_ic_observer")
+_ENDS = "the ends of inputs and weights are what smoothing is made of"
 _SHARED = "factors are folded into the weight before, which all linears of one input share"
 # Old spellings, of before that library had its own enumeration.
 _OF_TORCH = {torch.qint8: WoqWeightDtype.INT8, torch.quint4x2: WoqWeightDtype.INT4}
@@ -125,11 +125,9 @@ def get_smooth_quant_qconfig_mapping(
         raise StageError(
             f"get_smooth_quant_qconfig_mapping takes an alpha from 0 to 1, not {alpha!r}; autotune tries several"
         )
-    observers = {"act_observer": act_observer, "act_ic_observer": act_ic_observer}
-    observers |= {"wei_observer": wei_observer, "wei_ic_observer": wei_ic_observer}
-    for name, value in observers.items():
+    for name, value in zip(_OBSERVERS, (act_observer, act_ic_observer, wei_observer, wei_ic_observer), strict=True):
         if value is not None:
-            say_ignored("get_smooth_quant_qconfig_mapping", name, _ONE_OBSERVER)
+            say_ignored("get_smooth_quant_qconfig_mapping", name, _ENDS)
     if not share_weight_observers:
         say_ignored("get_smooth_quant_qconfig_mapping", "share_weight_observers", _SHARED)
     config: Any = QConfigSmoothQuant(
@@ -256,7 +254,7 @@ _PLACE = "intel_extension_for_pytorch.quantization"
 _UNIT = "tests/unit/test_compat_ipex_quantization.py::"
 _WOQ = f"{_PLACE}.get_weight_only_quant_qconfig_mapping"
 _SMOOTH = f"{_PLACE}.get_smooth_quant_qconfig_mapping"
-_FIELDS = ("act_observer", "act_ic_observer", "wei_observer", "wei_ic_observer")
+_CONTRADICTS = f"{_UNIT}test_configurations_that_contradict_themselves"
 NAMES = (
     Name(_WOQ, "lowbit.optimize_model", WORKS, f"{_UNIT}test_every_weight_type_in_every_lowp_mode"),
     *(
@@ -270,11 +268,10 @@ NAMES = (
         )
     ),
     Name(_SMOOTH, "", WORKS, f"{_UNIT}test_two_stages", "w8a8_static with the scaler smoothquant"),
+    *(Name(f"{_SMOOTH}({name}=)", "", IGNORED, _CONTRADICTS, _ENDS) for name in _OBSERVERS),
+    Name(f"{_SMOOTH}(share_weight_observers=)", "", IGNORED, _CONTRADICTS, _SHARED),
+    Name(f"{_SMOOTH}(alpha=)", "", WORKS, f"{_UNIT}test_two_stages"),
     Name(f"{_PLACE}.QConfigSmoothQuant", "", WORKS, f"{_UNIT}test_two_stages"),
-    *(
-        Name(f"{_SMOOTH}({name}=)", "", IGNORED, f"{_UNIT}test_configurations_that_contradict_themselves", reason)
-        for name, reason in (*((field, _ONE_OBSERVER) for field in _FIELDS), ("share_weight_observers", _SHARED))
-    ),
     *(
         Name(f"{_PLACE}.{name}", "", WORKS, f"{_UNIT}test_groups_and_schemes_become_formats")
         for name in ("QConfigWoq", "WoqActQuantMode", "WoqLowpMode", "WoqWeightDtype", "WoqWeightQScheme")

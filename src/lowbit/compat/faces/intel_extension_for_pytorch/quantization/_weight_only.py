@@ -10,6 +10,7 @@ loop, since the engine would pass the rounding by.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +24,9 @@ from lowbit.compat.faces.intel_extension_for_pytorch.nn.modules.weight_only_quan
 from lowbit.compat.faces.intel_extension_for_pytorch.quantization import _qconfig as configs
 from lowbit.compat.faces.intel_extension_for_pytorch.quantization._qconfig import WoqActQuantMode, WoqLowpMode
 from lowbit.compat.ignored import say_once
+from lowbit.formats import as_format
 from lowbit.layers import LowBitLinear
+from lowbit.models.walk import find_targets
 from lowbit.optimize import optimize_model
 from lowbit.recipe import Recipe
 from lowbit.swap import replace_module
@@ -32,6 +35,10 @@ from lowbit.swap import replace_module
 _NATIVE = WoqActQuantMode.PER_BATCH_IC_BLOCK_SYM
 _FIRST_SYMMETRIC = WoqActQuantMode.PER_TENSOR_SYM
 _LEAST = 1e-12
+# That library leaves embeddings in full precision. Where the head is the embedding, the bits of a linear are too few for both:
+# SmolLM2 in groups of 64 is at a KL of 0.517 (INT4) and 0.500 (NF4) with 4 bits there, of 0.328 and 0.270 with 8.
+_HEAD = as_format("int8")
+_TIED = "head and embedding are one weight, which has 8 bits"
 
 
 def make_weight_only_(
@@ -40,6 +47,12 @@ def make_weight_only_(
     """Pack the linears of a model in place, as a configuration for weights alone says; `dtype`: what activations will be in."""
     format = configs.format_of(settings)
     recipe = Recipe(format, head=format, skip=tuple(left), name=f"{format} for weights alone")
+    tied = [target for target in find_targets(model) if target.tied_to or target.role == "head"]
+    if format.bits < _HEAD.bits and any(target.tied_to for target in tied):
+        notes = tuple(
+            (f"^{re.escape(name)}$", _TIED) for target in tied for name in (target.path, target.tied_to or "")
+        )
+        recipe = recipe.replace(head=_HEAD, notes=notes)
     optimize_model(model, recipe=recipe, compute=compute_for(model, settings, dtype))
     show_as_that_library_does_(model, settings)
     return model
