@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from lowbit.algorithms import ROUNDERS
 from lowbit.algorithms.allocate import OFFERED_BITS
-from lowbit.algorithms.rtn import relative_error, round_weight
+from lowbit.algorithms.rtn import floored, relative_error, round_weight
 from lowbit.algorithms.sensitivity import Moments, allocate_formats, linear_weights, measure_moments, module_of
 from lowbit.blockwise import Chosen, Where, check_data, describe_packed, round_in_blocks_
 from lowbit.calibration import Calibration, fitting
@@ -188,15 +188,20 @@ def pack_weight(
     """Pack one weight and write its line of the report."""
     check_finite(weight, name)
     formats, note = _without_ranges(*_fit_formats(choice.formats, weight.shape[-1]))
-    offers = [_round_alone(weight, format, recipe) for format in formats]
+    offers = [_round_alone(weight, format, recipe, choice.importance) for format in formats]
     packed = offers[0] if len(offers) == 1 else min(offers, key=lambda offer: relative_error(weight, offer))
     text = "; ".join(part for part in (note, choice.note) if part)
     report.layers.append(describe_packed(name, role, weight, packed, text))
     return packed
 
 
-def _round_alone(weight: torch.Tensor, format: Format, recipe: Recipe) -> PackedTensor:
-    """A weight without data; to nearest where the rounder needs data that is not to be had for this weight."""
+def _round_alone(
+    weight: torch.Tensor, format: Format, recipe: Recipe, importance: torch.Tensor | None = None
+) -> PackedTensor:
+    """A weight without data, or by the importance of its inputs; to nearest where the rounder needs data that is not to be had
+    for this weight."""
+    if importance is not None:
+        return round_weight(weight, format, recipe.rounder, floored(importance.to(weight.device)))
     rounder, options = ROUNDERS[recipe.rounder].round_weight, recipe.rounder_options
     if rounder is None or options is None or options.data == "needed":
         return round_weight(weight, format)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowbit.errors import FormatError, RecipeError, nearest
@@ -22,12 +22,13 @@ from lowbit.options import ROUNDER_OPTIONS, SCALER_OPTIONS, Options, options_for
 class Choice:
     """The formats that one weight may take (the one with the least error wins), or none and the reason.
 
-    `note` is what the report adds to the line of a packed weight.
+    `note` is what the report adds to the line of a packed weight; `importance` [in] says how much each input matters.
     """
 
     formats: tuple[Format, ...] = ()
     reason: str = ""
     note: str = ""
+    importance: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

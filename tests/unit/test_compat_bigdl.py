@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lowbit.bridge import EngineGenerate
 from lowbit.compat import ignored
 from lowbit.compat.ignored import CompatWarning
 from lowbit.compat.missing import UnknownModuleError, UnknownNameError
-from lowbit.errors import FormatError, LowbitError, RecipeError
+from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
 from lowbit.formats import CASTS, NOT_YET
 from lowbit.interop.ipex_blocks import OLD_TYPES, UNREADABLE
 from lowbit.layers import LowBitLinear, PackedWeight
@@ -181,9 +182,46 @@ def test_a_cast_model_is_saved_and_loaded(dense: Path, tmp_path: Path) -> None:
     assert again.dtype == torch.bfloat16 and torch.equal(logits(again), logits(model))
 
 
+def write_importance(path: Path, layers: int = 2, width: int = 64, first: float = 100.0) -> Path:
+    """An importance matrix in which the first input of two weights of each layer matters most."""
+    names = [f"blk.{layer}.{stem}.weight" for layer in range(layers) for stem in ("attn_q", "ffn_up")]
+    data = struct.pack("<i", len(names))
+    for name in names:
+        values = [first, *[0.01] * (width - 1)]
+        data += struct.pack(f"<i{len(name)}sii{width}f", len(name), name.encode(), 3, width, *values)
+    path.write_bytes(data + struct.pack("<i", 7))
+    return path
+
+
+def test_an_importance_matrix_weighs_inputs(dense: Path, tmp_path: Path) -> None:
+    file = write_importance(tmp_path / "imatrix.dat")
+    original = transformers.AutoModelForCausalLM.from_pretrained(dense)
+
+    def error_of_first(model: Any, path: str) -> float:
+        difference = model.get_submodule(path).weight - original.get_submodule(path).weight.detach()
+        return float(difference[:, 0].square().mean())
+
+    asked = {"load_in_low_bit": "asym_int4", "torch_dtype": torch.float32}
+    plain, weighed = load(dense, **asked), load(dense, imatrix=str(file), **asked)
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"):
+        assert error_of_first(weighed, path) < 0.7 * error_of_first(plain, path)
+    untouched = "model.layers.0.mlp.down_proj"
+    assert torch.equal(weighed.get_submodule(untouched).weight, plain.get_submodule(untouched).weight)
+    with pytest.raises(CheckpointError, match="measured on another model"):
+        load(dense, imatrix=write_importance(tmp_path / "other.dat", width=32), **asked)
+    with pytest.raises(RecipeError, match="leave out calibration"):
+        load(dense, imatrix=file, rounder="hqq", **asked)
+    with pytest.raises(RecipeError, match="nothing is rounded"):
+        load(dense, imatrix=file)
+    for content, said in ((b"GGUF", "GGUF's form"), (file.read_bytes()[:99], "damaged"), (b"\x01\0\0\0", "damaged")):
+        (tmp_path / "bad.dat").write_bytes(content)
+        with pytest.raises(CheckpointError, match=said):
+            load(dense, imatrix=tmp_path / "bad.dat", **asked)
+
+
 @pytest.mark.parametrize(
     ("keyword", "value"),
-    [("imatrix", "file.dat"), ("disk_embedding", True), ("lightweight_bmm", True), ("model_hub", "modelscope")],
+    [("disk_embedding", True), ("lightweight_bmm", True), ("model_hub", "modelscope")],
 )
 def test_keywords_without_meaning_are_said_once(keyword: str, value: object, dense: Path) -> None:
     with pytest.warns(CompatWarning, match=f"{keyword} has no effect"):

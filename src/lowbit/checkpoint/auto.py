@@ -152,7 +152,7 @@ def _from_old_save(auto_class: Any, folder: Path, request: Request, kwargs: dict
 
 
 def _job(request: Request) -> Job:
-    return Job(request.choices.kernel, request.choices.compute)
+    return Job(request.choices.kernel, request.choices.compute, request.imatrix)
 
 
 def _move_to_quantize(request: Request, kwargs: dict[str, Any]) -> Any:

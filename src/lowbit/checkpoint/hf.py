@@ -57,10 +57,11 @@ def reads(fields: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """How a loaded model shall run: the kernel by name, or None for the first that takes a weight, and what it computes in."""
+    """The kernel of a loaded model by name, None for the first that fits, what it computes in, and how much inputs matter."""
 
     kernel: str | None = None
     compute: str = "auto"
+    imatrix: str | Path | None = None
 
 
 class LowBitConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -213,10 +214,10 @@ class LowBitQuantizer(HfQuantizer):  # type: ignore[misc]
             known = [name for name in names if not any(pattern.search(name) for pattern in ignored)]
             refuse_other_layers(str(folder), model, known)
             self.reading = Reading(model, self.quantization_config.fields, folder)
-        elif self.quantization_config.recipe is not None:
+        elif (recipe := self.quantization_config.recipe) is not None:
             # While a checkpoint streams in there is no model yet that could be run.
-            check_data(self.quantization_config.recipe, None)
-            self.packing = Packing(model, self.quantization_config.recipe)
+            check_data(recipe, None)
+            self.packing = Packing(model, recipe, self.quantization_config.job.imatrix)
         else:
             raise FormatError("the quantization_config given names no recipe")
 

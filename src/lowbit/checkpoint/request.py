@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ EIGHT_BITS = "sym_int8"
 # The old systems' mixed precision: a head of more bits than the rest.
 _MIXED_HEAD = "q6_k"
 _WITHOUT_MEANING = {
-    "imatrix": "give the recipe an importance through calibration instead",
     "model_hub": "fetch the model first and pass its folder",
     "speculative": "generation takes a draft model",
     "pipeline_parallel_stages": "use tensor parallel ranks",
@@ -44,7 +44,10 @@ _NAMES = (
     "embedding_qtype",
 )
 _FLAGS = ("mixed_precision", "allow_pickle")
-KEYWORDS = (*_NAMES, *_FLAGS, *CHOICES, *_WITHOUT_MEANING, *_ACCEPTED)
+_IMATRIX = "imatrix"
+# The rounders that it weighs inputs for.
+_WEIGHED = ("rtn", "plain_rtn")
+KEYWORDS = (*_NAMES, *_FLAGS, _IMATRIX, *CHOICES, *_WITHOUT_MEANING, *_ACCEPTED)
 # How much of a keyword must be the same, of 1, to be a slip: `dtype` and `torch_dtype` share 0.63, and both are right.
 _SIMILAR = 0.85
 
@@ -58,6 +61,7 @@ class Request:
     choices: Choices = field(default_factory=Choices)
     allow_pickle: bool = False
     config: WeightOnlyConfig | None = None
+    imatrix: str | Path | None = None
 
     @classmethod
     def take(cls, kwargs: dict[str, Any]) -> Request:
@@ -66,7 +70,7 @@ class Request:
         skip = kwargs.pop("modules_to_not_convert", None)
         cpu_embedding = kwargs.pop("cpu_embedding", False)
         mixed, pickles = (kwargs.pop(name, False) for name in _FLAGS)
-        dtype = kwargs.pop("torch_dtype", None)
+        dtype, imatrix = kwargs.pop("torch_dtype", None), kwargs.pop(_IMATRIX, None)
         asked = {name: kwargs.pop(name) for name in CHOICES if name in kwargs}
         embedding = kwargs.pop("embedding_qtype", None)
         if embedding is not None:
@@ -82,9 +86,10 @@ class Request:
         choices = Choices(**asked)
         cast = cast_of(low_bit, choices)
         if cast is not None or (low_bit is None and choices.recipe is None):
-            if choices.calibration is not None:
+            if choices.calibration is not None or imatrix is not None:
+                name = "imatrix" if choices.calibration is None else "calibration"
                 raise RecipeError(
-                    "calibration= says what rounding looks at, and nothing is rounded: name a format or recipe= too"
+                    f"{name}= says what rounding looks at, and nothing is rounded: name a format or recipe= too"
                 )
             return cls(None, cast or dtype, choices, pickles)
         names = [*([skip] if isinstance(skip, str) else skip or ()), *foreign_skip]
@@ -92,7 +97,11 @@ class Request:
         if mixed and recipe.head is not None:
             recipe = build_recipe(None, None, False, Choices(recipe=recipe, head=_MIXED_HEAD))
         check_data(recipe, choices.calibration)
-        return cls(recipe, dtype, choices, pickles, config)
+        if imatrix is not None and (choices.calibration is not None or recipe.rounder not in _WEIGHED):
+            raise RecipeError(
+                "imatrix= weighs inputs for rounding to nearest: leave out calibration= and other rounders"
+            )
+        return cls(recipe, dtype, choices, pickles, config, imatrix)
 
     def with_dtype(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs if self.dtype is None else {"dtype": self.dtype, **kwargs}

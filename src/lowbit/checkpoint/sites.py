@@ -16,9 +16,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -28,6 +30,7 @@ from lowbit.checkpoint.form import ASIDE
 from lowbit.checkpoint.ranges import read_ranges_
 from lowbit.errors import CheckpointError, RecipeError, WeightError
 from lowbit.formats import Format, format_from_name
+from lowbit.interop.imatrix import read_importance
 from lowbit.layers import LowBitLinear, PackedWeight
 from lowbit.methods import OWN_METHOD
 from lowbit.models.walk import Target, dense_weights, find_targets, stored_order, up_name
@@ -110,11 +113,16 @@ class Sites:
 class Packing(Sites):
     """Packs the weights of a checkpoint in full precision as they come."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, imatrix: str | Path | None = None) -> None:
         super().__init__(model)
+        importance = {} if imatrix is None else read_importance(imatrix, cast(Any, model).config.model_type)
         self.recipe = recipe
         self.report = Report(recipe=recipe.name or recipe.linear.name)
         self.choices: dict[str, Choice] = {t.path: plan(t, self.targets, recipe) for t in self.targets}
+        for target in self.targets:
+            found = importance.get(target.path)
+            if found is not None and target.role in ("linear", "head"):
+                self.choices[target.path] = _weighed(target, self.choices[target.path], found)
         warn_about_idle_exceptions([target.path for target in self.targets], recipe)
 
     def wants(self, name: str) -> bool:
@@ -179,6 +187,17 @@ class Packing(Sites):
 
     def _skip(self, target: Target, reason: str) -> None:
         self.report.skipped.append(left_out(target, reason))
+
+
+def _weighed(target: Target, choice: Choice, importance: NDArray[np.float32]) -> Choice:
+    """A choice with the importance of the inputs that its weight has."""
+    _, weight = next(iter(dense_weights(target)))
+    if len(importance) != weight.shape[-1]:
+        raise CheckpointError(
+            f"the importance matrix has {len(importance)} inputs for {target.path}, which has {weight.shape[-1]}: "
+            "it was measured on another model"
+        )
+    return dataclasses.replace(choice, importance=torch.from_numpy(importance))
 
 
 class Reading(Sites):

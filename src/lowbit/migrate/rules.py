@@ -94,7 +94,6 @@ _IPEX_LLM_DROP = {
     "optimize_model": _KERNELS,
     "lightweight_bmm": "attention is left to the model",
     "disk_embedding": "weights stay mapped from their files until they are used",
-    "imatrix": "calibration= weighs inputs instead",
 }
 _IPEX_LLM_STAY = {
     "speculative": "a draft beside the model: " + _COMPAT,

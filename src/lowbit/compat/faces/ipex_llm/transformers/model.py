@@ -29,7 +29,6 @@ _DRAFT = "sym_int4"
 # What the old library gave the embedding of a model where nothing was said.
 _EMBEDDINGS = {"q2_k": "q2_k", "gguf_q4k_s": "q4_k", "gguf_q4k_m": "q4_k"}
 _IDLE = {
-    "imatrix": "give calibration= a text instead: it weighs inputs by what passes through the model itself",
     "disk_embedding": "weights stay mapped from their files until they are used",
     "lightweight_bmm": "attention is left to the model",
     "disable_optimize_pre": "there is no separate first pass to leave out",
@@ -209,6 +208,7 @@ _TESTS = {
     "embedding_qtype": _PACKED,
     "mixed_precision": _PACKED,
     "quantization_config": _PACKED,
+    "imatrix": f"{_UNIT}test_an_importance_matrix_weighs_inputs",
     "torch_dtype": "tests/unit/test_compat_qlora.py::test_the_guides_finetuning",
 }
 NAMES = (
