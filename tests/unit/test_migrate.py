@@ -168,6 +168,11 @@ def test_calls_of_which_only_a_part_is_understood_stay(call: str) -> None:
     )
 
 
+def test_a_name_that_is_refused_says_so() -> None:
+    found = migrate("import intel_extension_for_pytorch as ipex\nipex.deepspeed.init()\n")
+    assert [note.reason for note in found.left] == ["lowbit refuses it: comes with lowbit on several devices"]
+
+
 def test_a_name_that_is_kept_once_is_kept_everywhere() -> None:
     source = "from ipex_llm.transformers import AutoModel\nAutoModel.from_pretrained(a)\nAutoModel.load_convert('int4', True, a)\n"
     found = migrate(source)

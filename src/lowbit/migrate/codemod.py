@@ -266,7 +266,7 @@ class _Rewriter(cst.CSTTransformer):
                 stay.append(alias)
             elif not any(use.is_of(name) for use in self.finder.uses.values()):
                 stay.append(alias)
-                self._leave(statement, name, rules.NO_NAME)
+                self._leave(statement, name, rules.reason_without_rule(name))
         if len(stay) == len(names):
             return None
         lines: Imports = [statement.with_changes(names=_listed(stay))] if stay else []

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+from lowbit.compat.names import REFUSED, Name, collect
 from lowbit.compat.shims.gone import MOVED_NAMES
 from lowbit.compat.shims.shim import Keyword
 from lowbit.compat.shims.tokenizers import LLAMA_CLASSES
@@ -223,9 +225,29 @@ def decide(name: str, called: Called | None) -> Decision:
         return Decision(Rule(""))
     found = rule_for(name)
     if found is None:
-        return Decision(None, reason=NO_NAME)
+        return Decision(None, reason=reason_without_rule(name))
     rule, rest = found
     return Decision(rule, rest, _refusal(rule, rest, called) or "")
+
+
+def reason_without_rule(name: str) -> str:
+    """Why a name without a rule stays: what compat's table of old names says about it, or about what it is part of."""
+    head = name
+    while head and head not in _table():
+        head = head.rpartition(".")[0]
+    row = _table().get(head)
+    if row is None or row.status != REFUSED:
+        return NO_NAME
+    return "lowbit refuses it: " + (row.remark or f"use {row.ours}")
+
+
+@cache
+def _table() -> dict[str, Name]:
+    """Read when a name is left, since it imports every face, and they torch; without torch there is nothing to run either."""
+    try:
+        return {row.old: row for rows in collect().values() for row in rows}
+    except ImportError:
+        return {}
 
 
 def _refusal(rule: Rule, rest: str, called: Called | None) -> str | None:
@@ -236,13 +258,13 @@ def _refusal(rule: Rule, rest: str, called: Called | None) -> str | None:
         return None if rule.only is None else f"it is handed on, and not called here: {_COMPAT}"
     if rule.only is not None and called.positional > 1:
         return f"its arguments have no names: {_COMPAT}"
-    if rule.copies and not called.rebinds and called.keywords.get("inplace") is not True:
-        return f"{rule.ours} changes the model itself, and this call gives another one: {_COMPAT}"
     for keyword, value in called.keywords.items():
         if keyword in rule.stay:
             return f"{keyword}=: {rule.stay[keyword]}"
         if today(rule, keyword, value) is None:
             return f"{keyword}=: {_COMPAT}"
+    if rule.copies and not called.rebinds and called.keywords.get("inplace") is not True:
+        return f"{rule.ours} changes the model itself, and this call gives another one: {_COMPAT}"
     return None
 
 
