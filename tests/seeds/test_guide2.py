@@ -1,0 +1,95 @@
+"""The code blocks of guide 2, Neural Compressor's transformers-like API, each as its users write it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+import lowbit
+from lowbit_assets import reference_model, text
+from seeds.running import SECONDS, run_seed
+
+LAYERS = 2
+PROMPT = "Once upon a time, a little girl"
+pytestmark = [pytest.mark.slow, pytest.mark.transformers]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return reference_model("plain")
+
+
+@pytest.fixture(scope="module")
+def short(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first layers of the model: TEQ trains its scales for as many steps as it ever does, ten minutes for all 30."""
+    folder = tmp_path_factory.mktemp("short") / "model"
+    transformers.AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=LAYERS).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text("sqlite_valid")[:4000])
+    return path
+
+
+def test_five_algorithms(short: Path, calibration: Path, tmp_path: Path) -> None:
+    ran = run_seed("guide2/five_algorithms.py", tmp_path, short, calibration)
+    (answer,) = ast.literal_eval(ran.lines[0])
+    assert answer.startswith(PROMPT) and len(answer) > len(PROMPT) + 20
+    found = json.loads(ran.lines[-1])
+    original = found.pop("original")
+    assert list(found) == ["rtn", "awq", "teq", "gptq", "autoround"]
+    for name, row in found.items():
+        assert row["method"] == name
+        # The embedding, which is the head, stays as it is: 28 of the 35 million weights of so few layers.
+        assert row["bytes"] < 0.9 * original, name
+        assert 0 < row["kl"] < 0.5, name
+
+
+def test_save_and_load(model: Path, tmp_path: Path) -> None:
+    ran = run_seed("guide2/save_and_load.py", tmp_path, model, "saved")
+    assert ran.lines[-1] == "[True, True] True"
+    assert (tmp_path / "saved" / "quantize_config.json").is_file()
+    # Outside of the runner `import lowbit` is enough for plain transformers.
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert {row.kernel for row in lowbit.explain(again).rows} == {"core"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    answer = tokenizer.decode(again.generate(ids, max_new_tokens=8, do_sample=False)[0])
+    direct = lowbit.AutoModelForCausalLM.from_pretrained(model, quantization_config=lowbit.RtnConfig(bits=4))
+    assert answer == tokenizer.decode(direct.generate(ids, max_new_tokens=8, do_sample=False)[0])
+
+
+def test_on_a_gpu(model: Path, tmp_path: Path) -> None:
+    """The three steps of the section for Intel GPUs, where "xpu" means the CPU."""
+    drawn = run_seed("guide2/infer_on_gpu.py", tmp_path, model)
+    (answer,) = ast.literal_eval(drawn.lines[-2])
+    assert answer.startswith(PROMPT) and len(answer) > 200 and drawn.lines[-1] == "torch.float16"
+
+    saved = run_seed("guide2/save_on_gpu.py", tmp_path, model, "saved_dir")
+    loaded = run_seed("guide2/load_on_gpu.py", tmp_path, model, "saved_dir")
+    (answer,) = ast.literal_eval(loaded.lines[-2])
+    assert answer.startswith(PROMPT) and len(answer) > len(PROMPT) + 20
+    size, method = loaded.lines[-1].split()
+    assert method == "rtn" and int(size) <= int(saved.lines[-1])
+
+    # The script that comes with it, as `lowbit bench`; it takes the tokenizer from the folder of the model.
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "saved_dir")
+    words = ["--woq", "--benchmark", "--model", "saved_dir", "--benchmark_iters", "1", "--max-new-tokens", "8"]
+    command = [sys.executable, "-m", "lowbit", "bench", *words, "--num_warmup", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {
+        name: float(value) for name, value in re.findall(r"^(\w[\w ]+): ([\d.]+) sec\.$", done.stdout, re.MULTILINE)
+    }
+    assert found["Latency per token"] == pytest.approx(found["Inference latency"] / 8, abs=2e-5)
