@@ -110,7 +110,6 @@ def entries(place: Place, model: str, width: int) -> list[Entry]:
 # --- ours ---------------------------------------------------------------------------------------------------------------
 
 _SIX_BIT_TABLES = ("--head", "int6_g64", "--embedding", "int6_g64")
-_FOUR_BIT_TABLES = ("--head", "int4_g128", "--embedding", "int4_g128")
 _FOUR_BIT_GATES = ("--override", r"(gate|up)_proj$=int4_g64")
 _EIGHT_BIT_VALUES = ("--override", r"(^|\.)v_proj$=int8_g64")
 _CALIBRATED = ("--algorithm", "gptq", "--calibration", "default", "--calibration", "own", "--samples", "96")
@@ -127,15 +126,13 @@ OUR_RECIPES: dict[str, tuple[int, tuple[str, ...]]] = {
         4,
         ("--format", "int5_g64", *_CALIBRATED, *_SIX_BIT_TABLES, *_FOUR_BIT_GATES, *_EIGHT_BIT_VALUES),
     ),
-    "int4_g128": (4, ("--format", "int4_g128", *_FOUR_BIT_TABLES)),
-    "int4_g128 gptq": (4, ("--format", "int4_g128", *_CALIBRATED, *_FOUR_BIT_TABLES)),
     "int8_g64": (8, ("--format", "int8_g64")),
     "bf16": (16, ()),
 }
 # SmolLM2's Q4_K_M has 6.2 bits, see gguf_quality; at the 1.1 B's 5 bits no such recipes are needed.
 ONLY_SMALL = ("int6_g64", "int5_g64 u4 gptq v8 h6")
 # No text calibrates a random model: the plainly rounded folder, whose bytes lie in the same places, stands in for these.
-STANDS_IN = {"int4 gptq v8 h6": "int4 v8 h6", "int4_g128 gptq": "int4_g128"}
+STANDS_IN = {"int4 gptq v8 h6": "int4 v8 h6"}
 SPARE = 64  # positions that a cache has more than a task needs
 
 
