@@ -105,13 +105,14 @@ def test_an_architecture_without_a_spec_is_quantised_all_the_same() -> None:
 def test_two_stages_of_a_language_model(tmp_path: Path) -> None:
     original = tiny_model_in_memory("llama")
     file = summary_of(original, tmp_path / "qconf.json")
-    made = ipex.llm.optimize(original, quantization_config=SMOOTH, qconfig_summary_file=str(file))
-    assert error_of(made, original) < 0.06
+    lowbit.compat.ignored._SAID.clear()
+    with pytest.warns(CompatWarning, match="each row of activations gets a scale of its own"):
+        made = ipex.llm.optimize(original, quantization_config=SMOOTH, qconfig_summary_file=str(file))
+    assert error_of(made, original) < 0.04
     rows = {row.path: row for row in made.lowbit_report.layers}
-    assert {row.format for row in rows.values()} == {"w8a8_static"} and {row.kernel for row in rows.values()} == {
-        "core_fixed"
-    }
-    assert "smoothed" in rows["model.layers.0.self_attn.q_proj"].note
+    assert {row.format for row in rows.values()} == {"w8a8"} and {row.kernel for row in rows.values()} == {"core"}
+    assert "smoothed; each row" in rows["model.layers.0.self_attn.q_proj"].note
+    assert made.generate.model_refusal() is None
     assert made.generate(PROMPT, max_new_tokens=4, num_beams=2, do_sample=False).shape == (1, 16)
     assert (
         ipex.llm.optimize(original, dtype=torch.bfloat16, quantization_config=SMOOTH, qconfig_summary_file=file).dtype

@@ -37,6 +37,7 @@ _WEIGHT_STEPS = 127.5
 # of 0.03, 0.067 with 0.003, and 0.010 if none has a range.
 _MOST_NOISE = 0.01
 _NOISY = "the steps of its range would lose {:.1%} of its input, so each row of it has its own scale"
+_ROWS = "each row of its input has its own scale"
 _UNSEEN = "nothing but zeros was seen at its input, so each row has its own scale"
 _UNPLACED = "its smoothing folds into no weight, so each row of its input has its own scale"
 
@@ -89,9 +90,11 @@ def quantize_from_summary_(
     linears: Sequence[LinearSummary],
     groups: Sequence[ScalingGroup] = (),
     recipe: Recipe | None = None,
+    ranges: bool = True,
 ) -> Report:
     """Make the linears of a model w8a8_static as a summary says, in place. `groups`: those of the model, for a summary that
-    does not say where its smoothing folds. `recipe` may say what becomes of other weights (convolutions)."""
+    does not say where its smoothing folds. `recipe` may say what becomes of other weights (convolutions). Without `ranges` only
+    the smoothing is taken, and every linear is w8a8: each row of its input has a scale of its own."""
     if held_weights(model):
         raise RecipeError("the model is low-bit already: quantise the one in full precision that was calibrated")
     check_summary(model, linears)
@@ -106,7 +109,7 @@ def quantize_from_summary_(
         row = rows.get(linear.path)
         if linear.is_left or linear.path not in weights:
             continue
-        reason = _why_by_rows(linear, linear.path in smoothed)
+        reason = _why_by_rows(linear, linear.path in smoothed) if ranges else _ROWS
         if not reason:
             assert linear.input_range is not None
             weight, ends = weights[linear.path], linear.input_range
