@@ -45,8 +45,8 @@ def became(source: str, device: str | None = None) -> str:
             "import lowbit\nm = lowbit.AutoModel.load_low_bit('x')\n",
         ),
         (
-            "from bigdl.llm.transformers.qlora import get_peft_model, prepare_model_for_kbit_training\n",
-            "from peft import get_peft_model, prepare_model_for_kbit_training\n",
+            "from bigdl.llm.transformers.qlora import get_peft_model, LoraConfig\n",
+            "from peft import get_peft_model, LoraConfig\n",
         ),
         ("import torch, ipex_llm\ntorch.ones(1)\n", "import torch\ntorch.ones(1)\n"),
         ("# why\nimport intel_extension_for_pytorch as ipex\nimport torch\n", "# why\nimport torch\n"),

@@ -145,8 +145,8 @@ def _ipex_llm() -> dict[str, Rule]:
         found[f"{IPEX_LLM}.transformers.{name}"] = Rule(
             f"lowbit.{name}", members=_LOADING, drop=_IPEX_LLM_DROP, stay=_IPEX_LLM_STAY
         )
-    for name in ("prepare_model_for_kbit_training", "get_peft_model"):
-        found[f"{IPEX_LLM}.transformers.qlora.{name}"] = Rule(f"peft.{name}")
+    # prepare_model_for_kbit_training stays: it also has products made without rounding activations, and peft's own does not.
+    found[f"{IPEX_LLM}.transformers.qlora.get_peft_model"] = Rule("peft.get_peft_model")
     found[f"{IPEX_LLM}.transformers.qlora.LoraConfig"] = Rule(
         "peft.LoraConfig", stay={"training_mode": "peft's own has no such word"}
     )
