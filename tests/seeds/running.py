@@ -4,22 +4,27 @@
     ran.lines[-1]
 
 A seed is a script of this folder, written as the readers of a guide write it. It is copied into an empty folder first, so that
-what it leaves behind is left there.
+what it leaves behind is left there. Then it runs a second time, as `lowbit migrate` rewrites it, by Python alone, and must print
+the same.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowbit.migrate.codemod import migrate
+
 SEEDS = Path(__file__).parent
 # Packages that stand where a script's own would, and that have no build to install here.
 STAND_INS = SEEDS.parent / "stand_ins"
 SECONDS = 900
+_TIMES = re.compile(r"runtime|per_second|seconds|latency")
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,22 @@ class Ran:
         return self.out.splitlines()
 
 
-def run_seed(
-    seed: str, folder: Path, *arguments: object, xpu: str = "cpu", stand_ins: bool = False, runner: bool = True
-) -> Ran:
+def run_seed(seed: str, folder: Path, *arguments: object, xpu: str = "cpu", stand_ins: bool = False) -> Ran:
     """Run a seed with these arguments; `xpu` is what its "xpu" means, the empty text for what torch makes of it."""
     script = folder / Path(seed).name
     if not script.exists():
         shutil.copy(SEEDS / seed, script)
-    return run_script(script, *arguments, xpu=xpu, stand_ins=stand_ins, runner=runner)
+    ran = run_script(script, *arguments, xpu=xpu, stand_ins=stand_ins)
+    rewritten = folder / f"migrated_{script.name}"
+    rewritten.write_text(migrate(script.read_text(), xpu or None).source)
+    again = run_script(rewritten, *arguments, xpu=xpu, stand_ins=stand_ins, runner=False)
+    assert lasting(again.lines) == lasting(ran.lines)
+    return ran
+
+
+def lasting(lines: list[str]) -> list[str]:
+    """The lines that are the same in every run: without times and speeds."""
+    return [line for line in lines if not _TIMES.search(line)]
 
 
 def run_script(script: Path, *arguments: object, xpu: str = "cpu", stand_ins: bool = False, runner: bool = True) -> Ran:
