@@ -60,7 +60,8 @@ check-neon: $(READY)
 
 test: $(READY) $(OVERLAY)
 	$(RUN)/pytest tests
-	PYTHONPATH=$(OVERLAY) $(RUN)/pytest tests -m transformers
+	# Whole scripts of the guides promise today's packages, and take six minutes.
+	PYTHONPATH=$(OVERLAY) $(RUN)/pytest tests -m transformers --ignore=tests/seeds
 
 bench: $(READY)
 	$(RUN)/python benchmarks/default_format.py
