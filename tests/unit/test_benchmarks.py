@@ -173,7 +173,10 @@ def test_promises_are_met_or_missed_by_the_rows(load: object) -> None:
     assert found["autoround against hqq hqq, W2 g64"] and not found["gptq, bits allocated against Q4_K_M"]
     page = report.page(data)
     assert "hqq hqq, W4: it has no such bits" in page and "~10.0" in page and "| 9.0 |" in page
-    assert "one standard error: **missed** (1 of 2 comparisons)" in page and found["autoround against auto-round autoround, W4 g64"]
+    assert (
+        "one standard error: **missed** (1 of 2 comparisons)" in page
+        and found["autoround against auto-round autoround, W4 g64"]
+    )
     assert "| **lowbit gptq** | 4.250 | 0.3500 ± 0.1000 |" in page
     assert report.plot_of(data).count("<circle") > len(data["rows"])
 

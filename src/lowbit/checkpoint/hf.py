@@ -5,8 +5,7 @@ transformers asks a quantiser three things while it loads a model: which tensors
 weight is already in its place), and what is left to do at the end (choose kernels, leave the report). The same class
 serves a checkpoint in full precision, packed on the way in, and a folder that is low-bit already.
 
-What differs between minor versions of transformers 5 is met here and nowhere else: arguments are taken by name and
-extra ones ignored.
+What differs between minor versions of transformers 5 is met here alone: arguments are taken by name, extra ones ignored.
 """
 
 from __future__ import annotations

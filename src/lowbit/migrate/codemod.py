@@ -35,8 +35,8 @@ def migrate(source: str, device: str | None = None) -> Migrated:
     try:
         module = cst.parse_module(source)
     except cst.ParserSyntaxError as error:
-        reason = error.message.splitlines()[0]
-        raise LowbitError(f"this is no Python that runs today: line {error.raw_line}, {reason}") from None
+        where = f"line {error.raw_line}, {error.message.splitlines()[0]}"
+        raise LowbitError(f"this is no Python that runs today: {where}") from None
     wrapper = MetadataWrapper(module)
     finder = _Finder()
     wrapper.visit(finder)
@@ -237,11 +237,8 @@ class _Rewriter(cst.CSTTransformer):
     def _imports(self, statement: cst.BaseSmallStatement) -> Imports | None:
         """What an import statement becomes; None for one that stays as it is, and for everything else."""
         if isinstance(statement, cst.Import):
-            going = [
-                a
-                for a in statement.names
-                if rules.is_old(rules.canonical(_dotted(a.name))) and not self._stays(_bound(a))
-            ]
+            old = [alias for alias in statement.names if rules.is_old(rules.canonical(_dotted(alias.name)))]
+            going = [alias for alias in old if not self._stays(_bound(alias))]
             rest = [alias for alias in statement.names if alias not in going]
             return None if not going else [statement.with_changes(names=_listed(rest))] if rest else []
         if not isinstance(statement, cst.ImportFrom) or statement.module is None or statement.relative:

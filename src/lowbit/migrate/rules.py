@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import lowbit
 from lowbit.compat.names import REFUSED, Name, collect
 from lowbit.compat.shims.gone import MOVED_NAMES
 from lowbit.compat.shims.shim import Keyword
@@ -104,18 +105,7 @@ _IPEX_LLM_STAY = {
     "pipeline_parallel_stages": _COMPAT,
     "allow_pickle": "the old library's own files: " + _COMPAT,
 }
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForMultipleChoice",
-    "AutoModelForNextSentencePrediction",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForSpeechSeq2Seq",
-    "AutoModelForTokenClassification",
-)
+AUTO_CLASSES = tuple(name for name in lowbit.__all__ if name.startswith("AutoModel"))
 _CONFIGS = ("AutoRoundConfig", "AwqConfig", "GPTQConfig", "RtnConfig", "TeqConfig")
 _OPTIMIZE = Rule(
     "lowbit.optimize_model", drop={"optimize_llm": _KERNELS, "lightweight_bmm": "attention is left to the model"}

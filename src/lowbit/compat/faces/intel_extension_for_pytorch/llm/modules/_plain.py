@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lowbit.compat.faces.intel_extension_for_pytorch.llm.functional import _plain
 from lowbit.compat.missing import refuse_unknown
 from lowbit.compat.names import WORKS, Name
+from lowbit.errors import RecipeError
 
 
 class _After(nn.Module):
@@ -129,7 +130,7 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         if extra_rope_config:
-            raise NotImplementedError(
+            raise RecipeError(
                 "lowbit's RotaryEmbedding has no extra_rope_config: transformers' own rotary embedding of the model has them"
             )
         frequencies = 1.0 / base ** (torch.arange(0, pos_embd_dim, 2).float() / pos_embd_dim)
@@ -155,9 +156,7 @@ class RotaryEmbedding(nn.Module):
         num_concats: int | None = None,
     ) -> torch.Tensor:
         if num_concats is not None:
-            raise NotImplementedError(
-                "lowbit's RotaryEmbedding turns one tensor: split a fused query, key and value first"
-            )
+            raise RecipeError("lowbit's RotaryEmbedding turns one tensor: split a fused query, key and value first")
         heads = x.view(*x.shape[:2], num_head, head_dim)
         half = offset != 1
         sin, cos = self.sin[position_ids], self.cos[position_ids]
