@@ -18,8 +18,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit.migrate.codemod import migrate
-
 SEEDS = Path(__file__).parent
 # Packages that stand where a script's own would, and that have no build to install here.
 STAND_INS = SEEDS.parent / "stand_ins"
@@ -42,6 +40,8 @@ class Ran:
 
 def run_seed(seed: str, folder: Path, *arguments: object, xpu: str = "cpu", stand_ins: bool = False) -> Ran:
     """Run a seed with these arguments; `xpu` is what its "xpu" means, the empty text for what torch makes of it."""
+    from lowbit.migrate.codemod import migrate  # needs libcst, which running a script does not
+
     script = folder / Path(seed).name
     if not script.exists():
         shutil.copy(SEEDS / seed, script)

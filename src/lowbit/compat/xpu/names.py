@@ -8,14 +8,8 @@ from lowbit.compat.names import REFUSED, WORKS, Name
 from lowbit.compat.xpu.on_cpu import ACCELERATOR_NAMES, XPU_NAMES
 
 _TESTS = "tests/unit/test_compat_xpu.py::"
-_STREAMS = ("Event", "Stream", "StreamContext", "current_stream", "set_stream", "stream")
 # What a module is besides its functions.
 _NO_NAMES = ("streams",)
-
-
-def _test_of(name: str) -> str:
-    return _TESTS + ("test_streams_and_events" if name in _STREAMS else "test_the_questions_of_torch_xpu")
-
 
 NAMES = (
     Name('tensor.to("xpu"), module.to("xpu"), .xpu()', "", WORKS, f"{_TESTS}test_tensors_and_modules_move"),
@@ -30,8 +24,8 @@ NAMES = (
     Name('from_pretrained(device_map="xpu")', "", WORKS, f"{_TESTS}test_models_of_transformers"),
     Name("torch.xpu.amp.autocast", "", WORKS, f"{_TESTS}test_mixed_precision", "IPEX's, never torch's"),
     Name("torch.xpu.optimize", "", WORKS, f"{_TESTS}test_the_names_of_ipex", "IPEX's, never torch's"),
-    *(Name(f"torch.xpu.{name}", "", WORKS, _test_of(name)) for name in XPU_NAMES),
-    *(Name(f"torch.accelerator.{name}", "", WORKS, f"{_TESTS}test_the_accelerator") for name in ACCELERATOR_NAMES),
+    *(Name(f"torch.xpu.{name}", "", WORKS, f"{_TESTS}test_each_name_is_called") for name in XPU_NAMES),
+    *(Name(f"torch.accelerator.{name}", "", WORKS, f"{_TESTS}test_each_name_is_called") for name in ACCELERATOR_NAMES),
     *(
         Name(
             f"torch.xpu.{name}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -82,14 +81,38 @@ class Event:
 CURRENT = Stream()
 
 
-@contextlib.contextmanager
-def stream(stream: Any) -> Iterator[Any]:
-    yield stream
+class StreamContext:
+    """Work goes to a stream inside of it: to the one there is."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> Any:
+        return self.stream
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
 
-@contextlib.contextmanager
-def device(device: Any) -> Iterator[None]:
-    yield None
+def stream(stream: Any) -> StreamContext:
+    return StreamContext(stream)
+
+
+class device:
+    """Another device is the current one inside of it: the one there is. torch asks of an argument whether it is one of these."""
+
+    def __init__(self, device: Any) -> None:
+        self.idx = 0
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class device_of(device):
+    """The same, for the device of a tensor."""
 
 
 def memory_allocated(device: Any = None) -> int:
@@ -113,6 +136,18 @@ def memory_stats(device: Any = None) -> dict[str, int]:
     now, most = memory_allocated(), max_memory_allocated()
     kinds = ("allocated_bytes", "reserved_bytes")
     return {f"{kind}.all.{what}": value for kind in kinds for what, value in (("current", now), ("peak", most))}
+
+
+def memory_stats_as_nested_dict(device: Any = None) -> dict[str, Any]:
+    """`memory_stats`, a level for each part of a name."""
+    nested: dict[str, Any] = {}
+    for name, value in memory_stats().items():
+        *path, last = name.split(".")
+        level = nested
+        for part in path:
+            level = level.setdefault(part, {})
+        level[last] = value
+    return nested
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
@@ -165,6 +200,11 @@ def current_accelerator(check_available: bool = False) -> torch.device:
     return torch.device(XPU)
 
 
+def dtypes_of_the_cpu(device: Any = None) -> dict[str, set[torch.dtype]]:
+    """What `torch.accelerator.get_device_capability` tells of a device."""
+    return {"supported_dtypes": {value for value in vars(torch).values() if isinstance(value, torch.dtype)}}
+
+
 def get_rng_state(device: Any = XPU) -> torch.Tensor:
     return torch.default_generator.get_state()
 
@@ -207,18 +247,19 @@ MEMORY = {
 XPU_NAMES: dict[str, Any] = MEMORY | {
     "Event": Event,
     "Stream": Stream,
-    "StreamContext": stream,
+    "StreamContext": StreamContext,
     "can_device_access_peer": no,
     "current_device": first,
     "current_stream": current_stream,
     "default_generators": (torch.default_generator,),
     "device": device,
     "device_count": one,
-    "device_of": device,
+    "device_of": device_of,
     "get_arch_list": list,
     "get_device_capability": lambda device=None: vars(get_device_properties()),
     "get_device_name": lambda device=None: NAME,
     "get_device_properties": get_device_properties,
+    "get_gencode_flags": str,
     "get_rng_state": get_rng_state,
     "get_rng_state_all": get_rng_state_all,
     "init": nothing,
@@ -231,7 +272,8 @@ XPU_NAMES: dict[str, Any] = MEMORY | {
     "manual_seed": manual_seed,
     "manual_seed_all": manual_seed,
     "mem_get_info": mem_get_info,
-    "memory_stats_as_nested_dict": memory_stats,
+    "memory_snapshot": list,
+    "memory_stats_as_nested_dict": memory_stats_as_nested_dict,
     "seed": seed,
     "seed_all": seed,
     "set_device": nothing,
@@ -249,6 +291,7 @@ ACCELERATOR_NAMES: dict[str, Any] = MEMORY | {
     "device_count": one,
     "device_index": device,
     "empty_host_cache": nothing,
+    "get_device_capability": dtypes_of_the_cpu,
     "get_memory_info": mem_get_info,
     "is_available": yes,
     "set_device_idx": nothing,
