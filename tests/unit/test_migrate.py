@@ -6,15 +6,21 @@ import importlib
 import json
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import torch
 
+import lowbit.compat
 from lowbit.cli import FAILED, OK, main
+from lowbit.compat.ignored import CompatWarning
 from lowbit.errors import LowbitError
 from lowbit.migrate.codemod import migrate
-from lowbit.migrate.rules import ANY, RULES
+from lowbit.migrate.rules import ANY, BRINGING, DRAFTING, FIGURES, RULES
+from unit.checkpoint_cases import EVEN, make
 
 
 def became(source: str, device: str | None = None) -> str:
@@ -177,6 +183,146 @@ def test_a_name_that_is_kept_once_is_kept_everywhere() -> None:
     source = "from ipex_llm.transformers import AutoModel\nAutoModel.from_pretrained(a)\nAutoModel.load_convert('int4', True, a)\n"
     found = migrate(source)
     assert "from ipex_llm.transformers import AutoModel\n" in found.source and "from lowbit" not in found.source
+
+
+LOADED = """\
+import torch
+from ipex_llm.transformers import AutoModelForCausalLM
+
+ids = torch.tensor([[5, 9, 11, 4, 8, 5, 9, 11, 4, 8, 5, 9, 11]])
+model = AutoModelForCausalLM.from_pretrained(folder, load_in_low_bit="sym_int8")
+"""
+DENSE = """\
+import torch, transformers
+import intel_extension_for_pytorch as ipex
+
+ids = torch.tensor([[5, 9, 11, 4, 8]])
+model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+model = ipex.llm.optimize(model, dtype=torch.bfloat16)
+"""
+INSTALL = "lowbit.compat.install()"  # for this process; the tests do it around the script alone
+GREEDY = "max_new_tokens=6, do_sample=False"
+SAME = [
+    (LOADED + f"tokens = model.generate(ids, {GREEDY}, lookahead=3)\n", []),
+    (
+        LOADED + f"tokens = model.generate(**{{'input_ids': ids}}, {GREEDY}, lookahead=3, max_matching_ngram_size=4)\n",
+        [],
+    ),
+    (LOADED + "tokens = model.lookup_generate(ids, num_output_tokens=3, do_sample=False)\n", []),
+    (LOADED + f"n = 3\ntokens = model.generate(ids, {GREEDY}, lookahead=n)\n", ["lookahead goes with"]),
+    (LOADED + f"tokens = model.generate(ids, {GREEDY}, lookahead=2, num_beams=2)\n", ["lookahead goes with"]),
+    (LOADED + f"tokens = model.generate(ids.expand(2, -1), {GREEDY}, **dict(lookahead=2))\n", ["lookahead goes with"]),
+    (LOADED + f"tokens = model.generate(ids, {GREEDY}, max_step_draft=4)\n", ["max_step_draft goes with"]),
+    (
+        LOADED
+        + f"tokens = model.generate(ids, {GREEDY}, lookahead=3)\nseen = model.n_token_generated, model.n_drafted\n",
+        ["n_token_generated goes with"],
+    ),
+    (
+        LOADED.replace('"sym_int8"', '"sym_int8", speculative=True')
+        + f"tokens = model.speculative_generate(ids, {GREEDY})\nseen = model.n_token_generated\n",
+        ["speculative="],
+    ),
+    (
+        LOADED + f"from ipex_llm.utils import BenchmarkWrapper\ntimed = BenchmarkWrapper(model)\n"
+        f"tokens = timed.generate(ids, {GREEDY})\nseen = timed.first_cost > 0, timed.rest_cost_mean > 0\n",
+        ["no name of its own"],
+    ),
+    (LOADED.replace("sym_int8", "q2_k") + "tokens = model(ids).logits\n", ["load_in_low_bit="]),
+    (DENSE + f"tokens = model.generate(ids, {GREEDY})\n", []),
+    (
+        DENSE + f"tokens, times = model.generate(ids, {GREEDY}, token_latency=True)\nseen = len(times)\n",
+        ["token_latency goes with"],
+    ),
+    (
+        DENSE
+        + f"model.config.token_latency = True\ntokens, times = model.generate(ids, {GREEDY})\nseen = len(times)\n",
+        ["token_latency goes with"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "left"), SAME, ids=range(len(SAME)))
+def test_what_models_of_old_know_is_the_same_or_stays(source: str, left: list[str], folder: Path) -> None:
+    found = migrate(source)
+    assert len(found.left) == len(left)
+    assert all(words in note.reason for words, note in zip(left, found.left, strict=True)), found.left
+    assert ("lowbit.compat.install()" in found.source) == bool(left)
+    assert left or not any(f"{top}" in found.source for top in ("ipex", "lookahead=", "lookup_generate"))
+    before, after = {"folder": folder}, {"folder": folder}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompatWarning)
+        with lowbit.compat.install(children=False):
+            exec(compile(source, "old", "exec"), before)
+        with lowbit.compat.install(children=False) if left else nullcontext():
+            exec(compile(found.source.replace(INSTALL, ""), "new", "exec"), after)
+    assert torch.equal(before["tokens"], after["tokens"]) and before.get("seen") == after.get("seen")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("llama", tmp_path_factory.mktemp("migrate") / "dense", **EVEN)
+
+
+def test_the_words_are_those_of_the_faces() -> None:
+    from lowbit.compat.faces.ipex_llm import old_model, optimize
+    from lowbit.compat.faces.ipex_llm.transformers import model
+    from lowbit.compat.faces.neural_compressor.transformers.models import modeling_auto
+
+    assert FIGURES == old_model.FIGURES and DRAFTING == old_model.SPECULATIVE
+    assert set(BRINGING) == set(model.EMBEDDINGS)
+    for face, old in (
+        (model, "ipex_llm.transformers.AutoModel"),
+        (optimize, "ipex_llm.optimize_model"),
+        (modeling_auto, "neural_compressor.transformers.AutoModel"),
+    ):
+        assert face.IDLE.items() <= RULES[old].drop.items()
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ("AutoModel.from_pretrained(p, **more)", "only the running script knows"),
+        ("load = AutoModel if x else None", "handed on"),
+        ("AutoModel.from_pretrained(p, load_in_low_bit=args.low_bit)", "load_in_low_bit="),
+        ("AutoModel.from_pretrained(p, load_in_low_bit='bf16')", "load_in_low_bit="),
+        ("AutoModel.from_pretrained(p, quantization_config=c)", "bitsandbytes"),
+        ("llm_patch(train=True); AutoModel.from_pretrained(p)", "llm_patch"),
+    ],
+)
+def test_calls_that_only_the_running_script_can_read_stay(call: str, reason: str) -> None:
+    source = f"from ipex_llm import llm_patch\nfrom ipex_llm.transformers import AutoModel\n{call}\n"
+    found = migrate(source)
+    assert call in found.source and "from ipex_llm.transformers import AutoModel\n" in found.source
+    assert any("AutoModel" in note.name and reason in note.reason for note in found.left)
+    again = migrate(found.source)
+    assert again.source == found.source
+
+
+def test_types_that_are_only_named_are_translated() -> None:
+    source = (
+        "from ipex_llm.transformers import AutoModel\ndef f(m: AutoModel) -> AutoModel: ...\nisinstance(m, AutoModel)\n"
+    )
+    assert became(source) == source.replace("ipex_llm.transformers", "lowbit")
+
+
+def test_a_trainer_of_the_scripts_own_keeps_what_the_runner_does_for_it() -> None:
+    found = migrate("from transformers import Trainer\nclass Own(Trainer): ...\nOwn(m, tokenizer=t)\n")
+    assert [note.name for note in found.left] == ["transformers.Trainer"] and "Own(m, tokenizer=t)" in found.source
+
+
+def test_one_name_is_one_object() -> None:
+    source = (
+        "from intel_extension_for_pytorch.llm import optimize\nm = optimize(m, dtype=d)\no = optimize(m, dtype=d)\n"
+    )
+    found = migrate(source)
+    assert found.source.count("optimize(m, dtype=d)") == 2 and len(found.left) == 2
+
+
+def test_what_guesses_is_listed_where_its_name_changed() -> None:
+    found = migrate(SAME[0][0])
+    assert "prompt_lookup_num_tokens=3, max_matching_ngram_size=2)" in found.source
+    assert [note.name for note in found.dropped] == ["generate(lookahead=)"]
 
 
 def test_every_rule_leads_to_something() -> None:

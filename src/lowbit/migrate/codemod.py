@@ -1,29 +1,31 @@
 """Applies the rules to the source of a script, and leaves everything else in it as it is, comments and blank lines too.
 
-Two walks. The first finds every use of a name that has a rule, through whatever names the script gave its imports, and decides
-each: translated, or kept for a reason. An object that was imported by name is translated if all its uses are, for a script has
-one name for it. The second walk rewrites: imports, calls and their keywords, and, where a device is given, the word "xpu".
+Two walks. The first (finding.py) decides every use of a name that has a rule: translated, or kept for a reason. An object that was
+imported by name is translated if all its uses are, for a script has one name for it. The second rewrites: imports, calls and
+their keywords, and, where a device is given, the word "xpu".
 """
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
-
-import libcst as cst
-from libcst.metadata import (
-    MetadataWrapper,
-    ParentNodeProvider,
-    PositionProvider,
-    QualifiedNameProvider,
-    QualifiedNameSource,
-)
+from typing import Any
 
 from lowbit.errors import LowbitError
 from lowbit.migrate import rules
-from lowbit.migrate.rules import XPU, Decision, Migrated, Note, Rule
+from lowbit.migrate.finding import Finder, Use
+from lowbit.migrate.rules import XPU, Migrated, Note, Rule
+from lowbit.migrate.trees import (
+    MetadataWrapper,
+    after_opening,
+    as_argument,
+    bound,
+    cst,
+    dotted,
+    listed,
+    literal,
+    named,
+    renamed,
+)
 
 _INSTALL = "import lowbit.compat\n\nlowbit.compat.install()  # answers the old names that are left\n\n"
 _MARK = "# lowbit: "
@@ -38,7 +40,7 @@ def migrate(source: str, device: str | None = None) -> Migrated:
         where = f"line {error.raw_line}, {error.message.splitlines()[0]}"
         raise LowbitError(f"this is no Python that runs today: {where}") from None
     wrapper = MetadataWrapper(module)
-    finder = _Finder()
+    finder = Finder()
     wrapper.visit(finder)
     rewriter = _Rewriter(finder, device)
     written = wrapper.module.visit(rewriter)
@@ -46,109 +48,10 @@ def migrate(source: str, device: str | None = None) -> Migrated:
     return Migrated(written.code, left, dropped)
 
 
-@dataclass(frozen=True)
-class _Use:
-    """A use of a name outside of imports, by its canonical name, and the call that it is the function of."""
-
-    node: cst.CSTNode
-    name: str
-    call: cst.Call | None
-    decision: Decision
-
-    def is_of(self, name: str) -> bool:
-        return self.name == name or self.name.startswith(name + ".")
-
-
-class _Finder(cst.CSTVisitor):
-    """Every use that matters, decided; where each stands, and the statement above which a comment about it can stand."""
-
-    METADATA_DEPENDENCIES = (QualifiedNameProvider, ParentNodeProvider, PositionProvider)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.uses: dict[cst.CSTNode, _Use] = {}
-        self.torch_names: dict[cst.CSTNode, str] = {}
-        self.words: set[cst.CSTNode] = set()
-        self.imported: set[str] = set()
-        # Objects that the script has a second name for.
-        self.shared: set[str] = set()
-        self.lines: dict[cst.CSTNode, int] = {}
-        self.statements: dict[cst.CSTNode, cst.CSTNode] = {}
-
-    def visit_Import(self, node: cst.Import) -> bool:
-        self._place(node)
-        self.imported |= {_dotted(alias.name) for alias in node.names if alias.asname is None}
-        return False
-
-    def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
-        self._place(node)
-        return False
-
-    def visit_Assign(self, node: cst.Assign) -> None:
-        if isinstance(node.value, cst.Name):
-            self.shared.add(node.value.value)
-
-    def visit_SimpleString(self, node: cst.SimpleString) -> None:
-        value = node.evaluated_value
-        is_device = isinstance(value, str) and (value == XPU or (value[:4] == f"{XPU}:" and value[4:].isdigit()))
-        if is_device and not isinstance(self._parent(node), cst.Expr):
-            self.words.add(node)
-
-    def visit_Attribute(self, node: cst.Attribute) -> bool:
-        return not self._look_at(node)
-
-    def visit_Name(self, node: cst.Name) -> None:
-        self._look_at(node)
-
-    def _look_at(self, node: cst.Attribute | cst.Name) -> bool:
-        """Whether this is a use of a name that matters."""
-        parent = self._parent(node)
-        if (isinstance(parent, cst.Attribute) and parent.attr is node) or not _is_name(node):
-            return False
-        found = self.get_metadata(QualifiedNameProvider, node, set())
-        names = {one.name for one in found if one.source is QualifiedNameSource.IMPORT}
-        name = rules.canonical(names.pop()) if len(names) == 1 else ""
-        call = parent if isinstance(parent, cst.Call) and parent.func is node else None
-        if rules.is_old(name) or rules.rule_for(name) is not None:
-            self._place(node)
-            self.uses[node] = _Use(node, name, call, rules.decide(name, self._called(call)))
-        elif name.startswith(rules.TORCH_XPU) or name in rules.GRAD_SCALERS:
-            self._place(node)
-            self.torch_names[node] = name
-        else:
-            return False
-        return True
-
-    def _called(self, call: cst.Call | None) -> rules.Called | None:
-        if call is None:
-            return None
-        keywords = {argument.keyword.value: _literal(argument) for argument in call.args if argument.keyword}
-        parent = self._parent(call)
-        target = parent.targets[0].target if isinstance(parent, cst.Assign) and len(parent.targets) == 1 else None
-        first = call.args[0].value if call.args else None
-        while isinstance(first, cst.Call) and isinstance(first.func, cst.Attribute):  # model.eval() is the model
-            first = first.func.value
-        rebinds = isinstance(target, cst.Name) and isinstance(first, cst.Name) and target.value == first.value
-        alone = isinstance(first, cst.Name) and first.value not in self.shared
-        return rules.Called(keywords, len(call.args) - len(keywords), rebinds and alone)
-
-    def _parent(self, node: cst.CSTNode) -> cst.CSTNode | None:
-        found: cst.CSTNode | None = self.get_metadata(ParentNodeProvider, node, None)
-        return found
-
-    def _place(self, node: cst.CSTNode) -> None:
-        self.lines[node] = self.get_metadata(PositionProvider, node).start.line
-        above: cst.CSTNode | None = node
-        while above is not None and not hasattr(above, "leading_lines"):
-            above = self._parent(above)
-        if above is not None:
-            self.statements[node] = above
-
-
 class _Rewriter(cst.CSTTransformer):
     """The second walk."""
 
-    def __init__(self, finder: _Finder, device: str | None) -> None:
+    def __init__(self, finder: Finder, device: str | None) -> None:
         super().__init__()
         self.finder, self.device = finder, device
         self.left: list[Note] = []
@@ -182,7 +85,9 @@ class _Rewriter(cst.CSTTransformer):
         first = updated.nodes[0] if isinstance(updated, cst.FlattenSentinel) else updated
         if not hasattr(first, "leading_lines") or not (texts or self.orphans):
             return updated
-        comments = [cst.EmptyLine(comment=cst.Comment(_MARK + text)) for text in texts]
+        there = {line.comment.value for line in first.leading_lines if line.comment}
+        new = [_MARK + text for text in texts if _MARK + text not in there]
+        comments = [cst.EmptyLine(comment=cst.Comment(text)) for text in new]
         orphans = [line for line in self.orphans if line.comment or not first.leading_lines]
         changed = first.with_changes(leading_lines=[*first.leading_lines, *orphans, *comments])
         self.orphans = []
@@ -214,11 +119,11 @@ class _Rewriter(cst.CSTTransformer):
 
     def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:
         missing = "".join(f"import {name}\n" for name in self.needs if name not in self.finder.imported)
-        source = (_INSTALL if self.left else "") + missing
+        source = (_INSTALL if self.left and "lowbit.compat" not in self.finder.imported else "") + missing
         if not source:
             return updated_node
         body, lines = list(updated_node.body), list(cst.parse_module(source).body)
-        place = _after_opening(body)
+        place = after_opening(body)
         if place:
             lines[0] = lines[0].with_changes(leading_lines=[cst.EmptyLine(indent=False)])
         return updated_node.with_changes(body=[*body[:place], *lines, *body[place:]])
@@ -237,13 +142,13 @@ class _Rewriter(cst.CSTTransformer):
     def _imports(self, statement: cst.BaseSmallStatement) -> Imports | None:
         """What an import statement becomes; None for one that stays as it is, and for everything else."""
         if isinstance(statement, cst.Import):
-            old = [alias for alias in statement.names if rules.is_old(rules.canonical(_dotted(alias.name)))]
-            going = [alias for alias in old if not self._stays(_bound(alias))]
+            old = [alias for alias in statement.names if rules.is_old(rules.canonical(dotted(alias.name)))]
+            going = [alias for alias in old if not self._stays(bound(alias))]
             rest = [alias for alias in statement.names if alias not in going]
-            return None if not going else [statement.with_changes(names=_listed(rest))] if rest else []
+            return None if not going else [statement.with_changes(names=listed(rest))] if rest else []
         if not isinstance(statement, cst.ImportFrom) or statement.module is None or statement.relative:
             return None
-        module = rules.canonical(_dotted(statement.module))
+        module = rules.canonical(dotted(statement.module))
         if not isinstance(statement.names, cst.ImportStar):
             return self._named_import(statement, module, statement.names)
         if rules.is_old(module):
@@ -254,11 +159,11 @@ class _Rewriter(cst.CSTTransformer):
         stay: list[cst.ImportAlias] = []
         moved: dict[str, list[cst.ImportAlias]] = {}
         for alias in names:
-            name = f"{module}.{_dotted(alias.name)}"
+            name = f"{module}.{dotted(alias.name)}"
             rule = rules.RULES.get(name)
             if rule is not None and rule.ours != name and not self._stays(name):
                 home, _, ours = rule.ours.rpartition(".")
-                moved.setdefault(home, []).append(_renamed(ours, alias))
+                moved.setdefault(home, []).append(renamed(ours, alias))
             elif rule is not None or self._stays(name) or not rules.is_old(name):
                 stay.append(alias)
             elif not any(use.is_of(name) for use in self.finder.uses.values()):
@@ -266,8 +171,8 @@ class _Rewriter(cst.CSTTransformer):
                 self._leave(statement, name, rules.reason_without_rule(name))
         if len(stay) == len(names):
             return None
-        lines: Imports = [statement.with_changes(names=_listed(stay))] if stay else []
-        return lines + [cst.ImportFrom(_name(home), _listed(aliases)) for home, aliases in moved.items()]
+        lines: Imports = [statement.with_changes(names=listed(stay))] if stay else []
+        return lines + [cst.ImportFrom(named(home), listed(aliases)) for home, aliases in moved.items()]
 
     def _stays(self, name: str) -> bool:
         """Whether an imported object, or something under it, keeps its old name somewhere."""
@@ -282,9 +187,9 @@ class _Rewriter(cst.CSTTransformer):
         name = self.finder.torch_names.get(original_node, "")
         if self.device in (None, "cpu") or not name.startswith(rules.TORCH_XPU):
             return updated_node
-        return _name(name.replace(XPU, str(self.device).partition(":")[0], 1))
+        return named(name.replace(XPU, str(self.device).partition(":")[0], 1))
 
-    def _renamed(self, use: _Use, rule: Rule, original: cst.Attribute, updated: cst.Attribute) -> cst.BaseExpression:
+    def _renamed(self, use: Use, rule: Rule, original: cst.Attribute, updated: cst.Attribute) -> cst.BaseExpression:
         """By the name that the script has for it, if it was imported by that, else in full."""
         head: cst.BaseExpression = original
         for _ in filter(None, use.decision.rest.split(".")):
@@ -292,7 +197,7 @@ class _Rewriter(cst.CSTTransformer):
         if isinstance(head, cst.Name) or rule.ours == use.name.removesuffix(f".{use.decision.rest}"):
             return updated
         self.needs[rule.ours.rpartition(".")[0]] = None
-        return _name(".".join(part for part in (rule.ours, use.decision.rest) if part))
+        return named(".".join(part for part in (rule.ours, use.decision.rest) if part))
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
         given = {argument.keyword.value: argument for argument in updated_node.args if argument.keyword}
@@ -306,92 +211,48 @@ class _Rewriter(cst.CSTTransformer):
             # Without a word about the device a scaler of gradients is CUDA's.
             if "device" in given or len(given) < len(updated_node.args):
                 return updated_node
-            return updated_node.with_changes(args=[_argument("device", repr(self.device)), *updated_node.args])
-        function = original_node.func
-        if not isinstance(function, cst.Attribute) or function.attr.value != "apply_chat_template":
-            return updated_node
-        # It gave the tokens; today it gives a dictionary unless told.
-        spread = any(argument.star for argument in updated_node.args)
-        if spread or "return_dict" in given or _literal(given.get("tokenize")) is False:
-            return updated_node
-        return updated_node.with_changes(args=[*updated_node.args, _argument("return_dict", "False")])
+            return updated_node.with_changes(args=[as_argument("device", repr(self.device)), *updated_node.args])
+        guess = self.finder.guesses.get(original_node)
+        if guess is not None:
+            return self._guess(original_node, updated_node, guess)
+        return self._template(original_node, updated_node, given)
 
-    def _arguments(self, use: _Use, rule: Rule, given: Sequence[cst.Arg]) -> Iterator[cst.Arg]:
+    def _guess(self, original: cst.Call, updated: cst.Call, guess: rules.Guess) -> cst.Call:
+        """A `generate` whose guesses have other names today."""
+        self.dropped.append(Note(self.finder.lines[original], guess.name, guess.remark))
+        kept = [one for one in updated.args if not one.keyword or one.keyword.value not in guess.gone]
+        args = [*kept, *(as_argument(name, repr(value)) for name, value in guess.now.items())]
+        args[-1] = args[-1].with_changes(comma=updated.args[-1].comma)
+        function = cst.ensure_type(updated.func, cst.Attribute).with_changes(attr=cst.Name("generate"))
+        return updated.with_changes(func=function, args=args)
+
+    def _template(self, original: cst.Call, updated: cst.Call, given: dict[str, cst.Arg]) -> cst.Call:
+        """A chat template gave the tokens; today it gives a dictionary unless told."""
+        function = original.func
+        if not isinstance(function, cst.Attribute) or function.attr.value != "apply_chat_template":
+            return updated
+        spread = any(argument.star for argument in updated.args)
+        if spread or "return_dict" in given or literal(given.get("tokenize")) is False:
+            return updated
+        return updated.with_changes(args=[*updated.args, as_argument("return_dict", "False")])
+
+    def _arguments(self, use: Use, rule: Rule, given: Sequence[cst.Arg]) -> Iterator[cst.Arg]:
         for argument in given:
-            keyword, value = argument.keyword.value if argument.keyword else "", _literal(argument)
+            keyword, value = argument.keyword.value if argument.keyword else "", literal(argument)
             now = rules.today(rule, keyword, value)
             if not now and keyword:
                 reason = rule.drop[keyword] if keyword in rule.drop else rule.table[keyword].reason
                 self.dropped.append(Note(self.finder.lines[use.node], f"{use.name}({keyword}=)", reason))
             for name, new in (now or {}).items() if keyword else ():
                 same = new is value or new == value
-                yield argument.with_changes(keyword=cst.Name(name)) if same else _argument(name, repr(new))
+                yield argument.with_changes(keyword=cst.Name(name)) if same else as_argument(name, repr(new))
             if not keyword:
                 yield argument
         made = {rule.rename.get(one.keyword.value, one.keyword.value) for one in given if one.keyword}
         more = {**rule.add} | {name: source for name, source in rule.default.items() if name not in made}
-        yield from (_argument(name, source) for name, source in more.items())
+        yield from (as_argument(name, source) for name, source in more.items())
 
     def leave_SimpleString(self, original_node: cst.SimpleString, updated_node: cst.SimpleString) -> cst.BaseExpression:
-        if self.device is None or original_node not in self.finder.words:
+        if self.device is None or original_node not in self.finder.devices:
             return updated_node
         return updated_node.with_changes(value=f"{original_node.quote}{self.device}{original_node.quote}")
-
-
-def _is_name(node: cst.BaseExpression) -> bool:
-    """Whether there is nothing but dots in it: what a call gave has attributes of its own, `load("small").to`."""
-    while isinstance(node, cst.Attribute):
-        node = node.value
-    return isinstance(node, cst.Name)
-
-
-def _after_opening(body: Sequence[Any]) -> int:
-    """Behind the docstring and what Python wants first."""
-    place = 0
-    for index, statement in enumerate(body):
-        first = statement.body[0] if isinstance(statement, cst.SimpleStatementLine) else None
-        is_text = index == 0 and isinstance(first, cst.Expr) and isinstance(first.value, cst.SimpleString)
-        module = first.module if isinstance(first, cst.ImportFrom) else None
-        if is_text or (module is not None and _dotted(module) == "__future__"):
-            place = index + 1
-    return place
-
-
-def _literal(argument: cst.Arg | None) -> Any:
-    try:
-        return ast.literal_eval(cst.Module([]).code_for_node(argument.value)) if argument else rules.UNKNOWN
-    except (ValueError, SyntaxError):
-        return rules.UNKNOWN
-
-
-def _dotted(node: cst.CSTNode) -> str:
-    return f"{_dotted(node.value)}.{node.attr.value}" if isinstance(node, cst.Attribute) else cast(cst.Name, node).value
-
-
-def _name(dotted: str) -> cst.Attribute | cst.Name:
-    return cast("cst.Attribute | cst.Name", cst.parse_expression(dotted))
-
-
-def _bound(alias: cst.ImportAlias) -> str:
-    """What a plain import makes known: the module under a name of its own, or else all of its package."""
-    name = rules.canonical(_dotted(alias.name))
-    return name if alias.asname is not None else name.partition(".")[0]
-
-
-def _renamed(ours: str, alias: cst.ImportAlias) -> cst.ImportAlias:
-    """The new name under the name that the script has for it."""
-    known = cast(cst.Name, alias.asname.name).value if alias.asname else _dotted(alias.name)
-    return cst.ImportAlias(cst.Name(ours), None if known == ours else cst.AsName(cst.Name(known)))
-
-
-def _listed(aliases: Sequence[cst.ImportAlias]) -> list[cst.ImportAlias]:
-    """Aliases with commas between them."""
-    comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
-    bare = [alias.with_changes(comma=cst.MaybeSentinel.DEFAULT) for alias in aliases]
-    return [*(alias.with_changes(comma=comma) for alias in bare[:-1]), bare[-1]]
-
-
-def _argument(name: str, source: str) -> cst.Arg:
-    equal = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
-    value = cst.parse_expression(source.replace("'", '"') if source.startswith("'") else source)
-    return cst.Arg(value, keyword=cst.Name(name), equal=equal)

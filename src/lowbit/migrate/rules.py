@@ -17,6 +17,7 @@ from lowbit.compat.shims.gone import MOVED_NAMES
 from lowbit.compat.shims.shim import Keyword
 from lowbit.compat.shims.tokenizers import LLAMA_CLASSES
 from lowbit.compat.shims.trainer import ARGUMENTS, OPTIMISERS
+from lowbit.formats import CASTS
 
 IPEX, IPEX_LLM, NEURAL_COMPRESSOR = "intel_extension_for_pytorch", "ipex_llm", "neural_compressor"
 XPU = "xpu"
@@ -44,16 +45,25 @@ class Rule:
     table: Mapping[str, Keyword] = field(default_factory=dict)
     # The keywords that are understood, where others leave the call as it is; None: all that are not named above go along.
     only: tuple[str, ...] | None = None
+    # The words of a script that go with the models made by the old name alone, and with which it stays.
+    words: tuple[str, ...] = ()
+
+    @property
+    def reads_calls(self) -> bool:
+        """Whether what becomes of a call depends on its keywords."""
+        keywords = self.rename or self.stay or self.table or self.add or self.default or self.only or self.words
+        return bool(keywords or (self.drop and self.members == _LOADING))
 
 
 @dataclass(frozen=True)
 class Called:
-    """A call as the rules see it: keywords with their values as far as they can be read, how many arguments have none, and
-    whether its result takes the name of its first argument."""
+    """A call as the rules see it: keywords with their values as far as they can be read, how many arguments have none,
+    whether its result takes the name of its first argument, and whether it has keywords that cannot be read, `**more`."""
 
     keywords: Mapping[str, Any]
     positional: int = 0
     rebinds: bool = False
+    unread: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,18 @@ class Decision:
     rule: Rule | None
     rest: str = ""
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A call of `generate` in which an old library looked ahead: the keywords that go, and those that stand for them."""
+
+    name: str
+    gone: tuple[str, ...]
+    now: Mapping[str, int]
+    remark: str = (
+        "prompt_lookup_num_tokens= is the same, but refuses several prompts and beams, with which that guessed nothing"
+    )
 
 
 @dataclass(frozen=True)
@@ -83,6 +105,8 @@ class Migrated:
     dropped: list[Note]
 
 
+# Formats with which that library packed the embedding too.
+BRINGING = ("q2_k", "gguf_q4k_s", "gguf_q4k_m")
 # Every attribute of a class means the same.
 ANY = ("*",)
 # The value of a keyword that is no literal.
@@ -91,24 +115,60 @@ _LOADING = ("from_pretrained", "load_low_bit", "from_config")
 _ONE_ENGINE = "there is one engine, and it runs what is low-bit"
 _BLOCKS = "one block is in memory at a time in any case"
 _KERNELS = "kernels are chosen per layer in any case"
-_COMPAT = "lowbit.compat does it"
+COMPAT = "lowbit.compat does it"
 NO_NAME = "lowbit has no name of its own for it, and lowbit.compat answers it"
-_IPEX_LLM_DROP = {
-    "optimize_model": _KERNELS,
+_MAPPED = "weights stay mapped from their files until they are used"
+_OPTIMIZE_DROP = {
     "lightweight_bmm": "attention is left to the model",
-    "disk_embedding": "weights stay mapped from their files until they are used",
+    "disable_optimize_pre": "there is no separate first pass to leave out",
+}
+_IPEX_LLM_DROP = _OPTIMIZE_DROP | {
+    "optimize_model": _KERNELS,
+    "disk_embedding": _MAPPED,
+    "offload_folder": _MAPPED,
+    "offload_state_dict": _MAPPED,
 }
 _IPEX_LLM_STAY = {
-    "speculative": "a draft beside the model: " + _COMPAT,
+    "speculative": "a draft beside the model: " + COMPAT,
     "replace_embedding": "an older name of cpu_embedding",
-    "model_hub": _COMPAT,
-    "pipeline_parallel_stages": _COMPAT,
-    "allow_pickle": "the old library's own files: " + _COMPAT,
+    "model_hub": COMPAT,
+    "pipeline_parallel_stages": COMPAT,
+    "allow_pickle": "the old library's own files: " + COMPAT,
+    "quantization_config": "that of bitsandbytes also says the type of the rest: " + COMPAT,
 }
+# What the models of ipex-llm know: words of `generate`, its figures, the methods; and what changes all that are loaded.
+FIGURES = ("first_token_time", "n_token_generated", "n_drafted", "n_matched", "e2e_time_without_first")
+DRAFTING = (
+    "max_step_draft", "th_stop_draft", "auto_th_stop_draft", "auto_parameters", "min_step_draft", "hf_adjust", "th_batch_num",
+)  # fmt: skip
+_LOOKING = ("lookahead", "lookup_generate", "max_matching_ngram_size", "IPEX_LLM_PERFORMANCE_MODE")
+GUESSES = (*FIGURES, *DRAFTING, *_LOOKING, "speculative_generate", "bigdl_transformers_low_bit", "llm_patch")
+# What those of IPEX know.
+TIMES = ("token_latency",)
+WORDS = frozenset((*GUESSES, *TIMES))
+# How much that library looked up where nothing was said.
+_TOKENS, _LONGEST, _NEW_TOKENS = 10, 2, 10
 AUTO_CLASSES = tuple(name for name in lowbit.__all__ if name.startswith("AutoModel"))
 _CONFIGS = ("AutoRoundConfig", "AwqConfig", "GPTQConfig", "RtnConfig", "TeqConfig")
+
+
+def _type(value: Any) -> Mapping[str, Any]:
+    return {} if value == "auto" else {"torch_dtype": value}
+
+
+def _format(value: Any) -> Mapping[str, Any]:
+    """A format that brings nothing with it; what is computed by the script may be any."""
+    if value is not None and (not isinstance(value, str) or value in (*CASTS, *BRINGING)):
+        raise ValueError(value)
+    return {"load_in_low_bit": value}
+
+
 _OPTIMIZE = Rule(
-    "lowbit.optimize_model", drop={"optimize_llm": _KERNELS, "lightweight_bmm": "attention is left to the model"}
+    "lowbit.optimize_model",
+    drop=_OPTIMIZE_DROP | {"optimize_llm": _KERNELS},
+    stay={"replace_embedding": "an older name of cpu_embedding"},
+    table={"torch_dtype": Keyword("torch_dtype", "the type is the model's own", _type)},
+    words=GUESSES,
 )
 
 
@@ -119,6 +179,7 @@ def _neural_compressor() -> dict[str, Rule]:
         "use_neural_speed": _ONE_ENGINE,
         "for_inference": "a model that was made low-bit runs",
         "use_layer_wise": _BLOCKS,
+        "is_vlm": "what can be packed is found in the model itself",
     }
     found = {f"{home}.{name}": Rule(f"lowbit.{name}", members=("from_dict", "from_json_file"), drop={"use_layer_wise": _BLOCKS})
              for name in _CONFIGS for home in (place, f"{place}.utils", f"{place}.utils.quantization_config")}  # fmt: skip
@@ -130,10 +191,16 @@ def _neural_compressor() -> dict[str, Rule]:
 def _ipex_llm() -> dict[str, Rule]:
     found = {f"{IPEX_LLM}.optimize_model": _OPTIMIZE, f"{IPEX_LLM}.optimize.optimize_model": _OPTIMIZE}
     for name in ("low_memory_init", "load_low_bit"):
-        found[f"{IPEX_LLM}.optimize.{name}"] = Rule(f"lowbit.{name}")
+        found[f"{IPEX_LLM}.optimize.{name}"] = Rule(f"lowbit.{name}", words=GUESSES if name == "load_low_bit" else ())
+    low_bit = Keyword("load_in_low_bit", "", _format)
     for name in AUTO_CLASSES:
         found[f"{IPEX_LLM}.transformers.{name}"] = Rule(
-            f"lowbit.{name}", members=_LOADING, drop=_IPEX_LLM_DROP, stay=_IPEX_LLM_STAY
+            f"lowbit.{name}",
+            members=_LOADING,
+            drop=_IPEX_LLM_DROP,
+            stay=_IPEX_LLM_STAY,
+            table={"load_in_low_bit": low_bit},
+            words=GUESSES,
         )
     # prepare_model_for_kbit_training stays: it also has products made without rounding activations, and peft's own does not.
     found[f"{IPEX_LLM}.transformers.qlora.get_peft_model"] = Rule("peft.get_peft_model")
@@ -159,6 +226,7 @@ def _ipex() -> dict[str, Rule]:
         default={"torch_dtype": '"float32"'},
         only=("model",),
         copies=True,
+        words=TIMES,
     )
     return {f"{IPEX}.{name}": dense for name in ("llm.optimize", "optimize_transformers")}
 
@@ -186,7 +254,6 @@ TORCH_XPU = f"torch.{XPU}."
 # Calls of a whole statement that do nothing where "xpu" becomes the CPU.
 DONE_ON_CPU = tuple(TORCH_XPU + name for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"))
 GRAD_SCALERS = ("torch.amp.GradScaler", "torch.amp.grad_scaler.GradScaler")
-NO_NAME = "lowbit has no name of its own for it, and lowbit.compat answers it"
 
 
 def canonical(name: str) -> str:
@@ -243,18 +310,20 @@ def _table() -> dict[str, Name]:
 def _refusal(rule: Rule, rest: str, called: Called | None) -> str | None:
     """Why a use of a name keeps the old one, or None."""
     if rest and rule.members != ANY and rest not in rule.members:
-        return f"{rule.ours} has no {rest} that is the same: {_COMPAT}"
+        return f"{rule.ours} has no {rest} that is the same: {COMPAT}"
     if called is None:
-        return None if rule.only is None else f"it is handed on, and not called here: {_COMPAT}"
+        return f"it is handed on, and not called here: {COMPAT}" if rule.reads_calls else None
+    if called.unread and rule.reads_calls:
+        return f"it is called with keywords that only the running script knows: {COMPAT}"
     if rule.only is not None and called.positional > 1:
-        return f"its arguments have no names: {_COMPAT}"
+        return f"its arguments have no names: {COMPAT}"
     for keyword, value in called.keywords.items():
         if keyword in rule.stay:
             return f"{keyword}=: {rule.stay[keyword]}"
         if today(rule, keyword, value) is None:
-            return f"{keyword}=: {_COMPAT}"
+            return f"{keyword}=: {COMPAT}"
     if rule.copies and not called.rebinds and called.keywords.get("inplace") is not True:
-        return f"{rule.ours} changes the model itself, and this call gives another one: {_COMPAT}"
+        return f"{rule.ours} changes the model itself, and this call gives another one: {COMPAT}"
     return None
 
 
@@ -276,3 +345,20 @@ def today(rule: Rule, keyword: str, value: Any) -> Mapping[str, Any] | None:
     if rule.only is not None and keyword not in (*rule.only, *rule.rename):
         return None
     return {rule.rename.get(keyword, keyword): value}
+
+
+def guess(method: str, called: Called) -> Guess | None:
+    """What stands for a `generate` that looks ahead, where all of it can be read off the call."""
+    given, count = called.keywords, "lookahead" if method == "generate" else "num_output_tokens"
+    if method == "generate" and count not in given:
+        return None
+    tokens, longest = given.get(count, _TOKENS), given.get("max_matching_ngram_size") or _LONGEST
+    has_ids = called.positional == 1 or called.unread or "input_ids" in given or "inputs" in given
+    readable = type(tokens) is int and tokens > 0 and type(longest) is int
+    if not readable or not has_ids or called.positional > 1 or given.get("num_beams", 1) != 1:
+        return None
+    now = {"prompt_lookup_num_tokens": tokens, "max_matching_ngram_size": longest}
+    if method != "generate" and "max_new_tokens" not in given:
+        now = {"max_new_tokens": _NEW_TOKENS, **now}
+    name = f"generate({count}=)" if method == "generate" else method
+    return Guess(name, (count, "max_matching_ngram_size"), now)

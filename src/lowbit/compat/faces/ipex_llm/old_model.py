@@ -30,11 +30,11 @@ _PERFORMANCE_MODE = "IPEX_LLM_PERFORMANCE_MODE"
 # What that mode does: two tokens looked up for prompts from this length on.
 _LONG_PROMPT, _LOOKED_UP = 100, 2
 _LONGEST_MATCH = 2
-_SPECULATIVE = (
+SPECULATIVE = (
     "max_step_draft", "th_stop_draft", "auto_th_stop_draft", "auto_parameters", "min_step_draft", "hf_adjust", "th_batch_num",
 )  # fmt: skip
 _SAVING_IDLE = ("safe_serialization", "save_function", "is_main_process", "push_to_hub", "state_dict", "variant")
-_FIGURES = ("first_token_time", "n_token_generated", "n_drafted", "n_matched", "e2e_time_without_first")
+FIGURES = ("first_token_time", "n_token_generated", "n_drafted", "n_matched", "e2e_time_without_first")
 
 
 def say_ignored_in(owner: str, keywords: dict[str, Any], reasons: dict[str, str]) -> None:
@@ -84,7 +84,7 @@ class OldGenerate(EngineGenerate):
         self.draft = draft
 
     def __call__(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        asked = {name: kwargs.pop(name) for name in _SPECULATIVE if name in kwargs}
+        asked = {name: kwargs.pop(name) for name in SPECULATIVE if name in kwargs}
         lookahead, longest = kwargs.pop("lookahead", None), kwargs.get("max_matching_ngram_size")
         if lookahead is None and os.environ.get(_PERFORMANCE_MODE) == "1" and _width(inputs, kwargs) >= _LONG_PROMPT:
             lookahead = _LOOKED_UP
@@ -111,7 +111,7 @@ class OldGenerate(EngineGenerate):
         new_tokens = out.shape[1] - _width(inputs, kwargs) if isinstance(out, torch.Tensor) else len(seconds)
         first, last = (seconds[0], seconds[-1]) if seconds else (0.0, 0.0)
         drafted, matched = (guesser.drafted, guesser.matched) if guesser is not None else (0, 0)
-        for name, value in zip(_FIGURES, (first, new_tokens, drafted, matched, last - first), strict=True):
+        for name, value in zip(FIGURES, (first, new_tokens, drafted, matched, last - first), strict=True):
             object.__setattr__(self.model, name, value)
         return out
 
@@ -176,13 +176,13 @@ def speculative_generate(
     generate = model.generate
     if draft_model is None or draft_model is generate.draft:
         return generate(inputs, generation_config, **kwargs)
-    asked = {name: kwargs.pop(name) for name in _SPECULATIVE if name in kwargs}
+    asked = {name: kwargs.pop(name) for name in SPECULATIVE if name in kwargs}
     return generate._guessed(inputs, generation_config, kwargs | {"draft": draft_of(draft_model, asked)})
 
 
 def clear_benchmarks(model: Any) -> None:
     """Set the figures of the last call back to nothing."""
-    for name in _FIGURES:
+    for name in FIGURES:
         object.__setattr__(model, name, 0)
 
 

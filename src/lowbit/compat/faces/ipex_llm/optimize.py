@@ -21,7 +21,7 @@ __all__ = ["load_low_bit", "low_memory_init", "optimize_model"]
 _OWNER = "optimize_model"
 # The networks of a diffusers pipeline that do its work, one of which it has.
 _NETWORKS = ("unet", "transformer")
-_IDLE = {
+IDLE = {
     "disable_optimize_pre": "there is no separate first pass to leave out",
     "lightweight_bmm": "attention is left to the model",
 }
@@ -38,7 +38,7 @@ def optimize_model(
     """Make a torch model low-bit in place, or the network of a diffusers pipeline; `low_bit=None` leaves the weights alone."""
     if not isinstance(model, nn.Module):
         return _optimize_pipeline(model, low_bit, modules_to_not_convert=modules_to_not_convert, **kwargs)
-    say_ignored_in(_OWNER, kwargs, _IDLE)
+    say_ignored_in(_OWNER, kwargs, IDLE)
     cpu_embedding = kwargs.pop("replace_embedding", False) or cpu_embedding
     if kwargs.get("torch_dtype") == "auto":
         kwargs.pop("torch_dtype")
@@ -83,7 +83,7 @@ NAMES = (
         f"{_UNIT}test_optimize_model_with_a_dense_embedding",
         "the embedding stays dense",
     ),
-    *(Name(f"ipex_llm.optimize.optimize_model({name}=)", "", IGNORED, _ANY, reason) for name, reason in _IDLE.items()),
+    *(Name(f"ipex_llm.optimize.optimize_model({name}=)", "", IGNORED, _ANY, reason) for name, reason in IDLE.items()),
     Name("ipex_llm.optimize.low_memory_init", "lowbit.low_memory_init", WORKS, _GUIDE),
     Name(
         "ipex_llm.optimize.load_low_bit", "lowbit.load_low_bit", WORKS, _GUIDE, "an old folder needs allow_pickle=True"

@@ -27,8 +27,8 @@ from lowbit.formats import CASTS
 
 _DRAFT = "sym_int4"
 # What the old library gave the embedding of a model where nothing was said.
-_EMBEDDINGS = {"q2_k": "q2_k", "gguf_q4k_s": "q4_k", "gguf_q4k_m": "q4_k"}
-_IDLE = {
+EMBEDDINGS = {"q2_k": "q2_k", "gguf_q4k_s": "q4_k", "gguf_q4k_m": "q4_k"}
+IDLE = {
     "disk_embedding": "weights stay mapped from their files until they are used",
     "lightweight_bmm": "attention is left to the model",
     "disable_optimize_pre": "there is no separate first pass to leave out",
@@ -59,7 +59,7 @@ class _BaseAutoModelClass:
         compute = getattr(kwargs.get("quantization_config"), "bnb_4bit_compute_dtype", None)
         if compute is not None and low_bit is not None:
             kwargs.setdefault("torch_dtype", compute)  # what is not packed had that type
-        embedding = _EMBEDDINGS.get(low_bit or "")
+        embedding = EMBEDDINGS.get(low_bit or "")
         if embedding is not None and not kwargs.get("cpu_embedding"):
             kwargs.setdefault("embedding_qtype", embedding)
         speculative = kwargs.pop("speculative", False)
@@ -126,7 +126,7 @@ def _check_old(kwargs: dict[str, Any]) -> None:
         raise RecipeError(
             f"pipeline_parallel_stages={stages}: lowbit runs a model in one process; leave it out, or set it to 1"
         )
-    say_ignored_in(owner, kwargs, _IDLE)
+    say_ignored_in(owner, kwargs, IDLE)
 
 
 def _low_bit(kwargs: Mapping[str, Any]) -> str | None:
@@ -223,7 +223,7 @@ NAMES = (
     Name(f"{_LOADS}(optimize_model=)", "", IGNORED, _TESTS["load_in_4bit"], "kernels are chosen per layer in any case"),
     *(
         Name(f"{_LOADS}({name}=)", "", IGNORED, f"{_UNIT}test_keywords_without_meaning_are_said_once", reason)
-        for name, reason in _IDLE.items()
+        for name, reason in IDLE.items()
     ),
     Name(
         f"{_LOADS}(model_hub=)",
