@@ -56,7 +56,6 @@ make_all() {
     gcc -shared -fPIC -O2 "$here/without_amx.c" -o "$peers/without_amx.so" -ldl
     export PYTHONPATH=$peers/ours:$tree/assets
     python3 "$here/shells.py" fill "$peers/shells" "$peers/models"
-    python3 "$here/prepare.py" "$peers" --only none --filled
     wait $llama
     cd "$peers/models"
     for model in smollm2-f32 random-1.1b-bf16; do

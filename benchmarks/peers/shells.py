@@ -5,7 +5,7 @@ machine that can be given megabytes and not gigabytes gets each file without its
 codes as random bytes, scales and dense weights as small random numbers. Everything small (shapes, norms, tokenizers,
 tables of names) travels as it is.
 
-    python benchmarks/peers/shells.py pack MODELS OUT       here:  MODELS/*.gguf (bf16 and f32), hf-*, openvino-*
+    python benchmarks/peers/shells.py pack MODELS OUT       here:  MODELS/*.gguf (bf16 and f32), hf-*, openvino-*, ours
     python benchmarks/peers/shells.py fill OUT MODELS       there: the same names, full size
 """
 
@@ -16,13 +16,17 @@ import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-SMALL = 1 << 16  # bytes: what is no larger travels
+sys.path.append(str(Path(__file__).parents[1]))
+from peers.entries import OUR_RECIPES, SIZES, made_for, our_folder  # noqa: E402
+
+SMALL = 1 << 13  # bytes: what is no larger travels, as norms do
 SPAN = 1 << 24  # elements drawn at once
 STD = 0.02
 PLAN, KEPT = ".plan.json", ".kept"
@@ -113,28 +117,39 @@ def is_large(path: Path) -> bool:
     return path.is_file() and names
 
 
+def ours(models: Path) -> Iterator[Path]:
+    """Our folders that the benchmarks read, without those that another stands in for."""
+    for model in SIZES:
+        folders = {our_folder(models, model, name) for name in OUR_RECIPES if name != "bf16" and made_for(model, name)}
+        yield from sorted(folder for folder in folders if folder.exists())
+
+
 def pack(models: Path, out: Path) -> None:
-    wanted = [*models.glob("hf-*"), *models.glob("openvino-*-int*"), *models.glob("*-bf16.gguf")]
+    wanted = [*models.glob("hf-*"), *models.glob("openvino-*-int*"), *models.glob("*-bf16.gguf"), *ours(models)]
     wanted += [p for p in models.glob("*-f32.gguf") if "padded" not in p.name]
     for top in wanted:
-        for path in [top] if top.is_file() else sorted(top.iterdir()):
+        for path in [top] if top.is_file() else sorted(p for p in top.glob("**/*") if p.is_file()):
             target = out / path.relative_to(models)
             target.parent.mkdir(parents=True, exist_ok=True)
             if is_large(path):
                 pack_file(path, target)
-            elif path.is_file():
+            else:
                 shutil.copy(path, target)
 
 
 def fill(shells: Path, out: Path) -> None:
-    for path in sorted(p for p in shells.rglob("*") if p.is_file() and not p.name.endswith(KEPT)):
-        target = out / path.relative_to(shells)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path.name.endswith(PLAN):
-            name = path.name.removesuffix(PLAN)
-            fill_file(path.with_name(name), target.with_name(name))
-        else:
-            shutil.copy(path, target)
+    with ProcessPoolExecutor() as pool:  # a processor draws 300 MB a second, and the models are 12 GB
+        filled = []
+        for path in sorted(p for p in shells.rglob("*") if p.is_file() and not p.name.endswith(KEPT)):
+            target = out / path.relative_to(shells)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.name.endswith(PLAN):
+                name = path.name.removesuffix(PLAN)
+                filled.append(pool.submit(fill_file, path.with_name(name), target.with_name(name)))
+            else:
+                shutil.copy(path, target)
+        for each in filled:
+            each.result()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ constexpr float kLeast = 0x1p-110f;     // vectors without larger numbers count 
 struct ByteRoom {
     uint8_t *queries, *shares;      // [rows][planes][padded], [rows][2][kKeyTile]
     uint8_t* last_values;           // [kValueStep / 4][padded][4]
-    float *query_scales, *weights;  // weights: what a tile's sums of values are worth
+    float *query_scales, *peaks, *weights;  // of a tile of keys: its largest score, and what its sums of values are worth
     int32_t* starts;                // what the sums of a row's scores begin at
 
     ByteRoom(uint8_t* room, int64_t rows, int64_t padded) {
@@ -33,7 +33,8 @@ struct ByteRoom {
         shares = queries + rows * kQueryPlanes * padded;
         last_values = shares + rows * 2 * kKeyTile;
         query_scales = reinterpret_cast<float*>(last_values + kValueStep * padded);
-        weights = query_scales + rows;
+        peaks = query_scales + rows;
+        weights = peaks + rows;
         starts = reinterpret_cast<int32_t*>(weights + rows);
     }
 };
@@ -170,40 +171,96 @@ inline float plan_shares(const AttendJob& job, int64_t first, int64_t count, flo
 // What a tile of keys has the same for all rows.
 struct KeyTile {
     int64_t first, count, blocks;
+    bool plain;                           // every row sees every key, and scores are neither capped nor moved
     float unit;                           // the probability that one share stands for
     alignas(64) float factors[kKeyTile];  // what a probability is multiplied with to become a share
 };
+
+inline bool all_see_all(const AttendJob& job, int64_t first, int64_t end) {
+    if (first < job.key_begin || end > job.key_end) return false;
+    for (int64_t r = 0; r < job.rows; ++r)
+        if (job.positions[r] + 1 < end || (job.window && first <= job.positions[r] - job.window)) return false;
+    return true;
+}
 
 inline KeyTile key_tile_at(const AttendJob& job, int64_t first) {
     KeyTile keys;
     keys.first = first;
     keys.count = job.key_end - first < kKeyTile ? job.key_end - first : kKeyTile;
     keys.blocks = (keys.count + kKeyBlock - 1) / kKeyBlock;
+    keys.plain = !job.soft_cap && !job.slopes && all_see_all(job, first, first + keys.blocks * kKeyBlock);
     keys.unit = plan_shares(job, first, keys.count, keys.factors);
     return keys;
 }
 
-// Scores of one row and tile, as `read` takes them, become shares; the row's sums follow.
+// The softmax of a tile goes over its rows three times: the largest score of each, what these change (once for 16 rows, because an
+// exponential takes as long for one number as for 16), and the shares. So no row waits for what its own maximum sets off.
+
+// The largest score of one row, as `read` takes them. Of a plain tile the scores lack the scale of the query, which is one factor later on.
 template <class Read>
-inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys, const Read& read) {
+inline void find_peak(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys, const Read& read) {
+    if (!keys.plain) {
+        room.peaks[r] = largest_of(mask_scores(job, r, keys.first, keys.blocks, room.query_scales[r], read));
+        return;
+    }
     float* scores = job.scores + r * kKeyTile;
-    uint8_t* shares = room.shares + r * 2 * kKeyTile;
-    const float peak = largest_of(mask_scores(job, r, keys.first, keys.blocks, room.query_scales[r], read));
-    const F32 lowered = splat(-peak * kLog2E);
-    F32 total = splat(0.0f);
+    F32 most = splat(kMasked);
     for (int64_t b = 0; b < keys.blocks; ++b) {
-        const F32 p = power_of_two(multiply_add(load(scores + b * kKeyBlock), splat(kLog2E), lowered));
+        const F32 s = read(scores + b * kKeyBlock) * load(job.key_scales + keys.first + b * kKeyBlock);
+        store(scores + b * kKeyBlock, s);
+        most = larger(most, s);
+    }
+    room.peaks[r] = largest_of(most) * room.query_scales[r];
+}
+
+// What rows have so far, seen from new largest scores; the weights of the tile's probabilities beside it.
+inline void meet_peaks(const AttendJob& job, const ByteRoom& room, int64_t begin, int64_t end) {
+    alignas(64) float shrinks[kLane];
+    for (int64_t r = begin; r < end; r += kLane) {
+        const int count = static_cast<int>(end - r < kLane ? end - r : kLane);
+        const F32 peaks = load_first(room.peaks + r, count), before = load_first(job.most + r, count), most = larger(before, peaks);
+        const F32 shrink = power_of_two((before - most) * splat(kLog2E));
+        store_first(room.weights + r, power_of_two((peaks - most) * splat(kLog2E)), count);
+        store_first(job.total + r, load_first(job.total + r, count) * shrink, count);
+        store_first(job.most + r, most, count);
+        store(shrinks, shrink);
+        for (int i = 0; i < count; ++i)
+            if (shrinks[i] != 1.0f) scale_row(job.out + (r + i) * job.padded, job.padded, shrinks[i]);
+    }
+}
+
+// Scores of one row become shares, and their sum joins the row's.
+inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys) {
+    constexpr int kBlocks = 4;
+    const float* scores = job.scores + r * kKeyTile;
+    uint8_t *high = room.shares + r * 2 * kKeyTile, *low = high + kKeyTile;
+    const F32 scale = splat((keys.plain ? room.query_scales[r] : 1.0f) * kLog2E), lowered = splat(-room.peaks[r] * kLog2E);
+    F32 total = splat(0.0f);
+    const auto share = [&](int64_t key) {
+        const F32 p = power_for_shares(multiply_add(load(scores + key), scale, lowered));
         total = total + p;
-        store_planes(shares + b * kKeyBlock, shares + kKeyTile + b * kKeyBlock, p * load(keys.factors + b * kKeyBlock));
+        return p * load(keys.factors + key);
+    };
+    int64_t key = 0;
+    for (const int64_t end = keys.blocks * kKeyBlock; key < end;) {
+        if (key + kBlocks * kKeyBlock <= end) {
+            const F32 shares[kBlocks] = {share(key), share(key + kKeyBlock), share(key + 2 * kKeyBlock), share(key + 3 * kKeyBlock)};
+            store_planes(high + key, low + key, shares);
+            key += kBlocks * kKeyBlock;
+        } else {
+            store_planes(high + key, low + key, share(key));
+            key += kKeyBlock;
+        }
     }
-    float weight = 1.0f;
-    if (peak > job.most[r]) {
-        rescale_row(job, r, peak);
-    } else {
-        weight = power_of(job.most[r], peak);
-    }
-    job.total[r] += weight * sum_of(total);
-    room.weights[r] = weight * keys.unit;
+    job.total[r] += room.weights[r] * sum_of(total);
+    room.weights[r] *= keys.unit;
+}
+
+template <class ReadOf>
+inline void soften_bytes(const AttendJob& job, const ByteRoom& room, int64_t begin, int64_t end, const KeyTile& keys, const ReadOf& read_of) {
+    for (int64_t r = begin; r < end; ++r) find_peak(job, room, r, keys, read_of(r));
+    meet_peaks(job, room, begin, end);
+    for (int64_t r = begin; r < end; ++r) share_row(job, room, r, keys);
 }
 
 inline void add_bytes(const AttendJob& job, const ByteRoom& room, int64_t first, int64_t count) {
@@ -230,7 +287,7 @@ inline void attend_bytes(const AttendJob& job) {
     for (int64_t first = job.key_begin / kKeyBlock * kKeyBlock; first < job.key_end; first += kKeyTile) {
         const KeyTile keys = key_tile_at(job, first);
         score_bytes(job, room, first, keys.blocks);
-        for (int64_t r = 0; r < job.rows; ++r) share_row(job, room, r, keys, [](const float* p) { return load(p); });
+        soften_bytes(job, room, 0, job.rows, keys, [](int64_t) { return [](const float* p) { return load(p); }; });
         add_bytes(job, room, first, keys.count);
     }
 }

@@ -125,13 +125,14 @@ inline F32 mask_scores(const AttendJob& job, int64_t r, int64_t first, int64_t b
     return most;
 }
 
+inline void scale_row(float* row, int64_t count, float factor) {
+    for (int64_t v = 0; v < count; v += kLane) store(row + v, load(row + v) * splat(factor));
+}
+
 // What a row has so far, seen from a new largest score.
 inline void rescale_row(const AttendJob& job, int64_t r, float peak) {
     const float shrink = power_of(peak, job.most[r]);
-    for (int64_t v = 0; v < job.padded; v += kLane) {
-        float* out = job.out + r * job.padded + v;
-        store(out, load(out) * splat(shrink));
-    }
+    scale_row(job.out + r * job.padded, job.padded, shrink);
     job.total[r] *= shrink;
     job.most[r] = peak;
 }

@@ -74,9 +74,11 @@ struct ValueSteps {
 };
 
 inline void share_rows(const AttendJob& job, const ByteRoom& room, int64_t begin, int64_t end, const KeyTile& keys, const ValueSteps& steps) {
-    for (int64_t r = begin; r < end; ++r) {
+    soften_bytes(job, room, begin, end, keys, [&](int64_t r) {
         const F32 start = splat(static_cast<float>(room.starts[r]));
-        share_row(job, room, r, keys, [&](const float* p) { return to_floats(load_ints(p)) + start; });
+        return [start](const float* p) { return to_floats(load_ints(p)) + start; };
+    });
+    for (int64_t r = begin; r < end; ++r) {
         uint8_t* shares = room.shares + r * 2 * kKeyTile;
         for (int64_t key = keys.blocks * kKeyBlock; key < steps.count * kValueStep; key += kLane)
             store_planes(shares + key, shares + kKeyTile + key, splat(0.0f));

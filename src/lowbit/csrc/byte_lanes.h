@@ -47,6 +47,16 @@ inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 7)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(127))));
 }
+// Packing works within quarters of a vector, so that the fours of the four vectors come out in turn: they are put in order at the end.
+inline void store_planes(uint8_t* high, uint8_t* low, const F32 (&x)[4]) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bits = _mm512_set1_epi16(127);
+    const __m512i first = _mm512_packus_epi32(_mm512_cvtps_epi32(x[0].v), _mm512_cvtps_epi32(x[1].v));
+    const __m512i second = _mm512_packus_epi32(_mm512_cvtps_epi32(x[2].v), _mm512_cvtps_epi32(x[3].v));
+    const __m512i upper = _mm512_packus_epi16(_mm512_srli_epi16(first, 7), _mm512_srli_epi16(second, 7));
+    const __m512i lower = _mm512_packus_epi16(_mm512_and_si512(first, bits), _mm512_and_si512(second, bits));
+    _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, upper));
+    _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, lower));
+}
 
 #elif defined(__AVX2__)
 
@@ -143,6 +153,12 @@ inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
     }
 }
 
+#endif
+
+#if defined(LOWBIT_NEON_LANES) || !defined(__AVX512F__)
+inline void store_planes(uint8_t* high, uint8_t* low, const F32 (&x)[4]) {
+    for (int i = 0; i < 4; ++i) store_planes(high + i * kLane, low + i * kLane, x[i]);
+}
 #endif
 
 }  // namespace

@@ -267,6 +267,21 @@ inline F32 power_of_two(F32 x) {
     return times_power(p, n);
 }
 
+// The same to 3 millionths, a twentieth of what a probability is rounded to as 14 bits.
+inline F32 power_for_shares(F32 x) {
+#if defined(__AVX512F__)
+    // Both the reduction and the scaling by a power split x at the whole number below it.
+    const F32 r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)};
+    F32 p = multiply_add(splat(1.353417e-2f), r, splat(5.201146e-2f));
+    p = multiply_add(p, r, splat(2.4144276e-1f));
+    p = multiply_add(p, r, splat(6.9300383e-1f));
+    p = multiply_add(p, r, splat(1.00000259f));
+    return times_power(p, x);
+#else
+    return power_of_two(x);
+#endif
+}
+
 inline F32 sigmoid(F32 x) { return splat(1.0f) / (splat(1.0f) + exponential(splat(0.0f) - x)); }
 inline F32 hyperbolic_tangent(F32 x) {
     return splat(1.0f) - splat(2.0f) / (splat(1.0f) + exponential(x + x));
