@@ -199,12 +199,15 @@ _NF4 = (
 _NF3 = (
     -1.0, -0.535022708485538, -0.24693143181157523, 0.0, 0.18333748033548755, 0.3819939543209139, 0.6229857417143424, 1.0,
 )  # fmt: skip
+# BigDL-LLM's 3 bits, which its old folders hold: quantiles as far out as those of 4 bits, so that the upper half is NF4's.
+_NF3_BIGDL = (-1.0, -0.4786291718482971, -0.21714182198047638, 0.0, _NF4[9], _NF4[11], _NF4[13], 1.0)
 # bitsandbytes' fp4: sign bit, then eight magnitudes in the order of their three-bit patterns.
 _FP4_BNB_POSITIVE = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 
 LEVELS: dict[str, tuple[float, ...]] = {
     "nf4": _NF4,
     "nf3": _NF3,
+    "nf3_bigdl": _NF3_BIGDL,
     "fp4_bnb": _FP4_BNB_POSITIVE + tuple(-v for v in _FP4_BNB_POSITIVE),
     "e2m1": _float_levels(2, 1, bias=1),
     "e2m3": _float_levels(2, 3, bias=1),
@@ -219,6 +222,7 @@ _BASES: dict[str, Format] = {
         *(Format(f"int{bits}", bits) for bits in range(2, 9)),
         Format("nf4", 4, "codebook", table="nf4"),
         Format("nf3", 3, "codebook", table="nf3"),
+        Format("nf3_bigdl", 3, "codebook", table="nf3_bigdl"),
         Format("fp4", 4, "codebook", table="fp4_bnb"),
         Format("fp4_e2m1", 4, "float", table="e2m1", group_size=32),
         Format("fp6", 6, "float", table="e2m3"),

@@ -183,6 +183,13 @@ def test_nf3_is_made_as_nf4_is() -> None:
     assert list(LEVELS["nf3"]) == normal_levels(3)
 
 
+def test_bigdls_nf3_reaches_as_far_out_as_nf4() -> None:
+    outermost = 0.9677083  # the end of NF4's construction
+    below = [NormalDist().inv_cdf(outermost + (0.5 - outermost) * i / 3) for i in range(3)]
+    assert LEVELS["nf3_bigdl"][:3] == pytest.approx([-value / below[0] for value in below], abs=1e-7)
+    assert LEVELS["nf3_bigdl"][3:] == (0.0, *LEVELS["nf4"][9::2])
+
+
 def test_fp4_is_the_published_table() -> None:
     positive = [0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25]
     assert LEVELS["fp4_bnb"] == pytest.approx([*positive, *(-v for v in positive)], abs=1e-8)

@@ -12,7 +12,6 @@ and values, which that system had merged, are cut apart again; rows are whole bl
 from __future__ import annotations
 
 import pickle
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +33,8 @@ _KEY = "bigdl_transformers_low_bit"
 _INDEX = "pytorch_model.bin.index.json"
 # What took the place of a type in rows that its blocks do not divide.
 _FALLBACKS = {"q4_k": "asym_int4", "q5_k": "asym_int5", "q6_k": "sym_int8"}
+# Another form that blocks of a type may have.
+_ALSO = {"q4_k": "q4_k_gguf"}
 # The types that a mixture may have chosen for a weight, the commonest first.
 _MIXTURES = {"gguf_q4k_m": ("q4_k", "q6_k"), "gguf_q4k_s": ("q4_k", "q6_k", "q5_k")}
 _HEAD_TYPES = ("q6_k", "sym_int8")
@@ -102,7 +103,6 @@ def read_old_save(folder: Path, model: nn.Module) -> tuple[Tensors, dict[str, An
     tensors = dict(_read_pickles(folder))
     found: Tensors = {}
     layers: dict[str, list[str]] = {}
-    used: set[str] = set()
     for target in find_targets(model):
         if target.role in ("experts", "conv"):
             continue
@@ -113,19 +113,12 @@ def read_old_save(folder: Path, model: nn.Module) -> tuple[Tensors, dict[str, An
         if data is None or (data.shape == dense.shape and data.is_floating_point()):
             continue
         kind = _type_of(target, data, old, shape)
-        used.add(kind)
         packed = read_blocks(target.path, tensors.pop(f"{target.path}.weight"), kind, shape)
         layers.setdefault(packed.format.name, []).append(target.path)
         found |= {f"{target.path}.packed_weight.{name}": tensor for name, tensor in packed.tensors().items()}
     _check_rest(folder, tensors)
     if not layers:
         raise CheckpointError(f"{folder} holds no weight that this model could have packed; it is of another model")
-    for kind in sorted(kind for kind in used if OLD_TYPES[kind].inferred):
-        warnings.warn(
-            f"the order of bits in a {kind} block was never published, and is taken from the other types': "
-            "compare an answer with one that you know",
-            stacklevel=4,
-        )
     return tensors | found, {"quant_method": OWN_METHOD, "layers": layers, "recipe": {}}
 
 
@@ -194,6 +187,7 @@ def _type_of(target: Target, data: torch.Tensor, old: str, shape: tuple[int, ...
         types += _HEAD_TYPES
     if target.role == "embedding":
         types = [*_EMBEDDING_TYPES, *types]
+    types += [_ALSO[kind] for kind in types if kind in _ALSO]
     fitting = [kind for kind in types if OLD_TYPES[kind].nbytes(shape) == data.nbytes]
     if not fitting:
         sizes = ", ".join(
