@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,28 @@ def test_three_types(dtype: torch.dtype, limit: float) -> None:
         lowbit.compat.ignored._SAID.clear()
         ipex.llm.optimize(original, sample_inputs=(IDS,), deployment_mode=False)
     assert [name for w in said for name in ("sample_inputs", "deployment_mode") if name in str(w.message)]
+
+
+@torch.no_grad()
+def test_trace_graph() -> None:
+    """A loop of tokens over what that library had traced, begun with its empty keys and values."""
+    made = ipex.llm.optimize(tiny_model_in_memory("llama"), dtype=torch.float32)
+    expected = made.generate(PROMPT, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    empty = (torch.zeros(1, 0, 0, 1, dtype=torch.long), torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+    past = tuple((*empty, torch.zeros(2048, 1, dtype=torch.long)) for _ in range(2))
+    ids, given, mask = PROMPT, PROMPT, torch.ones_like(PROMPT)
+    for step in range(5):
+        places = torch.arange(ids.shape[1] - given.shape[1], ids.shape[1])[None]
+        logits, past = made.trace_graph(given, mask, places, past)
+        given = logits[:, -1:].argmax(-1)
+        ids, mask = torch.cat([ids, given], 1), torch.ones(1, PROMPT.shape[1] + step + 1, dtype=torch.long)
+    assert torch.equal(ids, expected)
+    named = made.trace_graph(input_ids=PROMPT, attention_mask=torch.ones_like(PROMPT))[0]
+    assert torch.equal(named, made(PROMPT).logits)
+    assert copy.deepcopy(made).trace_graph.model is not made
+    with pytest.raises(LowbitError, match="that it gave back"):
+        made.trace_graph(PROMPT, past_key_values=((torch.ones(1, 4, 4, 1),),))
+    assert not hasattr(ipex.llm.optimize(tiny_model_in_memory("llama"), deployment_mode=False), "trace_graph")
 
 
 @pytest.mark.parametrize("kind", list(WoqWeightDtype))

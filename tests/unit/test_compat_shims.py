@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ import transformers
 
 import lowbit.compat
 from lowbit.compat import ignored
-from lowbit.compat.shims import SHIMS
+from lowbit.compat.shims.gone import MOVED_MODULES
 from lowbit.compat.shims.trainer import ARGUMENTS
+from lowbit.errors import LowbitError
 from lowbit.layers import LowBitLinear
 from lowbit_assets import reference_model
 from unit.checkpoint_cases import EVEN, IDS, logits, make
@@ -201,10 +203,7 @@ def test_caches_as_tuples(folder: Path) -> None:
 
 def test_pipelines_that_are_gone(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
-    config = transformers.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **sizes)
-    torch.manual_seed(0)
-    model = transformers.T5ForConditionalGeneration(config).eval()
+    model = t5(len(tokenizer))
     ids = model.generate(**tokenizer("hello there", return_tensors="pt"), max_new_tokens=4)
     expected = tokenizer.decode(ids[0], skip_special_tokens=True)
     for task, name in (
@@ -236,11 +235,75 @@ def test_names_that_are_elsewhere() -> None:
     for adamw in (transformers.AdamW, importlib.import_module("transformers.optimization").AdamW):
         (group,) = adamw([weights], lr=1e-4, correct_bias=True).param_groups
         assert (group["lr"], group["eps"], group["weight_decay"]) == (1e-4, 1e-6, 0.0)
-    moved = importlib.import_module("transformers.deepspeed")
-    assert moved is importlib.import_module("transformers.integrations.deepspeed")
-    assert hasattr(importlib.import_module("transformers.tokenization_utils"), "PreTrainedTokenizer")
     with pytest.raises(AttributeError, match="NoSuchName"):
         _ = transformers.NoSuchName
+
+
+@pytest.mark.parametrize("old", MOVED_MODULES)
+def test_modules_that_are_elsewhere(old: str) -> None:
+    home = importlib.import_module(MOVED_MODULES[old])
+    if importlib.import_module(old) is not home:
+        pytest.skip(f"this transformers has {old} itself")
+    assert [text for text in ignored._SAID if old in text] == [f"import {old} is {MOVED_MODULES[old]} today"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("import transformers.onnx", "use torch.onnx.export"),
+        ("from transformers.onnx import FeaturesManager", "use torch.onnx.export"),
+        ("from transformers import onnx", "onnx"),
+        ("from transformers.utils.fx import symbolic_trace", "use torch.export.export"),
+    ],
+)
+def test_modules_that_are_gone(statement: str, said: str) -> None:
+    with pytest.raises(ImportError, match=said):
+        exec(statement)
+
+
+def t5(words: int) -> Any:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=max(words, 40), decoder_start_token_id=0, **sizes)
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def test_tokens_that_are_forced(folder: Path) -> None:
+    model = t5(40)
+    out = model.generate(IDS[:, :5].expand(2, -1), forced_decoder_ids=[(2, 9), (1, 7)], max_new_tokens=3)
+    begun = torch.tensor([[0, 7, 9]] * 2)
+    assert torch.equal(out[:, :3], begun)
+    assert torch.equal(out, model.generate(IDS[:, :5].expand(2, -1), decoder_input_ids=begun, max_new_tokens=3))
+    assert model.generate(IDS[:, :5], forced_decoder_ids=None, max_new_tokens=1).shape[1] == 2
+    with pytest.raises(LowbitError, match="a token for each place"):
+        model.generate(IDS[:, :5], forced_decoder_ids=[(2, 9)], max_new_tokens=3)
+    with pytest.raises(LowbitError, match="has an encoder"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder).generate(IDS, forced_decoder_ids=[(1, 7)])
+
+
+FEATURES = torch.zeros(1, 80, 60)
+
+
+def whisper() -> Any:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 60}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_source_positions": 30}
+    special = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    config = transformers.WhisperConfig(**sizes, **special, suppress_tokens=None, begin_suppress_tokens=None)
+    torch.manual_seed(0)
+    return transformers.WhisperForConditionalGeneration(config).eval()
+
+
+def test_tokens_that_are_forced_on_whisper() -> None:
+    """As Whisper's own decoder says what follows them, token by token."""
+    model, forced = whisper(), [(1, 7), (2, 9)]
+    out = model.generate(FEATURES, forced_decoder_ids=forced, max_new_tokens=4, do_sample=False)
+    begun = torch.tensor([[3, 7, 9]])
+    with torch.no_grad():
+        for _ in range(4):
+            logits = model(FEATURES, decoder_input_ids=begun).logits[:, -1]
+            begun = torch.cat([begun, logits.argmax(-1, keepdim=True)], 1)
+    assert out[0].tolist()[-4:] == begun[0].tolist()[-4:]
+    assert not hasattr(model.generation_config, "forced_decoder_ids") or not model.generation_config.forced_decoder_ids
 
 
 def test_names_of_peft(folder: Path) -> None:
@@ -256,13 +319,27 @@ def test_names_of_peft(folder: Path) -> None:
 
 
 def test_undo_gives_todays_libraries_back(folder: Path) -> None:
-    inside = lowbit.compat.install(children=False)  # the fixture's own is in force: a second changes nothing
-    inside.undo()
-    assert transformers.AutoModelForVision2Seq is not None
-
-
-def test_each_row_has_its_reason_and_its_test() -> None:
-    here = {f"tests/unit/{Path(__file__).name}::{name}" for name in globals() if name.startswith("test_")}
-    for shim in SHIMS:
-        assert shim.reason and shim.test in here, shim.old
-    assert len({shim.old for shim in SHIMS}) == len(SHIMS)
+    script = """
+import importlib, lowbit.compat, transformers
+from transformers.models.llama import modeling_llama
+owners = [transformers.Trainer, transformers.DynamicCache, transformers.PreTrainedModel, transformers.GenerationMixin,
+    transformers.TrainingArguments, transformers.PreTrainedTokenizerBase, modeling_llama,
+    importlib.import_module("transformers.optimization"), importlib.import_module("transformers.pipelines")]
+one = transformers.TrainingArguments.__new__
+def state():
+    return [{name: value for name, value in vars(owner).items() if name != "__new__"} for owner in owners]
+before = state()
+installed = lowbit.compat.install(children=False)
+changed = [now != then for now, then in zip(state(), before)]
+transformers.AutoModelForVision2Seq, modeling_llama.LlamaSdpaAttention, importlib.import_module("transformers.deepspeed")
+installed.undo()
+print(changed.count(True), [now == then for now, then in zip(state(), before)].count(False))
+for module, name in ((transformers, "AutoModelForVision2Seq"), (modeling_llama, "LlamaSdpaAttention")):
+    print(hasattr(module, name))
+try:
+    importlib.import_module("transformers.deepspeed")
+except ModuleNotFoundError:
+    print("gone")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["8", "0", "False", "False", "gone"], done.stdout + done.stderr[-2000:]

@@ -88,6 +88,10 @@ An old script meets today's transformers and peft before it meets lowbit. These 
 and are named once when a script makes them.
 
 """
+_MODULES = """
+Modules of transformers:
+
+"""
 _ARGUMENTS = """
 Arguments of `TrainingArguments`, and of the command lines that `HfArgumentParser` reads:
 
@@ -108,11 +112,22 @@ def _systems() -> Iterator[str]:
 
 def _shims() -> str:
     from lowbit.compat.shims import SHIMS
+    from lowbit.compat.shims.gone import GONE_MODULES, MOVED_MODULES
     from lowbit.compat.shims.trainer import ARGUMENTS
 
     calls = table(("old call", "today", "test"), ((_code(shim.old), shim.reason, _code(shim.test)) for shim in SHIMS))
+    tests = "tests/unit/test_compat_shims.py::"
+    moved = (
+        (_code(old), f"is {now} today", _code(f"{tests}test_modules_that_are_elsewhere"))
+        for old, now in MOVED_MODULES.items()
+    )
+    gone = (
+        (_code(old), f"**refused**: use {now}", _code(f"{tests}test_modules_that_are_gone"))
+        for old, now in GONE_MODULES.items()
+    )
+    modules = table(("import", "today", "test"), (*moved, *gone))
     arguments = table(("argument", "today"), ((_code(old), ARGUMENTS[old].reason) for old in sorted(ARGUMENTS)))
-    return f"{_SHIMS.lstrip()}{calls}{_ARGUMENTS}{arguments}".rstrip("\n")
+    return f"{_SHIMS.lstrip()}{calls}{_MODULES}{modules}{_ARGUMENTS}{arguments}".rstrip("\n")
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

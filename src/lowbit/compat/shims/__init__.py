@@ -7,7 +7,7 @@ call works; it says so, once, when a script really makes that call. The rows app
 
     trainer.py     arguments of training        tokenizers.py  how text becomes tokens
     loading.py     keywords of from_pretrained  caches.py      keys and values as tuples
-    pipelines.py   tasks that are gone
+    pipelines.py   tasks that are gone          generating.py  keywords of generate
     gone.py        names and modules that are elsewhere, or nowhere
 """
 

@@ -23,28 +23,48 @@ def old_caches(module: ModuleType) -> Iterator[Replacement]:
     """What could be done with a cache in transformers 4."""
     cache, dynamic = module.Cache, module.DynamicCache
 
+    def used(name: str) -> None:
+        say(f"past_key_values{name}", "is a Cache today; its layers are given as pairs")
+
     def index(self: Any, layer: int) -> tuple[Any, ...]:
-        say("past_key_values[...]", "is a Cache today; its layers are given as pairs")
+        used("[...]")
         return pair(self.layers[layer])
 
     def each(self: Any) -> Iterator[tuple[Any, ...]]:
         return (pair(layer) for layer in self.layers)
 
+    def to_legacy_cache(self: Any) -> tuple[Any, ...]:
+        used(".to_legacy_cache")
+        return tuple(each(self))
+
+    def keys_or_values(name: str, of: str) -> property:
+        def get(self: Any) -> list[Any]:
+            used(name)
+            return [getattr(layer, of) for layer in self.layers]
+
+        return property(get)
+
+    def seen_tokens(self: Any) -> int:
+        used(".seen_tokens")
+        return int(self.get_seq_length())
+
     def from_legacy_cache(cls: Any, past_key_values: Any = None) -> Any:
+        used(".from_legacy_cache")
         return cls() if past_key_values is None else cls(tuple(layer[:2] for layer in past_key_values))
 
     def get_usable_length(self: Any, new_seq_length: int, layer_idx: int | None = 0) -> int:
+        used(".get_usable_length")
         longest = getattr(self, "get_max_length", None) or self.get_max_cache_shape  # by its name in older versions
         held, most = self.get_seq_length(layer_idx or 0), longest() or -1
         return most - new_seq_length if 0 < most < held + new_seq_length else held
 
     names = {
         "__getitem__": index,
-        "to_legacy_cache": lambda self: tuple(each(self)),
+        "to_legacy_cache": to_legacy_cache,
         "get_usable_length": get_usable_length,
-        "seen_tokens": property(lambda self: self.get_seq_length()),
-        "key_cache": property(lambda self: [layer.keys for layer in self.layers]),
-        "value_cache": property(lambda self: [layer.values for layer in self.layers]),
+        "seen_tokens": property(seen_tokens),
+        "key_cache": keys_or_values(".key_cache", "keys"),
+        "value_cache": keys_or_values(".value_cache", "values"),
     }
     for name, value in names.items():
         if not hasattr(cache, name):

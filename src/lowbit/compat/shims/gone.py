@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lowbit.compat.aliases import AliasLoader
+from lowbit.compat.missing import UnknownModuleError
 from lowbit.compat.replacing import Replacement
 from lowbit.compat.shims.shim import say
+
+if TYPE_CHECKING:
+    from importlib.abc import MetaPathFinder
+else:  # a name alone: importing its home takes 8 ms
+    MetaPathFinder = object
 
 # Where transformers has them now, by the module and name that a script asks for.
 MOVED_NAMES = {
@@ -18,12 +26,40 @@ MOVED_NAMES = {
     ("transformers", "is_torch_tpu_available"): ("transformers.utils", "is_torch_xla_available"),
     ("transformers", "AdamW"): ("lowbit.compat.shims.adamw", "AdamW"),
 }
+# What takes the place of a module that is nowhere.
+GONE_MODULES = {
+    "transformers.onnx": "torch.onnx.export, or the package optimum-onnx",
+    "transformers.utils.fx": "torch.export.export(model, arguments), or torch.compile(model)",
+}
 MOVED_MODULES = {
     "transformers.deepspeed": "transformers.integrations.deepspeed",
     "transformers.generation_utils": "transformers.generation.utils",
     "transformers.tokenization_utils": "transformers.tokenization_utils_sentencepiece",
     "transformers.tokenization_utils_fast": "transformers.tokenization_utils_tokenizers",
 }
+
+
+class MovedLoader(AliasLoader):
+    """Enters a module of today under its old name, and says so."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        say(f"import {module.__name__}", f"is {self.home} today")
+        super().exec_module(module)
+
+
+class MovedFinder(MetaPathFinder):
+    """Finds the modules of transformers that are elsewhere today, and refuses those that are nowhere.
+
+    Python asks it last: a transformers that still has the module answers before it.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in GONE_MODULES:
+            raise UnknownModuleError(f"transformers has no {fullname} today: use {GONE_MODULES[fullname]}")
+        now = MOVED_MODULES.get(fullname)
+        return None if now is None else ModuleSpec(fullname, MovedLoader(now), is_package=False)
 
 
 def lazy_names(module: ModuleType) -> Iterator[Replacement]:
@@ -39,27 +75,43 @@ def lazy_names(module: ModuleType) -> Iterator[Replacement]:
             place = MOVED_NAMES.get((self.__name__, name))
             if place is None:
                 raise
-        home, now = place
-        where = "is torch's today" if home.startswith("lowbit") else f"is {home}.{now} today"
-        say(f"{self.__name__}.{name}", where)
-        return getattr(importlib.import_module(home), now)
+        return moved(self.__name__, name, *place)
 
     yield Replacement(cls, "__getattr__", find)
 
 
 def optimization(module: ModuleType) -> Iterator[Replacement]:
     """`transformers.optimization.AdamW`."""
-    if not hasattr(module, "AdamW"):
-        from lowbit.compat.shims.adamw import AdamW
-
-        yield Replacement(module, "AdamW", AdamW)
+    return added_names(module, {"AdamW": ("lowbit.compat.shims.adamw", "AdamW")})
 
 
 def attention_classes(module: ModuleType) -> Iterator[Replacement]:
     """One class of attention has taken the place of three."""
-    for name in ("LlamaSdpaAttention", "LlamaFlashAttention2"):
-        if not hasattr(module, name):
-            yield Replacement(module, name, module.LlamaAttention)
+    now = (module.__name__, "LlamaAttention")
+    return added_names(module, dict.fromkeys(("LlamaSdpaAttention", "LlamaFlashAttention2"), now))
+
+
+def added_names(module: ModuleType, homes: Mapping[str, tuple[str, str]]) -> Iterator[Replacement]:
+    """Names that a module has no longer, each found in its home and named when a script first asks for it."""
+    missing = {name: home for name, home in homes.items() if not hasattr(module, name)}
+    if not missing:
+        return
+    before = vars(module).get("__getattr__")
+
+    def find(name: str) -> Any:
+        if name in missing:
+            return moved(module.__name__, name, *missing[name])
+        if before is not None:
+            return before(name)
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+    yield Replacement(module, "__getattr__", find)
+
+
+def moved(module: str, name: str, home: str, now: str) -> Any:
+    """The thing that a script asks for by its old name."""
+    say(f"{module}.{name}", "is torch's today" if home.startswith("lowbit") else f"is {home}.{now} today")
+    return getattr(importlib.import_module(home), now)
 
 
 def peft_names(module: ModuleType) -> Iterator[Replacement]:

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from lowbit import hook
-from lowbit.compat.aliases import AliasLoader
 from lowbit.compat.replacing import Replacements
-from lowbit.compat.shims import caches, gone, loading, pipelines, tokenizers, trainer
+from lowbit.compat.shims import caches, generating, gone, loading, pipelines, tokenizers, trainer
 from lowbit.compat.shims.shim import Shim
-
-if TYPE_CHECKING:
-    from importlib.abc import MetaPathFinder
-else:  # a name alone: importing its home takes 8 ms
-    MetaPathFinder = object
 
 _TESTS = "tests/unit/test_compat_shims.py::"
 
@@ -91,6 +83,20 @@ SHIMS = (
         "test_caches_as_tuples",
     ),
     _row(
+        "model.generate(forced_decoder_ids=)",
+        "an answer is begun with decoder_input_ids today",
+        "transformers.generation.utils",
+        generating.forced_tokens,
+        "test_tokens_that_are_forced",
+    ),
+    _row(
+        "generate(forced_decoder_ids=) of Whisper",
+        "it is read from a generation configuration today",
+        "transformers.models.whisper.generation_whisper",
+        generating.forced_tokens_of_whisper,
+        "test_tokens_that_are_forced_on_whisper",
+    ),
+    _row(
         "pipeline(text2text-generation | summarization | translation | question-answering)",
         "these tasks were taken away",
         "transformers.pipelines",
@@ -135,22 +141,12 @@ SHIMS = (
 )
 
 
-class MovedFinder(MetaPathFinder):
-    """Finds the modules of transformers that are elsewhere today, where today's transformers does not."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        now = gone.MOVED_MODULES.get(fullname)
-        return None if now is None else ModuleSpec(fullname, AliasLoader(now), is_package=False)
-
-
 class Applied:
     """The rows of the table, waiting or applied."""
 
     def __init__(self, done: Replacements) -> None:
         self.done = done
-        self.finder = MovedFinder()
+        self.finder = gone.MovedFinder()
         self.waiting: list[tuple[str, Callable[[ModuleType], None]]] = []
 
     def begin(self) -> None:

@@ -25,6 +25,7 @@ from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.ready_made import Packing, place_, read_folder, read_tensors
 from lowbit.compat.faces.intel_extension_for_pytorch.frontend import check_module
 from lowbit.compat.faces.intel_extension_for_pytorch.llm._timing import time_tokens_
+from lowbit.compat.faces.intel_extension_for_pytorch.llm._traced import answer_as_traced_
 from lowbit.compat.faces.intel_extension_for_pytorch.quantization import _qconfig as configs
 from lowbit.compat.faces.intel_extension_for_pytorch.quantization._qconfig import StageError, WoqLowpMode
 from lowbit.compat.faces.intel_extension_for_pytorch.quantization._quantize import dynamic_recipe
@@ -98,7 +99,7 @@ def optimize(
             return stage
     if str(device) != "cpu":
         made.to(device)
-    return time_tokens_(made)
+    return answer_as_traced_(time_tokens_(made), deployment_mode)
 
 
 def optimize_transformers(*args: Any, **kwargs: Any) -> nn.Module:

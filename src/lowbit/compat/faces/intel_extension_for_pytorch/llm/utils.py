@@ -12,7 +12,8 @@ from lowbit.compat.missing import refuse_unknown
 from lowbit.compat.names import REFUSED, WORKS, Name
 from lowbit.errors import RecipeError
 
-_DEVICES = "one process runs on all its cores; several devices come with lowbit's issue about them"
+_DEVICES = "one process runs on all its cores"
+_PAGE = "docs/migration.md says which names are for one process"
 
 
 def load_low_precision_checkpoint(
@@ -20,13 +21,15 @@ def load_low_precision_checkpoint(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors of a folder and how they are packed, as `ipex.llm.optimize(low_precision_checkpoint=...)` takes them."""
     if world_size != 1:
-        raise RecipeError(f"load_low_precision_checkpoint cuts nothing for {world_size} ranks: {_DEVICES}")
+        raise RecipeError(f"load_low_precision_checkpoint cuts nothing for {world_size} ranks: {_DEVICES}; {_PAGE}")
     tensors, config = read_folder(pathname)
     Packing.of(config)  # says at once what is not read
     return tensors, config
 
 
-__getattr__ = refuse_unknown(__name__, {"shard_low_precision_checkpoint": f"load_low_precision_checkpoint: {_DEVICES}"})
+__getattr__ = refuse_unknown(
+    __name__, {"shard_low_precision_checkpoint": f"load_low_precision_checkpoint: {_DEVICES}; {_PAGE}"}
+)
 
 _PLACE = "intel_extension_for_pytorch.llm.utils"
 _TESTS = "tests/unit/test_compat_ipex_llm.py::"
