@@ -24,12 +24,12 @@ PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
     "plain rtn": (("auto-round", "rtn"),),
     "rtn + importance": (("auto-round", "opt-rtn"),),
     "hqq asym": (("hqq", "hqq"),),
-    "gptq": (("llm-compressor", "gptq"),),
+    "gptq": (("llm-compressor", "gptq"), ("llm-compressor", "gptq mse")),
     "awq": (("llm-compressor", "awq"), ("auto-round", "awq")),
     "autoround": (("auto-round", "autoround"),),
     "smoothquant": (("llm-compressor", "smoothquant"),),
 }
-TIMED = {"gptq": PAIRS["gptq"], "autoround": PAIRS["autoround"]}
+TIMED = {"gptq": PAIRS["gptq"][:1], "autoround": PAIRS["autoround"]}
 # "Clearly better": by more than so many standard errors of the difference.
 CLEAR = 3.0
 Row = dict[str, Any]

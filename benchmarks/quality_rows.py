@@ -85,7 +85,15 @@ PEERS: dict[tuple[str, str], tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ("auto-round", "opt-rtn"): ("autoround", {"iterations": 0, "optimised": True}, EVERY),
     ("auto-round", "awq"): ("autoround", {"iterations": 0, "algorithm": "awq"}, EVERY),
     ("auto-round", "autoround"): ("autoround", {"iterations": 200}, USUAL),
+    ("auto-round", "autoround asym"): ("autoround", {"iterations": 200, "symmetric": False}, FEW_BITS),
     ("llm-compressor", "gptq"): ("llmcompressor", {"algorithm": "gptq"}, EVERY),
+    # Its scales reach from end to end by default; these search them, which few bits live by.
+    ("llm-compressor", "gptq mse"): ("llmcompressor", {"algorithm": "gptq", "observer": "memoryless_mse"}, USUAL),
+    ("llm-compressor", "gptq asym mse"): (
+        "llmcompressor",
+        {"algorithm": "gptq", "observer": "memoryless_mse", "symmetric": False},
+        FEW_BITS,
+    ),
     ("llm-compressor", "awq"): ("llmcompressor", {"algorithm": "awq"}, EVERY),
     ("hqq", "hqq"): ("hqq", {"axis": 1}, EVERY),
     ("hqq", "hqq, groups down"): ("hqq", {"axis": 0}, ("W4 g64", "W4 g32", *FEW_BITS)),
@@ -116,7 +124,7 @@ def all_rows() -> Iterator[Row]:
                 yield Row(OURS, algorithm, scheme, our_settings(found, scheme))
         for (program, algorithm), (worker, settings, schemes) in PEERS.items():
             if scheme in schemes:
-                yield Row(program, algorithm, scheme, {"worker": worker} | settings | peer_settings(scheme))
+                yield Row(program, algorithm, scheme, {"worker": worker} | peer_settings(scheme) | settings)
     smooth = _ours("rtn", "smoothquant") | {"format": "w8a8"}
     smooth.pop("asymmetric")
     yield Row(OURS, "rtn", W8A8, smooth | {"scaler": "", "calibrated": False}, activations=True)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).parents[1]))
-from peers.entries import OUR_RECIPES, SIZES, made_for, our_folder  # noqa: E402
+from peers.entries import OUR_RECIPES, SIZES, made_for, our_folder
 
 SMALL = 1 << 13  # bytes: what is no larger travels, as norms do
 SPAN = 1 << 24  # elements drawn at once

@@ -1,4 +1,7 @@
-"""llm-compressor, by its own defaults. Settings: `algorithm` gptq, awq or smoothquant, `bits`, `group`, `symmetric`."""
+"""llm-compressor, by its own defaults. Settings: `algorithm` gptq, awq or smoothquant, `bits`, `group`, `symmetric`.
+
+And `observer`, where scales are not to be found as they are by default, from the largest weight.
+"""
 
 import rounding
 import torch
@@ -14,7 +17,8 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
 def modifiers(settings):
     groups = {"strategy": "group", "group_size": settings["group"]} if settings["group"] else {"strategy": "channel"}
-    weights = QuantizationArgs(num_bits=settings["bits"], symmetric=settings["symmetric"], **groups)
+    found = {"observer": settings["observer"]} if "observer" in settings else {}
+    weights = QuantizationArgs(num_bits=settings["bits"], symmetric=settings["symmetric"], **groups, **found)
     activations = None
     if settings["algorithm"] == "smoothquant":
         activations = QuantizationArgs(num_bits=8, symmetric=True, strategy="token", dynamic=True)
