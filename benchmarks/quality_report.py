@@ -23,6 +23,7 @@ SLOW = ("autoround", "teq", "awq")
 PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
     "plain rtn": (("auto-round", "rtn"),),
     "rtn + importance": (("auto-round", "opt-rtn"),),
+    "hqq fine": (("hqq", "hqq"),),
     "hqq asym": (("hqq", "hqq"),),
     "gptq": (("llm-compressor", "gptq"), ("llm-compressor", "gptq mse")),
     "awq": (("llm-compressor", "awq"), ("auto-round", "awq")),

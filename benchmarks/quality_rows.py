@@ -30,6 +30,7 @@ FORMATS = {
 FEW_BITS = ("W3 g64", "W2 g64", "W2 g32")
 # What the published methods for few bits are about, and the usual 4 bit.
 USUAL = ("W4", "W4 g64", *FEW_BITS)
+UP_TO_4 = tuple(scheme for scheme in FORMATS if scheme != "W8")
 W8A8 = "W8A8"
 
 
@@ -48,15 +49,13 @@ class Row:
         return f"{self.program} {self.algorithm}, {self.scheme}"
 
 
-def _ours(
-    rounder: str, scaler: str = "", calibrated: bool = True, asymmetric: bool = False, **options: Any
-) -> dict[str, Any]:
+def _ours(rounder: str, scaler: str = "", calibrated: bool = True, zeros: str = "", **options: Any) -> dict[str, Any]:
     return {
         "rounder": rounder,
         "scaler": scaler,
         "calibrated": calibrated,
         "options": options,
-        "asymmetric": asymmetric,
+        "zeros": zeros,
     }
 
 
@@ -67,7 +66,8 @@ ALGORITHMS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "rtn": (_ours("rtn", calibrated=False), EVERY),
     "rtn + importance": (_ours("rtn"), EVERY),
     "hqq": (_ours("hqq", calibrated=False), EVERY),
-    "hqq asym": (_ours("hqq", calibrated=False, asymmetric=True), EVERY),
+    "hqq asym": (_ours("hqq", calibrated=False, zeros="asym"), ("W8",)),
+    "hqq fine": (_ours("hqq", calibrated=False, zeros="fine"), UP_TO_4),
     "gptq": (_ours("gptq"), EVERY),
     "gptq uncorrected": (_ours("gptq", correction=0.0), EVERY),
     "awq": (_ours("rtn", "awq"), EVERY),
@@ -75,8 +75,8 @@ ALGORITHMS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "autoround": (_ours("autoround"), USUAL),
     "awq + gptq": (_ours("gptq", "awq", correction=0.25), ("W4 g64", *FEW_BITS)),
     "awq + autoround": (_ours("autoround", "awq"), FEW_BITS),
-    "awq + gptq asym": (_ours("gptq", "awq", asymmetric=True, correction=0.25), FEW_BITS),
-    "awq + autoround asym": (_ours("autoround", "awq", asymmetric=True), FEW_BITS),
+    "awq + gptq asym": (_ours("gptq", "awq", zeros="asym", correction=0.25), FEW_BITS),
+    "awq + autoround asym": (_ours("autoround", "awq", zeros="asym"), FEW_BITS),
 }
 # Peers: the worker, settings, and the formats. llm-compressor stands for the GPTQ of gptqmodel, whose 7.7.0 wants a torch
 # (2.14.1) newer than the one that all rows share. llm-compressor's own AWQ pins memory, which takes a GPU.
@@ -110,10 +110,10 @@ def peer_settings(scheme: str) -> dict[str, Any]:
 
 def our_settings(found: dict[str, Any], scheme: str) -> dict[str, Any]:
     name = FORMATS[scheme]
-    if found["asymmetric"]:
-        bits, _, rest = name.partition("_")
-        name = f"{bits}_asym_{rest}"
-    return {key: value for key, value in found.items() if key != "asymmetric"} | {"format": name}
+    bits, _, rest = name.partition("_")
+    if found["zeros"]:
+        name = f"{bits}_{found['zeros']}_{rest}"
+    return {key: value for key, value in found.items() if key != "zeros"} | {"format": name}
 
 
 def all_rows() -> Iterator[Row]:
@@ -126,7 +126,7 @@ def all_rows() -> Iterator[Row]:
             if scheme in schemes:
                 yield Row(program, algorithm, scheme, {"worker": worker} | peer_settings(scheme) | settings)
     smooth = _ours("rtn", "smoothquant") | {"format": "w8a8"}
-    smooth.pop("asymmetric")
+    smooth.pop("zeros")
     yield Row(OURS, "rtn", W8A8, smooth | {"scaler": "", "calibrated": False}, activations=True)
     yield Row(OURS, "smoothquant", W8A8, smooth, activations=True)
     settings = {"worker": "llmcompressor", "algorithm": "smoothquant", "bits": 8, "group": 0, "symmetric": True}

@@ -3,6 +3,7 @@
 A weight row is cut into groups of `group_size` along the input axis, and each group keeps small codes and one scale:
 
     integer     w = scale * (code - zero)          zero = 2^(bits-1) when symmetric (the scale is then signed)
+                                                   fine zeros count 2^bits / 256 of a code, others whole codes
     codebook    w = scale * levels[code]           levels is a short table: nf4, fp4, ...
     float       w = scale * levels[code]           the same arithmetic; the table is a small floating point type
     kquant      a block of 256 or 32 weights packed as GGUF packs it; scales live inside the block
@@ -10,7 +11,7 @@ A weight row is cut into groups of `group_size` along the input axis, and each g
 A `Format` is a frozen value that checks itself, so that a name, its fields and the saved configuration are three
 spellings of one thing: `format_from_name(f.name) == f` for every format. Names follow a grammar
 
-    int4  int4_asym  int4_g32  int4_channel  int3_asym_g64_bf16  nf4_g64_dq  fp8_e4m3_tensor  w8a8  q4_k
+    int4  int4_asym  int4_fine  int4_g32  int4_channel  int3_asym_g64_bf16  nf4_g64_dq  fp8_e4m3_tensor  w8a8  q4_k
 
 so a new bit width, group or scale type needs no new row; only a new *kind of number* does.
 Nothing here imports torch: the engine and the readers of containers use this table without it.
@@ -35,6 +36,9 @@ DEFAULT_GROUP = 64
 # Second-level blocks of 256 scales, 8 bit each: what QLoRA uses, 0.127 bit per weight at groups of 64 instead of 0.25
 # in fp16.
 DOUBLE_QUANT_BLOCK = 256
+# A zero point has a byte. From 6 bits on a quarter of a code step is all that its fraction could say.
+ZERO_COUNTS = 256
+FINE_BITS = (2, 3, 4, 5)
 SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "e8m0": 8, "e4m3": 8}
 
 
@@ -53,6 +57,8 @@ class Format:
     act_bits: int = 16
     # Activations are rounded to one range of their layer, which calibration finds, and not each row to its own.
     fixed_range: bool = False
+    # Zero points are counted in fractions of a code, so that the whole of their byte is used.
+    fine_zeros: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -71,6 +77,11 @@ class Format:
             raise FormatError(f"format {self.name}: no table of levels named {self.table!r}")
         if not self.symmetric and self.kind != "int":
             raise FormatError(f"format {self.name}: only integer formats can be asymmetric")
+        if self.fine_zeros and (self.symmetric or self.bits not in FINE_BITS):
+            raise FormatError(
+                f"format {self.name}: zero points in fractions of a code belong to asymmetric integers of "
+                f"{FINE_BITS[0]} to {FINE_BITS[-1]} bits; take int{self.bits}_asym or int4_fine"
+            )
         if self.fixed_range and self.act_bits == 16:
             raise FormatError(f"format {self.name}: a fixed range is one of rounded activations, and it rounds none")
         if self.scale_block and SCALE_BITS[self.scale_dtype] == 8:
@@ -89,6 +100,16 @@ class Format:
     @property
     def max_code(self) -> int:
         return (1 << self.bits) - 1
+
+    @property
+    def zero_step(self) -> float:
+        """What one count of a stored zero point is worth in codes: 1, or 2^bits / 256 of fine ones."""
+        return (1 << self.bits) / ZERO_COUNTS if self.fine_zeros else 1.0
+
+    @property
+    def max_zero(self) -> float:
+        """The largest zero point that can be stored, in codes."""
+        return (ZERO_COUNTS - 1) * self.zero_step if self.fine_zeros else float(self.max_code)
 
     @property
     def max_level(self) -> float:
@@ -126,6 +147,10 @@ class Format:
     def with_group(self, group_size: int) -> Format:
         """The same numbers with another group size."""
         return _rename(dataclasses.replace(self, group_size=group_size))
+
+    def with_bits(self, bits: int) -> Format:
+        """The same numbers in another width; zero points are whole where fine ones cannot be."""
+        return self.replace(bits=bits, fine_zeros=self.fine_zeros and bits in FINE_BITS)
 
     def replace(self, **changes: Any) -> Format:
         """The same format with some fields changed, under the name that says so."""
@@ -240,7 +265,7 @@ _BASES: dict[str, Format] = {
 
 _SCALE_SUFFIX = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _SUFFIX = re.compile(
-    r"(?:_(?P<asym>asym))?(?:_(?P<group>g\d+|channel|tensor))?(?:_(?P<scale>fp16|bf16|fp32))?(?:_(?P<double>dq))?$"
+    r"(?:_(?P<zeros>asym|fine))?(?:_(?P<group>g\d+|channel|tensor))?(?:_(?P<scale>fp16|bf16|fp32))?(?:_(?P<double>dq))?$"
 )
 
 # What the five systems called these formats. `sym_int4` and its kin used groups of 64 (BigDL-LLM's ggml blocks).
@@ -290,7 +315,7 @@ def _rename(format: Format) -> Format:
         raise FormatError(f"format {base.name} has a fixed layout; write just {base.name}")
     name = base.name
     if not format.symmetric:
-        name += "_asym"
+        name += "_fine" if format.fine_zeros else "_asym"
     if format.group_size != base.group_size:
         name += {PER_CHANNEL: "_channel", PER_TENSOR: "_tensor"}.get(format.group_size, f"_g{format.group_size}")
     if format.scale_dtype != base.scale_dtype:
@@ -333,8 +358,8 @@ def format_from_name(name: str) -> Format:
 
 def _with_suffix(base: Format, match: re.Match[str]) -> Format:
     changes: dict[str, Any] = {}
-    if match["asym"]:
-        changes["symmetric"] = False
+    if match["zeros"]:
+        changes |= {"symmetric": False, "fine_zeros": match["zeros"] == "fine"}
     if match["group"]:
         sizes = {"channel": PER_CHANNEL, "tensor": PER_TENSOR}
         changes["group_size"] = sizes[match["group"]] if match["group"] in sizes else int(match["group"][1:])

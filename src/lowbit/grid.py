@@ -5,7 +5,8 @@
     from_codes  w^ = s * (q - z)                                   codebooks: s * levels[q]
 
 Codes are always chosen against the scale *after* it was rounded for storage, so that |w - w^| <= |s| / 2 inside the
-range.
+range. A fine zero point lies between codes, so z is added before rounding, q = clamp(round(w / s + z)), and 0 need not be
+a point of the grid.
 
 Symmetric integers use the full range: the scale carries a sign, chosen so that the weight of the largest magnitude
 lands on -2^(bits-1) exactly (a restricted range wastes that code, which at 2 bits is a quarter of them).
@@ -15,6 +16,7 @@ lands on -2^(bits-1) exactly (a restricted range wastes that code, which at 2 bi
 
     symmetric    r * extreme / -2^(b-1)  and  r * extreme / (2^(b-1) - 1)         (the largest weight at either end)
     asymmetric   r * (high - low) / (2^b - 1), each with z = round(-low r / s) - zero_steps .. + zero_steps
+    fine zeros   the same, z rounded to what its byte counts and moved by a quarter of a code at a time
     codebooks    r * |extreme| / max level
 
 Each is refitted by least squares to the codes it gives, s = sum(m w q) / sum(m q^2), rounded to the stored type, and the
@@ -44,6 +46,8 @@ from lowbit.search import PLAIN, Search
 SCALE_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # fp16 cannot hold a scale below this; groups that small are stored as zeros.
 _TINY_SCALE = 6e-8
+# How far the search moves a fine zero point at a time, in codes.
+FINE_MOVE = 0.25
 _E8M0_BIAS = 127
 # A code of a doubly quantised scale that means "the tensor's mean scale".
 _DQ_MIDPOINT = 128
@@ -51,7 +55,7 @@ _DQ_MIDPOINT = 128
 
 @dataclass(frozen=True)
 class Grid:
-    """The fitted grid of one weight: scales [.., G] in fp32 as they will be read back, zeros [.., G] or None."""
+    """The fitted grid of one weight: scales [.., G] in fp32 as they will be read back, zeros [.., G] in codes or None."""
 
     scales: torch.Tensor
     zeros: torch.Tensor | None
@@ -134,7 +138,7 @@ def unpack_by_definition(packed: PackedTensor) -> torch.Tensor:
     """What `unpack` is defined as, in fp32, on any device."""
     format = packed.format
     codes = unpack_codes(packed.codes, format.bits, packed.shape[-1])
-    weight = from_codes(codes, format, effective_scales(packed), packed.zeros)
+    weight = from_codes(codes, format, effective_scales(packed), effective_zeros(packed))
     if packed.order is not None:
         weight = torch.empty_like(weight).index_copy_(-1, packed.order.long(), weight)
     return weight
@@ -155,6 +159,20 @@ def effective_scales(packed: PackedTensor) -> torch.Tensor:
         offset: torch.Tensor = packed.scale_offset
         return (scales.float() - _DQ_MIDPOINT) * step + offset
     return scales.float()
+
+
+def effective_zeros(packed: PackedTensor) -> torch.Tensor | None:
+    """The zero points of a weight in codes, whatever they count."""
+    zeros = packed.zeros
+    if zeros is None:
+        return None
+    assert isinstance(zeros, torch.Tensor)
+    return zeros.float() * packed.format.zero_step
+
+
+def round_zeros(zeros: torch.Tensor, format: Format) -> torch.Tensor:
+    """The nearest zero points, in codes, that can be stored."""
+    return ((zeros / format.zero_step).round() * format.zero_step).clamp(0, format.max_zero)
 
 
 def check_finite(weight: torch.Tensor, name: str) -> None:
@@ -241,7 +259,7 @@ def _plain_scales(
         low = groups.amin(dim=-1, keepdim=True).clamp_max(0.0)
         high = groups.amax(dim=-1, keepdim=True).clamp_min(0.0)
         scales = rounder((high - low) / format.max_code)
-        return scales, (-low / scales).round().clamp(0, format.max_code)
+        return scales, round_zeros(-low / scales, format)
     extreme = _extreme(groups)
     if format.kind == "int":
         return rounder(extreme / -format.midpoint), None
@@ -273,6 +291,8 @@ def nearest_codes(w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None
     """The codes nearest to fp32 weights, under scales and zero points laid out beside them."""
     if format.levels:
         return _nearest_levels(w / step, format)
+    if format.fine_zeros and zero is not None:
+        return (w / step + zero.float()).round().clamp(0, format.max_code)
     offset = format.midpoint if zero is None else zero.float()
     return ((w / step).round() + offset).clamp(0, format.max_code)
 
@@ -293,11 +313,12 @@ def _candidates(
     if format.kind == "int" and not format.symmetric:
         low = groups.amin(dim=-1, keepdim=True).clamp_max(0.0)
         high = groups.amax(dim=-1, keepdim=True).clamp_min(0.0)
+        move = FINE_MOVE if format.fine_zeros else 1.0
         for ratio in search.ratios():
             scales = (high - low).clamp_min(1e-20) * (ratio / format.max_code)
-            middle = (-low * ratio / scales).round()
+            middle = round_zeros(-low * ratio / scales, format)
             for shift in range(-search.zero_steps, search.zero_steps + 1):
-                yield scales, (middle + shift).clamp(0, format.max_code)
+                yield scales, (middle + shift * move).clamp(0, format.max_zero)
         return
     extreme = _extreme(groups)
     if format.kind == "int":
@@ -347,7 +368,7 @@ def _stored_grid(scales: torch.Tensor, zeros: torch.Tensor | None, format: Forma
     else:
         stored["scales"] = scales.to(SCALE_TORCH_DTYPES[format.scale_dtype])
     if zeros is not None:
-        stored["zeros"] = zeros.to(torch.uint8)
+        stored["zeros"] = (zeros / format.zero_step).to(torch.uint8)
     return Grid(scales, zeros, stored)
 
 

@@ -4,7 +4,7 @@ A weight [.., out, in] becomes a few plain arrays (shapes for an integer or code
 
     codes         int32 [.., out, words]   each row one dense bit stream, least significant bit first
     scales        [.., out, G]             fp16, bf16 or fp32; or 8 bit (see Format)
-    zeros         uint8 [.., out, G]       asymmetric integers only
+    zeros         uint8 [.., out, G]       asymmetric integers only; fine ones count 2^bits / 256 of a code
     scale_scales  fp32 [blocks]            second level: scale = scales[i] * scale_scales[i // scale_block] + scale_offset
     scale_offset  fp32 [1]
     order         int32 [in]               a permutation of the input, where an algorithm needs one

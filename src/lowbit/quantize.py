@@ -215,7 +215,7 @@ def allocate_bits(model: nn.Module, recipe: Recipe, calibration: Calibration, bi
     Scales are included in the budget; weights that the recipe leaves, or gives a format by an override, are not touched,
     nor are those that no token reaches. The report says which, and which experts were not reached.
     """
-    formats = [recipe.linear.replace(bits=bits) for bits in OFFERED_BITS] if recipe.linear.kind == "int" else []
+    formats = [recipe.linear.with_bits(bits) for bits in OFFERED_BITS] if recipe.linear.kind == "int" else []
     if not formats:
         raise RecipeError(
             f"bits are allocated among integers, and the recipe asks for {recipe.linear}: name an int format"

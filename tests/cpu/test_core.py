@@ -24,6 +24,10 @@ FORMATS = [
     "int3_asym_g32_fp32",
     "int4",
     "int4_asym",
+    "int4_fine",
+    "int2_fine_g16",
+    "int3_fine_g24_fp32",
+    "int5_fine_channel",
     "int4_g16",
     "int4_g24",
     "int4_channel",
@@ -79,8 +83,9 @@ class Packed:
         scales = self.float_scales()[:, group]
         if self.format.levels:
             return scales * np.asarray(self.format.levels)[codes]
-        zeros = self.zeros[:, group].astype(int) if not self.format.symmetric else self.format.midpoint
-        return scales * (codes.astype(int) - zeros)
+        if self.format.symmetric:
+            return scales * (codes.astype(int) - self.format.midpoint)
+        return scales * (codes - self.zeros[:, group] * self.format.zero_step)
 
     def float_scales(self) -> NDArray[np.float64]:
         if self.format.scale_dtype == "e8m0":

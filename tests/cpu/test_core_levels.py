@@ -24,6 +24,7 @@ from lowbit.formats import Format, format_from_name
 
 ROWS = (1, 8, 17, 64)
 DOUBLE = ["int2_g16_dq", "int3_asym_g32_dq", "int4_dq", "int4_asym_dq", "int4_g24_dq", "int4_channel_dq"]
+DOUBLE += ["int4_fine_dq", "int3_fine_g32_dq"]
 DOUBLE += ["int6_dq", "int8_asym_dq", "nf4_dq", "nf3_dq", "fp4_dq", "fp6_dq"]
 DOUBLE_SHAPES = [(37, 203), (16, 576), (131, 96)]
 BLOCKS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_1", "q5_1"]
@@ -70,11 +71,11 @@ def double_quantized(name: str, rows: int, cols: int) -> Stored:
     scales = random.integers(0, 256, (rows, groups)).astype(np.uint8)
     steps = random.uniform(0.5, 1.5, -(-rows * groups // format.scale_block)).astype(np.float32)
     offset = np.full(1, 30.0, np.float32)
-    zeros = random.integers(0, 1 << format.bits, (rows, groups)).astype(np.uint8)
+    zeros = random.integers(0, int(format.max_zero / format.zero_step) + 1, (rows, groups)).astype(np.uint8)
     index = np.arange(rows * groups).reshape(rows, groups) // format.scale_block
     group = np.arange(cols) // (format.group_size if format.group_size > 0 else cols)
     scale = ((scales.astype(float) - 128) * steps[index] + offset)[:, group]
-    middle = format.midpoint if format.symmetric else zeros[:, group].astype(float)
+    middle = format.midpoint if format.symmetric else zeros[:, group] * format.zero_step
     level = np.asarray(format.levels)[codes] if format.levels else codes.astype(float) - middle
     buffers = {"codes": words, "scales": scales, "scale_scales": steps, "scale_offset": offset}
     if not format.symmetric:

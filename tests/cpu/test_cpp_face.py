@@ -193,7 +193,7 @@ def assert_same_answer(path: Path, most: int = 40) -> None:
 
 
 @pytest.mark.parametrize(
-    "low_bit", ["int4", "int4_asym_g32", "nf4", "mxfp4", "nvfp4", "int8_channel", "nf4_dq", "q4_k"]
+    "low_bit", ["int4", "int4_asym_g32", "int4_fine_g32", "nf4", "mxfp4", "nvfp4", "int8_channel", "nf4_dq", "q4_k"]
 )
 def test_the_greedy_answer_is_the_runtimes(low_bit: str, tmp_path: Path) -> None:
     assert_same_answer(save_model(tmp_path, low_bit))

@@ -73,7 +73,19 @@ def llama() -> Iterator[Engine]:
 
 @pytest.mark.parametrize(
     "format",
-    ["int4_g32", "int4_asym_g16", "int3_g32", "int8_channel", "nf4_g32", "mxfp4", "nf4_dq", "q4_k", "q6_k", "q5_1"],
+    [
+        "int4_g32",
+        "int4_asym_g16",
+        "int4_fine_g32",
+        "int3_g32",
+        "int8_channel",
+        "nf4_g32",
+        "mxfp4",
+        "nf4_dq",
+        "q4_k",
+        "q6_k",
+        "q5_1",
+    ],
 )
 def test_packed_weights_give_the_logits_of_what_they_stand_for(format: str) -> None:
     """The embedding too: a tied head and the rows of the embedding are read from one prepared buffer."""

@@ -154,7 +154,9 @@ def test_numbers_that_are_none_stay_in_their_row(tiles: str) -> None:
     assert np.isnan(y[1:3]).all() and np.isfinite(y[3:]).all() and np.isfinite(y[0]).all()
 
 
-@pytest.mark.parametrize("name", ["int4_g64", "int4_asym_g32", "nf4", "int3_g32", "int8_g64"])
+@pytest.mark.parametrize(
+    "name", ["int4_g64", "int4_asym_g32", "int4_fine_g32", "int3_fine_g64", "nf4", "int3_g32", "int8_g64"]
+)
 def test_groups_of_zeros_cost_their_neighbours_nothing(tiles: str, name: str) -> None:
     """Their scale is 1 by definition, many times that of small weights."""
     weight = numbers(16, 512) * 0.02

@@ -17,6 +17,7 @@ FORMAT_NAMES = [
     "int4_g32",
     "int4_asym",
     "int2_asym_g16",
+    "int4_fine_g32",
     "int8_channel",
     "int4_g128_bf16",
     "int5_fp32",
@@ -52,7 +53,7 @@ def test_core_equals_the_reference(format: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 65), (17, 64), (64, 31), (130, 257), (16, 1024)])
-@pytest.mark.parametrize("format", ["int4", "int3_asym_g32", "nf4", "int8_channel"])
+@pytest.mark.parametrize("format", ["int4", "int3_asym_g32", "int3_fine_g32", "nf4", "int8_channel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_awkward_shapes_and_types(format: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     for rows in (1, 5, 40):
@@ -158,6 +159,16 @@ def test_narrow_floats_round_both_sides_and_sum_in_fp32(format: str, compute: st
         y = CORE.run(x, buffers, packed.format, packed.shape, compute)
         assert torch.allclose(y, x.to(dtype).float() @ weight.T, atol=1e-4)
         assert not torch.allclose(y, x @ unpack(packed).T, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["nf4_dq", "int4_asym_dq", "int4_fine_dq"])
+def test_rows_are_looked_up_where_scales_are_quantised_again(format: str) -> None:
+    """Zero points included, which a row of a block of scales takes along."""
+    table = quantize(torch.randn(50, 331), as_format(format))
+    ids = torch.tensor([0, 49, 7, 7])
+    for row in KERNELS["cpu"]:
+        if row.refuses(table.format, table.shape, "auto") is None:
+            assert torch.equal(row.rows(row.prepare(table), table.format, table.shape, ids), unpack(table)[ids])
 
 
 @pytest.mark.parametrize("format", FORMAT_NAMES)

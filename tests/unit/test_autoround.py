@@ -76,7 +76,8 @@ def errors_of(
 
 
 @pytest.mark.parametrize(
-    ("name", "gain"), [("int2_g32", 0.8), ("int3_g32", 0.8), ("int4_g32", 0.85), ("int4_asym_g32", 0.85)]
+    ("name", "gain"),
+    [("int2_g32", 0.8), ("int3_g32", 0.8), ("int4_g32", 0.85), ("int4_asym_g32", 0.85), ("int4_fine_g32", 0.85)],
 )
 def test_a_tuned_layer_of_a_model_is_nearer_than_a_rounded_one(name: str, gain: float) -> None:
     model = tiny_model_in_memory("llama")
@@ -86,7 +87,17 @@ def test_a_tuned_layer_of_a_model_is_nearer_than_a_rounded_one(name: str, gain: 
 
 
 @pytest.mark.parametrize(
-    "name", ["int3_asym_channel", "int4_tensor", "int2_asym_g32", "int4_g32_dq", "int3_g24", "int8"]
+    "name",
+    [
+        "int3_asym_channel",
+        "int4_tensor",
+        "int2_asym_g32",
+        "int4_g32_dq",
+        "int3_g24",
+        "int8",
+        "int3_fine_g24",
+        "int4_fine_g32_dq",
+    ],
 )
 def test_every_integer_grid_is_tuned(name: str) -> None:
     tuned, nearest = errors_of(Mixer(), mixer_calls(), as_format(name))

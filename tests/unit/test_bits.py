@@ -14,7 +14,15 @@ from lowbit.formats import FORMATS, format_from_name
 from lowbit.grid import quantize, unpack
 from lowbit.packing import BUFFERS, PackedTensor, code_shape, scale_shape
 
-WHOLE_FORMATS = [*FORMATS, "int4_asym", "int3_asym_g32", "int5_channel", "int4_asym_tensor", "fp8_e4m3_tensor_fp32"]
+WHOLE_FORMATS = [
+    *FORMATS,
+    "int4_asym",
+    "int3_asym_g32",
+    "int4_fine_g32",
+    "int5_channel",
+    "int4_asym_tensor",
+    "fp8_e4m3_tensor_fp32",
+]
 LEADING = st.sampled_from([(), (1,), (3,), (2, 3), (2, 2, 3)])
 
 

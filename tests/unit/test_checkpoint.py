@@ -52,6 +52,7 @@ def quantization_config(folder: Path) -> dict:
         ("llama", EVEN, "asym_int5", "compressed-tensors"),
         ("llama", EVEN, "int4", None),
         ("llama", {}, "int4", "lowbit"),
+        ("llama", EVEN, "int4_fine_g32", "lowbit"),
         ("llama", {"tie_word_embeddings": True}, "nf4_g64_dq", "lowbit"),
         ("llama", {"hidden_size": 256, "intermediate_size": 256}, "q4_k", "lowbit"),
         ("qwen3_moe", EVEN_EXPERTS, MIXED, "compressed-tensors"),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lowbit.errors import FormatError
 from lowbit.formats import (
     ALIASES,
+    FINE_BITS,
     FORMATS,
     LEVELS,
     MIXED,
@@ -48,6 +49,7 @@ def built_formats(draw: st.DrawFn) -> Format:
         "scale_block": draw(st.sampled_from([0, 256])),
         "symmetric": draw(st.booleans()) if base.kind == "int" else True,
     }
+    changes["fine_zeros"] = not changes["symmetric"] and base.bits in FINE_BITS and draw(st.booleans())
     return base.replace(**changes)
 
 
@@ -86,7 +88,8 @@ def test_stored_size_of_a_wide_row(format: Format, in_features: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("int4", 4.25), ("int4_asym_g32", 4.75), ("nf4_dq", 4.127), ("mxfp4", 4.25), ("nvfp4", 4.5), ("q4_k", 4.5),
+    [("int4", 4.25), ("int4_asym_g32", 4.75), ("int4_fine_g32", 4.75),
+     ("nf4_dq", 4.127), ("mxfp4", 4.25), ("nvfp4", 4.5), ("q4_k", 4.5),
      ("q6_k", 6.5625), ("q2_k", 2.625), ("int8_channel", 8.0)],
 )  # fmt: skip
 def test_known_sizes(name: str, bits: float) -> None:
@@ -102,6 +105,30 @@ def test_an_unknown_name_lists_the_nearest(name: str, close: str) -> None:
         format_from_name(name)
 
 
+def test_fine_zeros_use_all_of_their_byte() -> None:
+    for bits in FINE_BITS:
+        format = format_from_name(f"int{bits}_fine_g32")
+        assert not format.symmetric and format.fine_zeros and format.zero_step * 256 == 2**bits
+        assert format.bits_per_weight == format_from_name(f"int{bits}_asym_g32").bits_per_weight
+        assert format.max_zero == 2**bits - format.zero_step
+    whole = format_from_name("int4_asym_g32")
+    assert (whole.zero_step, whole.max_zero) == (1, 15)
+
+
+def test_fine_zeros_follow_where_another_width_has_them() -> None:
+    format = format_from_name("int4_fine_g32_bf16")
+    assert format.with_bits(3).name == "int3_fine_g32_bf16" and format.with_bits(8).name == "int8_asym_g32_bf16"
+    assert format_from_name("int4_g32").with_bits(2).name == "int2_g32"
+    with pytest.raises(FormatError, match="take int6_asym"):
+        format_from_name("int6_fine")
+
+
+def test_fields_saved_before_there_were_fine_zeros_mean_whole_ones() -> None:
+    fields = format_from_name("int4_asym_g32").to_dict()
+    del fields["fine_zeros"]
+    assert Format.from_dict(fields) == format_from_name("int4_asym_g32")
+
+
 def test_a_name_like_no_other_lists_all() -> None:
     with pytest.raises(FormatError, match=r"known are .*int4.*q6_k"):
         format_from_name("%%%")
@@ -115,7 +142,8 @@ def test_types_that_are_not_there_yet_say_so(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["int4_g0", "int9", "int1", "nf4_asym", "q4_k_g32", "q4_k_fp32", "mxfp4_g16", "nvfp4_fp16", "mxfp4_dq",
+    ["int4_g0", "int9", "int1", "nf4_asym", "nf4_fine", "int6_fine",
+     "int8_fine", "int4_asym_fine", "w8a8_fine", "q4_k_g32", "q4_k_fp32", "mxfp4_g16", "nvfp4_fp16", "mxfp4_dq",
      "int4_g64_g32", "int4_fp16_g32", "int4_", ""],
 )  # fmt: skip
 def test_names_that_contradict_themselves_are_refused(name: str) -> None:

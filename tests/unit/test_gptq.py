@@ -25,6 +25,7 @@ from lowbit.recipe import Recipe, recipe_named
 
 OUT, IN = 48, 160
 FORMATS = ["int4_g64", "int3_g32", "int2_asym_g32", "int4_channel", "int4_tensor", "int4_asym_g128", "int4_g256"]
+FORMATS += ["int4_fine_g32", "int3_fine_channel", "int4_fine_tensor"]
 FORMATS += ["nf4", "nf4_g64_dq", "mxfp4", "nvfp4", "fp8_e4m3", "int8_g32_bf16"]
 
 

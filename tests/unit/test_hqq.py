@@ -18,7 +18,7 @@ from lowbit_assets import tiny_model_in_memory
 
 FORMATS = [
     "int2", "int3_g32", "int4", "int8", "int2_asym", "int4_asym_g32", "int3_asym_channel", "int4_asym_tensor",
-    "int4_asym_g50", "int4_dq", "nf4", "mxfp4", "nvfp4",
+    "int4_asym_g50", "int4_dq", "nf4", "mxfp4", "nvfp4", "int4_fine", "int3_fine_g50", "int2_fine_channel", "int4_fine_dq",
 ]  # fmt: skip
 
 

@@ -25,7 +25,16 @@ from lowbit.packing import PackedTensor
 from lowbit.search import Search
 
 torch.manual_seed(0)
-FORMAT_NAMES = [*FORMATS, "int4_asym", "int3_asym_g32", "int4_channel", "nf4_dq", "fp8_e4m3_tensor_fp32"]
+FORMAT_NAMES = [
+    *FORMATS,
+    "int4_asym",
+    "int3_asym_g32",
+    "int4_fine",
+    "int2_fine_g32",
+    "int4_channel",
+    "nf4_dq",
+    "fp8_e4m3_tensor_fp32",
+]
 
 
 def linear(format: str, out_features: int = 24, in_features: int = 300, bias: bool = True) -> LowBitLinear:

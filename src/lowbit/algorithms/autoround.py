@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from lowbit.algorithms.table import BlockWork, Rounded
 from lowbit.bits import pack_codes
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
-from lowbit.grid import fit_grid, group_weight, scale_rounder, store_grid
+from lowbit.grid import fit_grid, group_weight, round_zeros, scale_rounder, store_grid
 from lowbit.models.capture import Call, watch_calls
 from lowbit.models.walk import Target, stored_order
 from lowbit.options import AUTOROUND_RECIPES, AutoRoundOptions, RtnOptions
@@ -180,11 +181,12 @@ class _Tuned:
         low = self.scales * self.zeros * self.factors[:, :1]
         high = self.scales * (format.max_code - self.zeros) * self.factors[:, 1:]
         scales = _straight((low + high) / format.max_code, self.rounder)
-        return scales, _straight(low / scales, torch.round).clamp(0, format.max_code)
+        return scales, _straight(low / scales, partial(round_zeros, format=format))
 
     def _codes(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-        nearest = _straight(self.groups / scales + self.votes, torch.round)
-        return (nearest + zeros).clamp(0, self.format.max_code)
+        whole = zeros.floor()
+        nearest = _straight(self.groups / scales + self.votes + (zeros - whole), torch.round)
+        return (nearest + whole).clamp(0, self.format.max_code)
 
     def _shaped(self, groups: torch.Tensor) -> torch.Tensor:
         """Groups as the weight [out, in], without the padding."""

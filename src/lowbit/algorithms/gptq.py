@@ -31,7 +31,7 @@ from lowbit.algorithms.table import Rounded
 from lowbit.bits import pack_codes
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
-from lowbit.grid import code_values, effective_scales, nearest_codes, quantize
+from lowbit.grid import code_values, effective_scales, effective_zeros, nearest_codes, quantize
 from lowbit.options import GptqOptions
 from lowbit.packing import PackedTensor, empty_buffers
 from lowbit.search import Search
@@ -179,6 +179,7 @@ class _Rounding:
         self.buffers = grid.tensors() if grid else empty_buffers(format, self.shape, torch)
         self.buffers = {name: tensor.to(weight.device) for name, tensor in self.buffers.items() if name != "codes"}
         self.scales = effective_scales(grid) if grid else None
+        self.zeros = effective_zeros(grid) if grid else None
 
     def round_block_(self, first: int, end: int) -> None:
         """Round the columns of some whole segments, and pass on what they lost."""
@@ -203,17 +204,15 @@ class _Rounding:
         """The scale and zero point [out] of a group: as they were fixed, or fitted to its columns as they are now."""
         if self.scales is not None:
             column = group if self.scales.shape[-1] > 1 else 0
-            zeros = self.buffers.get("zeros")
-            zero = None if zeros is None else zeros[:, column].float()
-            return self.scales[:, column], zero
+            return self.scales[:, column], None if self.zeros is None else self.zeros[:, column]
         cost = self.factor.diagonal()[start:stop].square().reciprocal()
         weight = self.work[start:stop].t().contiguous()
         fitted = quantize(weight, self.format, Search(), _importance(cost))
         for name in ("scales", "zeros"):
             if name in self.buffers:
                 self.buffers[name][:, group] = getattr(fitted, name)[:, 0]
-        zero = None if fitted.zeros is None else fitted.zeros[:, 0].float()
-        return effective_scales(fitted)[:, 0], zero
+        zeros = effective_zeros(fitted)
+        return effective_scales(fitted)[:, 0], None if zeros is None else zeros[:, 0]
 
     def packed(self) -> PackedTensor:
         """The weight in its stored form, columns back where they were."""

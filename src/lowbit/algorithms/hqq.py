@@ -34,6 +34,7 @@ from lowbit.grid import (
     from_codes,
     group_weight,
     pack,
+    round_zeros,
     scale_rounder,
     store_grid,
     to_codes,
@@ -54,12 +55,12 @@ def round_hqq(weight: torch.Tensor, format: Format, options: HqqOptions = _DEFAU
     rounder = scale_rounder(weight, format)
     starts = [fit_grid(weight, format, search) for search in (PLAIN, Search())]
     found = [_descend(groups, mask, rounder, _by_group(start, len(groups)), options) for start in starts]
-    errors = [objective(groups, format, fit, options.power) for fit in found]
+    errors = [objective(groups, mask, format, fit, options.power) for fit in found]
     best = _choose(errors[0] < errors[1], found[0], found[1])
     grid = store_grid(tuple(weight.shape), groups, *best, rounder)
     if format.scale_block:
         # A second level of scales is fitted to all groups at once, and may undo what each of them gained alone.
-        grid = min([grid, *starts], key=lambda grid: _total(groups, format, grid, options.power))
+        grid = min([grid, *starts], key=lambda grid: _total(groups, mask, format, grid, options.power))
     return pack(weight, format, grid)
 
 
@@ -70,23 +71,23 @@ def round_half_quadratic(
     return Rounded(round_hqq(weight, format, options))
 
 
-def objective(groups: torch.Tensor, format: Format, fit: Fit, power: float) -> torch.Tensor:
+def objective(groups: torch.Tensor, mask: torch.Tensor, format: Format, fit: Fit, power: float) -> torch.Tensor:
     """sum |w - w^|^p of each group: [groups, 1]."""
-    return (groups - _rounded(groups, format, fit)).abs().pow(power).sum(dim=-1, keepdim=True)
+    return (mask * (groups - _rounded(groups, format, fit))).abs().pow(power).sum(dim=-1, keepdim=True)
 
 
 def _descend(groups: torch.Tensor, mask: torch.Tensor, rounder: ScaleRounder, start: Fit, options: HqqOptions) -> Fit:
     """The best grid of each group on the way from the start, which ends where a turn betters none of them."""
     format, beta, fit = rounder.format, options.beta, start
-    best, least = start, objective(groups, format, start, options.power)
+    best, least = start, objective(groups, mask, format, start, options.power)
     for _ in range(options.iterations):
         codes, step = to_codes(groups, format, *fit), fit[0].abs()
         rest = (groups - from_codes(codes, format, *fit)) / step
         goal = groups - mask * _shrink(rest, options.power, beta) * step
-        zeros = [None] if fit[1] is None else _zeros(codes, goal, mask, fit, format.max_code)
+        zeros = [None] if fit[1] is None else _zeros(codes, goal, mask, fit, format)
         offers = [_fit_scale(codes, goal, mask, (fit[0], zero), rounder) for zero in zeros]
         offers = [(_within_reach(scales, start[0] * options.reach, rounder), zero) for scales, zero in offers]
-        errors = [objective(groups, format, offer, options.power) for offer in offers]
+        errors = [objective(groups, mask, format, offer, options.power) for offer in offers]
         # Of the integers on both sides of the best zero point the better one goes on.
         fit, error = offers[0], errors[0]
         if len(offers) > 1:
@@ -117,16 +118,21 @@ def _within_reach(scales: torch.Tensor, least: torch.Tensor, rounder: ScaleRound
 
 
 def _zeros(
-    codes: torch.Tensor, goal: torch.Tensor, mask: torch.Tensor, fit: Fit, largest_code: int
+    codes: torch.Tensor, goal: torch.Tensor, mask: torch.Tensor, fit: Fit, format: Format
 ) -> list[torch.Tensor | None]:
-    """The integers on both sides of the zero point with which a line through the codes fits best."""
+    """What can be stored on both sides of the zero point with which a line through the codes fits best.
+
+    Of fine ones the nearest: where a step is a sixteenth, both sides are as good, and cost another objective.
+    """
     count = mask.sum(dim=-1, keepdim=True)
     mean_code = (mask * codes).sum(dim=-1, keepdim=True) / count
     mean_goal = (mask * goal).sum(dim=-1, keepdim=True) / count
     offsets = mask * (codes - mean_code)
     slope = (offsets * goal).sum(dim=-1, keepdim=True) / offsets.square().sum(dim=-1, keepdim=True).clamp_min(1e-30)
     zero = mean_code - mean_goal / torch.where(slope > 0, slope, fit[0])
-    return [side.clamp(0, largest_code) for side in (zero.floor(), zero.ceil())]
+    if format.fine_zeros:
+        return [round_zeros(zero, format)]
+    return [side.clamp(0, format.max_zero) for side in (zero.floor(), zero.ceil())]
 
 
 def _choose(first: torch.Tensor, one: Fit, other: Fit) -> Fit:
@@ -143,5 +149,5 @@ def _rounded(groups: torch.Tensor, format: Format, fit: Fit) -> torch.Tensor:
     return from_codes(to_codes(groups, format, *fit), format, *fit)
 
 
-def _total(groups: torch.Tensor, format: Format, grid: Grid, power: float) -> float:
-    return float(objective(groups, format, _by_group(grid, len(groups)), power).sum())
+def _total(groups: torch.Tensor, mask: torch.Tensor, format: Format, grid: Grid, power: float) -> float:
+    return float(objective(groups, mask, format, _by_group(grid, len(groups)), power).sum())

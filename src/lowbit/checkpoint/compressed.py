@@ -51,6 +51,8 @@ def refusal(held: Held) -> str | None:
         return None  # written dense
     if format.kind != "int":
         return f"{format} is not an integer format"
+    if format.fine_zeros:
+        return f"{format} counts zero points in fractions of a code, and theirs are whole (_asym has such)"
     if format.scale_block:
         return f"{format} has doubly quantised scales"
     if format.act_bits != 16 and held.role == "experts":

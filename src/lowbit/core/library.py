@@ -24,6 +24,8 @@ _KINDS = {"int": 0, "codebook": 1, "float": 1, "kquant": 3}
 _DENSE = 2
 # GGUF's blocks with scales inside, numbered as in lowbit.h.
 BLOCK_TYPES = {"q2_k": 1, "q3_k": 2, "q4_k": 3, "q5_k": 4, "q6_k": 5, "q4_1": 6, "q5_1": 7}
+# The third kind of zero points beside those of asymmetric (0) and symmetric integers (1).
+FINE_ZEROS = 2
 _OK, _BAD_WEIGHT = 0, 2
 
 
@@ -163,7 +165,7 @@ def c_format(format: Format) -> CFormat:
     return CFormat(
         format.bits,
         _KINDS[format.kind],
-        int(format.symmetric),
+        FINE_ZEROS if format.fine_zeros else int(format.symmetric),
         format.group_size,
         SCALE_TYPES[format.scale_dtype],
         len(format.levels),

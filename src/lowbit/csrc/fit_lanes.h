@@ -36,17 +36,17 @@ inline Range zero_range(const Lanes& lanes) {
     return range;
 }
 
-inline F32 clamp_zero(F32 zeros, const QuantizeJob& job) {
-    return clamp(zeros, F32{}, splat(static_cast<float>((1 << job.format.bits) - 1)));
-}
+inline F32 clamp_zero(F32 zeros, const QuantizeJob& job) { return clamp(zeros, F32{}, splat(job.max_zero)); }
+// The nearest zero points that can be stored; a step is a power of two, so that nothing else is rounded.
+inline F32 round_zero(F32 zeros, const QuantizeJob& job) { return clamp_zero(round_even(zeros / job.zero_step) * job.zero_step, job); }
 
 inline LaneGrid plain_grid(const Lanes& lanes, const QuantizeJob& job) {
     const lowbit_format& format = job.format;
     const float midpoint = static_cast<float>(1 << (format.bits - 1));
-    if (format.kind == LOWBIT_INT && !format.symmetric) {
+    if (stores_zeros(format)) {
         const Range range = zero_range(lanes);
         const F32 scales = round_scales((range.high - range.low) / splat(static_cast<float>((1 << format.bits) - 1)), job);
-        return {scales, clamp_zero(round_even(-range.low / scales), job)};
+        return {scales, round_zero(-range.low / scales, job)};
     }
     const F32 extreme = signed_extreme(lanes);
     if (format.kind == LOWBIT_INT) return {round_scales(extreme / splat(-midpoint), job), splat(midpoint)};
@@ -60,6 +60,8 @@ inline LaneGrid plain_grid(const Lanes& lanes, const QuantizeJob& job) {
     }
     return {round_scales(absolute(extreme) / splat(job.max_level), job), F32{}};
 }
+
+constexpr float kFineMove = 0.25f;  // of a fine zero point at a time, in codes
 
 struct Best {
     F32 error, scales, zeros;
@@ -92,19 +94,20 @@ inline void search_asymmetric(const Lanes& lanes, const QuantizeJob& job, Best& 
     const F32 width = range.high - range.low;
     const F32 usable_width = select(width > 1e-20f, width, splat(1e-20f));
     const double max_code = (1 << job.format.bits) - 1;
+    const float move = job.fine_zeros ? kFineMove : 1.0f;
     for (int i = 0; i < job.search.ratio_count; ++i) {
         const double ratio = job.search.ratios[i];
         const F32 scales = usable_width * splat(static_cast<float>(ratio / max_code));
-        const F32 middle = round_even(-range.low * splat(static_cast<float>(ratio)) / scales);
+        const F32 middle = round_zero(-range.low * splat(static_cast<float>(ratio)) / scales, job);
         for (int shift = -job.search.zero_steps; shift <= job.search.zero_steps; ++shift)
-            try_candidate(lanes, job, {scales, clamp_zero(middle + static_cast<float>(shift), job)}, best);
+            try_candidate(lanes, job, {scales, clamp_zero(middle + static_cast<float>(shift) * move, job)}, best);
     }
 }
 
 inline LaneGrid search_grid(const Lanes& lanes, const QuantizeJob& job, const LaneGrid& start) {
     Best best = {splat(INFINITY), start.scales, start.zeros};
     try_candidate(lanes, job, start, best);
-    if (job.format.kind == LOWBIT_INT && !job.format.symmetric) {
+    if (stores_zeros(job.format)) {
         search_asymmetric(lanes, job, best);
         return {best.scales, best.zeros};
     }

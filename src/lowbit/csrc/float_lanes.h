@@ -25,7 +25,7 @@ void widen_block(const Header& header, const uint8_t* block, int64_t first_unit,
     const Plan& plan = header.plan;
     ScaleReader<> reader(header, block);
     const Table table{};
-    const bool has_zeros = stores_zeros(header);
+    const bool has_zeros = has_whole_zeros(header);
     const Floats unit = splat_floats(header.unit);
     for (int64_t u = 0; u < units; ++u) {
         Bytes steps[kSteps];

@@ -165,7 +165,7 @@ void find_most(const Header& header, const uint8_t* block, const FoldRange& rang
             most[r] = size > most[r] ? size : most[r];
             least[r] = size > kNothing && size < least[r] ? size : least[r];
         }
-    if (header.scales.minima) return;
+    if (header.scales.minima && header.scales.minima != kZeroMinima) return;
     int far_apart = 0;
     for (int r = 0; r < kBlockRows; ++r) far_apart |= most[r] > kFarApart * least[r];
     for (int r = 0; far_apart && r < kBlockRows; ++r) {
@@ -173,7 +173,8 @@ void find_most(const Header& header, const uint8_t* block, const FoldRange& rang
         most[r] = 0.0f;
         for (int64_t g = 0; g < factors->count; ++g) {
             const bool stands_out = factors->sizes[g][r] > kFarApart * least[r];
-            if (stands_out && all_zeros<kBits, kTable, kUp>(header, block, range, factors->first + g, r, factors->zeros[g][r]))
+            // Fine zeros of a group of zeros are none, so its codes are.
+            if (stands_out && factors->minima[g][r] == 0.0f && all_zeros<kBits, kTable, kUp>(header, block, range, factors->first + g, r, factors->zeros[g][r]))
                 factors->sizes[g][r] = factors->scales[g][r] = 0.0f;
             most[r] = factors->sizes[g][r] > most[r] ? factors->sizes[g][r] : most[r];
         }
@@ -191,7 +192,7 @@ void find_factors(const Header& header, const uint8_t* block, const FoldRange& r
         store_floats(factors->scales[g], multiply(reader.scales, splat_floats(range.step)));
         store_floats(factors->minima[g], kMinima ? reader.minima : splat_floats(0.0f));
         const uint8_t* zeros = block + header.zeros_offset + (factors->first + g) * kBlockRows;
-        store_bytes(factors->zeros[g], stores_zeros(header) ? multiply_ints(widen_bytes(zeros), splat_ints(1 << range.shift)) : splat_ints(range.zero));
+        store_bytes(factors->zeros[g], has_whole_zeros(header) ? multiply_ints(widen_bytes(zeros), splat_ints(1 << range.shift)) : splat_ints(range.zero));
     }
     find_most<kBits, kTable, kFoldShift<kBits, kTable, kMinima>>(header, block, range, factors, most);
     for (int r = 0; r < kBlockRows; ++r) {
@@ -218,7 +219,7 @@ void fold_block(const Header& header, const uint8_t* block, const FoldRange& ran
     factors.first = group_of(begin);
     factors.count = group_of(end - 1) - factors.first + 1;
     // One scale for all of the stretch: the codes as they are, without another rounding.
-    const bool exact = !kMinima && factors.count == 1 && !stores_zeros(header);
+    const bool exact = !kMinima && factors.count == 1 && !has_whole_zeros(header);
     if (exact) {
         ScaleReader<> reader(header, block);
         reader.read(factors.first);

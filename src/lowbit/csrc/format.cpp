@@ -39,6 +39,11 @@ int check_format(const lowbit_format* format, Shape shape) {
         return fail(LOWBIT_BAD_ARGUMENT, "scale type %d is not known to the core", format->scale_type);
     if (format->scale_block < 0 || (format->scale_block > 0 && format->scale_type > LOWBIT_SCALE_FP16))
         return fail(LOWBIT_BAD_ARGUMENT, "scales of type %d cannot be quantised again in blocks of %d", format->scale_type, format->scale_block);
+    if (format->kind == LOWBIT_INT && (format->symmetric < LOWBIT_ASYMMETRIC || format->symmetric > LOWBIT_FINE_ZEROS))
+        return fail(LOWBIT_UNSUPPORTED, "zero points of kind %d are not known to the core", format->symmetric);
+    if (has_fine_zeros(*format) && (format->bits > kMostFineBits || format->scale_type > LOWBIT_SCALE_FP16))
+        return fail(LOWBIT_UNSUPPORTED, "fine zero points go with 2 to %d bits and scales that are plain numbers, not with %d bits and scales of type %d",
+                    kMostFineBits, format->bits, format->scale_type);
     if (format->kind == LOWBIT_LEVELS && (!format->levels || format->level_count != (1 << format->bits)))
         return fail(LOWBIT_BAD_ARGUMENT, "a table of %d levels was given for %d-bit codes", format->level_count, format->bits);
     return LOWBIT_OK;

@@ -12,7 +12,7 @@ namespace lowbit {
 namespace {
 
 constexpr char kMagic[8] = {'l', 'o', 'w', 'b', 'i', 't', 'P', '1'};
-constexpr int32_t kVersion = 2;
+constexpr int32_t kVersion = 3;
 constexpr int64_t kShortSegment = 16;
 constexpr int kByteMidpoint = 128;
 constexpr float kByteMost = 127.0f;
@@ -57,6 +57,11 @@ void describe_scales(const lowbit_format& format, Header* header) {
         header->scales = {kStepTable, kNoMinima, kStepMidpoint};
         const int64_t scales = format.group_size == 0 ? 1 : header->rows * header->plan.groups;
         header->step_count = divide_up(scales, format.scale_block);
+    }
+    if (has_fine_zeros(format)) {
+        header->zero = 0;
+        header->scales.minima = kZeroMinima;
+        header->zero_step = zero_step(format);
     }
 }
 
@@ -149,7 +154,7 @@ LaneScale lane_scale(const Header& header, int64_t row, int64_t group) {
         return {scaled + header.scale_offset, 0.0f};
     }
     if (header.scales.level == kOneLevel) {
-        const float minimum = header.scales.minima ? load_number(block + header.minima_offset, LOWBIT_FP16, place) : 0.0f;
+        const float minimum = header.scales.minima == kHalfMinima ? load_number(block + header.minima_offset, LOWBIT_FP16, place) : 0.0f;
         return {load_scale(block, header.scale_type, place, header.unit), minimum};
     }
     const int64_t factor = group / header.factor_groups * kBlockRows + lane;
@@ -159,7 +164,7 @@ LaneScale lane_scale(const Header& header, int64_t row, int64_t group) {
                           minima ? load_number(block + header.minimum_factors_offset, LOWBIT_FP16, factor) : 0.0f);
 }
 
-bool stores_zeros(const Header& header) { return header.kind == LOWBIT_INT && !header.symmetric; }
+bool stores_zeros(const Header& header) { return header.kind == LOWBIT_INT && header.symmetric != LOWBIT_SYMMETRIC; }
 
 // One after the other: 0.2 microseconds for a header.
 uint64_t mix_words(const uint64_t* words, size_t count) {

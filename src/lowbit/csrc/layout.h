@@ -10,7 +10,7 @@
 //   2-bit plane: 2 vectors, bits 2i..2i+1 of each byte = step 4v + i        1-bit plane: 1 vector, bit i = step i
 //   3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1 (low bits first)
 //
-// w = scale * (code - zero) + minimum. A scale may be a number by itself or a code of one byte under a second level:
+// w = scale * (code - zero) + minimum. Fine zeros count a fraction of a code, and make a minimum, -scale * zero * step. A scale may be a number by itself or a code of one byte under a second level:
 //   GGUF's blocks       scale = (code - bias) * factor           factors fp16 [GGUF blocks of a row][16], so too for the minima
 //   double quantising   scale = (code - bias) * step + offset    steps fp32, one for `scale_block` scales counted over the tensor,
 //                                                                behind the last block
@@ -60,8 +60,9 @@ struct Plan {
 };
 
 enum Level { kOneLevel = 0, kFactorPerBlock = 1, kStepTable = 2 };
-// Nothing; fp16 [groups][16]; bytes [groups][16] under factors of their own; or the upper nibble of the scale's byte, likewise.
-enum Minima { kNoMinima = 0, kHalfMinima = 1, kByteMinima = 2, kNibbleMinima = 3 };
+// Nothing; fp16 [groups][16]; bytes [groups][16] under factors of their own; the upper nibble of the scale's byte, likewise; or what
+// follows from the scale and the fine zeros.
+enum Minima { kNoMinima = 0, kHalfMinima = 1, kByteMinima = 2, kNibbleMinima = 3, kZeroMinima = 4 };
 
 // How a scale and a minimum follow from what is stored.
 struct ScaleCodes {
@@ -90,6 +91,7 @@ struct Header {
     int32_t block_type;     // LOWBIT_BLOCKS: which
     int32_t scale_block;    // kStepTable: scales that share a step
     float scale_offset;     // kStepTable
+    float zero_step;        // kZeroMinima: what a zero counts, in codes
     ScaleCodes scales;
     int64_t factor_groups;  // kFactorPerBlock: groups that share a factor
     int64_t rows, cols, blocks, block_bytes, zeros_offset, codes_offset, total_bytes;
@@ -108,10 +110,12 @@ Plan make_plan(const lowbit_format& format, int64_t cols);
 void make_header(const lowbit_format& format, Shape shape, Header* header);
 // A header that belongs to this buffer, or nullptr with a sentence.
 const Header* check_prepared(const void* prepared, int64_t bytes);
+// Whether each group has a byte for its zero, and whether that counts whole codes: then it is subtracted from them as integers.
 bool stores_zeros(const Header& header);
+inline bool has_whole_zeros(const Header& header) { return stores_zeros(header) && header.scales.minima != kZeroMinima; }
 uint64_t mix_words(const uint64_t* words, size_t count);
 uint64_t seal_of(const Header& header);
-// The scale and the minimum of one row's group; without the tensor's factor for the minimum, which has none.
+// The scale and the minimum of one row's group, but for fine zeros; without the tensor's factor for the minimum, which has none.
 LaneScale lane_scale(const Header& header, int64_t row, int64_t group);
 // Where the step of a row's group lies in the table.
 inline int64_t step_index(const Header& header, int64_t row, int64_t group) {

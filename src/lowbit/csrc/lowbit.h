@@ -6,7 +6,7 @@
  * The canonical form of a weight [out, in] (shared with compressed-tensors):
  *   codes   int32 [out, ceil(in * bits / 32)]  per row a bit stream, least significant bit first, element i at bit i * bits
  *   scales  [out, G], G = ceil(in / group_size)
- *   zeros   uint8 [out, G], asymmetric integers only
+ *   zeros   uint8 [out, G], asymmetric integers only; fine ones count 2^bits / 256 of a code
  *   w = scale * (code - zero), or scale * levels[code]
  * Scales that are quantised themselves (scale_block > 0) are uint8 codes: scale = (code - 128) * scale_scales[i / scale_block] +
  * scale_offset[0], i counting scales over the whole tensor. Blocks (LOWBIT_BLOCKS) are GGUF's, byte for byte in `codes`: uint8
@@ -37,6 +37,9 @@ enum lowbit_status {
 enum lowbit_dtype { LOWBIT_FP32 = 0, LOWBIT_BF16 = 1, LOWBIT_FP16 = 2 };
 /* Types of stored scales; the first three equal lowbit_dtype. */
 enum lowbit_scale { LOWBIT_SCALE_FP32 = 0, LOWBIT_SCALE_BF16 = 1, LOWBIT_SCALE_FP16 = 2, LOWBIT_SCALE_E8M0 = 3, LOWBIT_SCALE_E4M3 = 4 };
+/* Zero points of integers: a byte for each group that counts codes; 2^(bits-1); or a byte that counts 2^bits / 256 of a code (2 to 5
+ * bits, scales of fp16, bf16 or fp32). */
+enum lowbit_symmetry { LOWBIT_ASYMMETRIC = 0, LOWBIT_SYMMETRIC = 1, LOWBIT_FINE_ZEROS = 2 };
 enum lowbit_kind { LOWBIT_INT = 0, LOWBIT_LEVELS = 1, LOWBIT_DENSE = 2, LOWBIT_BLOCKS = 3 };
 /* GGUF's types of blocks that have scales inside. */
 enum lowbit_block { LOWBIT_Q2_K = 1, LOWBIT_Q3_K = 2, LOWBIT_Q4_K = 3, LOWBIT_Q5_K = 4, LOWBIT_Q6_K = 5, LOWBIT_Q4_1 = 6, LOWBIT_Q5_1 = 7 };
@@ -54,7 +57,7 @@ enum lowbit_compute {
 typedef struct lowbit_format {
     int32_t bits;          /* 2..8; dense: 16 or 32 */
     int32_t kind;          /* lowbit_kind */
-    int32_t symmetric;     /* integers: zero is 2^(bits-1); else zeros are stored */
+    int32_t symmetric;     /* integers: lowbit_symmetry */
     int32_t group_size;    /* > 0, or -1 for whole rows, or 0 for one scale per tensor */
     int32_t scale_type;    /* lowbit_scale; dense: the lowbit_dtype of the weight */
     int32_t level_count;   /* LOWBIT_LEVELS: 2^bits */

@@ -33,7 +33,7 @@ void expand_block(const Header& header, const uint8_t* block, const ZeroPlan& ze
     const Plan& plan = header.plan;
     ScaleReader<> scales(header, block);
     const Table table = load_table(header.bytes);
-    const bool fold = stores_zeros(header) && !zeros.per_row;
+    const bool fold = has_whole_zeros(header) && !zeros.per_row;
     const int64_t first_unit = stretch.first_segment * plan.segment / kUnit;
     const int64_t units = divide_up(stretch.segments * plan.segment, kUnit);
     uint8_t* to = panel.bytes[which];

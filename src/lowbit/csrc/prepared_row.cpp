@@ -43,12 +43,13 @@ void read_prepared(const Header& header, int64_t row, float* to) {
     const uint8_t* zeros = stores_zeros(header) ? block + header.zeros_offset : nullptr;
     for (int64_t group = 0; group < header.plan.groups; ++group) {
         const LaneScale scale = lane_scale(header, row, group);
-        const int zero = zeros ? zeros[group * kBlockRows + lane] : header.zero;
+        float zero = static_cast<float>(zeros ? zeros[group * kBlockRows + lane] : header.zero);
+        if (header.scales.minima == kZeroMinima) zero *= header.zero_step;
         const int64_t end = std::min((group + 1) * header.plan.group, header.cols);
         for (int64_t k = group * header.plan.group; k < end; ++k) {
             const int64_t position = header.plan.straight ? k : header.plan.position_of(k);
             const uint32_t code = code_at(units + position / kUnit * unit_bytes, header.bits, position % kUnit, lane);
-            const float value = header.table ? header.levels[code] : static_cast<float>(static_cast<int>(code) - zero);
+            const float value = header.table ? header.levels[code] : static_cast<float>(code) - zero;
             to[k] = scale.scale * value + scale.minimum;
         }
     }

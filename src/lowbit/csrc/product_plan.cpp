@@ -23,7 +23,7 @@ int tile_of(int64_t tokens, bool integer, bool few) {
 }
 
 ZeroPlan plan_zeros(const Header& header, bool panel) {
-    const bool rows = stores_zeros(header), fold = rows && panel && header.bits < 8;
+    const bool rows = has_whole_zeros(header), fold = rows && panel && header.bits < 8;
     ZeroPlan plan{};
     plan.wide = header.table || header.bits == 8 || fold;
     plan.per_row = rows && !fold;

@@ -111,8 +111,6 @@ int check_plain(const lowbit_format* format, Shape shape, int dtype, int64_t row
     return LOWBIT_OK;
 }
 
-bool stores_zeros(const lowbit_format& format) { return format.kind == LOWBIT_INT && !format.symmetric; }
-
 }  // namespace
 }  // namespace lowbit
 
@@ -139,6 +137,9 @@ extern "C" int lowbit_quantize(const lowbit_format* format, const void* weight, 
     job.codes = codes;
     job.scales = scales;
     job.zeros = stores_zeros(*format) ? zeros : nullptr;
+    job.fine_zeros = has_fine_zeros(*format);
+    job.zero_step = zero_step(*format);
+    job.max_zero = static_cast<float>(job.fine_zeros ? kZeroCounts - 1 : (1 << format->bits) - 1) * job.zero_step;
     job.unit = 1.0f;
     if (format->kind == LOWBIT_LEVELS) {
         if (int status = sort_levels(job)) return status;

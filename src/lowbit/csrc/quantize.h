@@ -24,6 +24,8 @@ struct QuantizeJob {
     int32_t* codes;
     void* scales;
     uint8_t* zeros;
+    float zero_step, max_zero;  // what zeros count, and the largest, in codes
+    bool fine_zeros;
     float unit;  // the global factor of E4M3 scales, else 1
 
     // Levels in rising order with the code of each, and the border below each level but the first.

@@ -132,7 +132,7 @@ private:
                 codes[i] = levels && !floats ? job_.level_codes[place[i * kLanes]] : static_cast<uint8_t>(place[i * kLanes]);
             const int64_t index = begin * groups_ + flat;
             store_scale(job_, index, grid.scales[lane]);
-            if (job_.zeros) job_.zeros[index] = static_cast<uint8_t>(grid.zeros[lane]);
+            if (job_.zeros) job_.zeros[index] = static_cast<uint8_t>(grid.zeros[lane] / job_.zero_step);
         }
     }
 
@@ -165,6 +165,7 @@ void dequantize_rows(const DequantizeJob& job, int64_t begin, int64_t end) {
     constexpr int kStretch = 1024;  // codes at a time; a multiple of 32, so that every stretch begins on a word
     uint8_t codes[kStretch];
     float values[kStretch];
+    const float step = zero_step(format);
     for (int64_t row = begin; row < end; ++row) {
         const uint32_t* stream = reinterpret_cast<const uint32_t*>(job.codes) + row * words;
         for (int64_t from = 0; from < cols; from += kStretch) {
@@ -178,8 +179,8 @@ void dequantize_rows(const DequantizeJob& job, int64_t begin, int64_t end) {
                 if (format.kind == LOWBIT_LEVELS) {
                     for (; i < end_of_group; ++i) values[i] = scale * format.levels[codes[i]];
                 } else {
-                    const int zero = job.zeros ? job.zeros[index] : 1 << (format.bits - 1);
-                    for (; i < end_of_group; ++i) values[i] = scale * static_cast<float>(codes[i] - zero);
+                    const float zero = job.zeros ? static_cast<float>(job.zeros[index]) * step : static_cast<float>(1 << (format.bits - 1));
+                    for (; i < end_of_group; ++i) values[i] = scale * (static_cast<float>(codes[i]) - zero);
                 }
             }
             for (int64_t i = 0; i < count; ++i) store_number(job.weight, job.dtype, row * job.row_stride + from + i, values[i]);

@@ -138,6 +138,7 @@ inline F32 nearest_value(F32 w, const LaneGrid& grid, const QuantizeJob& job) {
     const F32 ratio = w / grid.scales;
     if (job.format.kind == LOWBIT_LEVELS) return nearest_level(ratio, job);
     const float max_code = static_cast<float>((1 << job.format.bits) - 1);
+    if (job.fine_zeros) return clamp(round_even(ratio + grid.zeros), F32{}, splat(max_code)) - grid.zeros;
     return clamp(round_even(ratio), -grid.zeros, splat(max_code) - grid.zeros);
 }
 

@@ -6,9 +6,9 @@
 namespace lowbit {
 namespace {
 
-// GGUF's types with minima have 2, 4 or 5 bits.
+// GGUF's types with minima have 2, 4 or 5 bits, weights with fine zeros these and 3.
 template <int kBits, bool kTable>
-constexpr bool kMayHaveMinima = !kTable && kBits <= 5 && kBits != 3;
+constexpr bool kMayHaveMinima = !kTable && kBits <= kMostFineBits;
 
 // Scales of 16 rows that are numbers by themselves, without the tensor's factor.
 LOWBIT_INLINE Floats scales_at(const uint8_t* block, int scale_type, int64_t group) {
@@ -35,10 +35,17 @@ public:
     LOWBIT_INLINE void read(int64_t group) {
         if (!kPlain && header_.scales.level != kOneLevel) return read_codes(group);
         scales = scales_at(block_, header_.scale_type, group);
-        if (!kPlain && header_.scales.minima) minima = halves_to_floats(block_ + header_.minima_offset + group * kBlockRows * 2);
+        if (kPlain) return;
+        if (header_.scales.minima == kZeroMinima) read_zeros(group);
+        else if (header_.scales.minima) minima = halves_to_floats(block_ + header_.minima_offset + group * kBlockRows * 2);
     }
 
 private:
+    LOWBIT_INLINE void read_zeros(int64_t group) {
+        const Floats zeros = to_floats(widen_bytes(block_ + header_.zeros_offset + group * kBlockRows));
+        minima = multiply(scales, multiply(zeros, splat_floats(-header_.zero_step)));
+    }
+
     LOWBIT_INLINE void read_codes(int64_t group) {
         if (group >= held_) hold(group);
         Ints codes = widen_bytes(block_ + group * kBlockRows);
@@ -49,7 +56,9 @@ private:
             minima = multiply(to_floats(widen_bytes(block_ + header_.minima_offset + group * kBlockRows)), minimum_factors_);
         }
         scales = multiply(to_floats(subtract_ints(codes, splat_ints(header_.scales.bias))), factors_);
-        if (header_.scales.level == kStepTable) scales = add(scales, splat_floats(header_.scale_offset));
+        if (header_.scales.level != kStepTable) return;
+        scales = add(scales, splat_floats(header_.scale_offset));
+        if (header_.scales.minima == kZeroMinima) read_zeros(group);
     }
 
     // The second level from `group` on, until it changes for one of the rows.

@@ -101,7 +101,8 @@ def gather_rows(packed: PackedTensor, ids: torch.Tensor) -> PackedTensor:
     if format.scale_block:
         # Blocks of doubly quantised scales cross rows, so the gathered rows carry plain fp32 scales.
         format = format.replace(scale_block=0, scale_dtype="float32")
-        parts = {"codes": packed.codes, "scales": effective_scales(packed), "order": packed.order}
+        parts = {name: part for name, part in parts.items() if name not in ("scale_scales", "scale_offset")}
+        parts["scales"] = effective_scales(packed)
     for name in ("codes", "scales", "zeros"):
         if parts.get(name) is not None and (name == "codes" or format.group_size != 0):
             parts[name] = parts[name][ids]

@@ -35,7 +35,7 @@ std::vector<float> Random::bells(int64_t count) {
 
 namespace {
 
-lowbit_format integers(int bits, bool symmetric, int group, int scale) {
+lowbit_format integers(int bits, lowbit_symmetry symmetric, int group, int scale) {
     lowbit_format format{};
     format.bits = bits;
     format.kind = LOWBIT_INT;
@@ -46,7 +46,7 @@ lowbit_format integers(int bits, bool symmetric, int group, int scale) {
 }
 
 lowbit_format levels(int bits, int group, int scale, const float* table) {
-    lowbit_format format = integers(bits, true, group, scale);
+    lowbit_format format = integers(bits, LOWBIT_SYMMETRIC, group, scale);
     format.kind = LOWBIT_LEVELS;
     format.level_count = 1 << bits;
     format.levels = table;
@@ -78,19 +78,23 @@ const float* small_floats(int bits) {
 
 const std::vector<NamedFormat>& formats() {
     static const std::vector<NamedFormat> all = {
-        {"int2_g64", integers(2, true, 64, LOWBIT_SCALE_FP16)},
-        {"int3_asym_g32_fp32", integers(3, false, 32, LOWBIT_SCALE_FP32)},
-        {"int4_g64", integers(4, true, 64, LOWBIT_SCALE_FP16)},
-        {"int4_asym_g64", integers(4, false, 64, LOWBIT_SCALE_FP16)},
-        {"int4_g32_bf16", integers(4, true, 32, LOWBIT_SCALE_BF16)},
-        {"int4_g24", integers(4, true, 24, LOWBIT_SCALE_FP16)},
-        {"int4_g16", integers(4, true, 16, LOWBIT_SCALE_FP16)},
-        {"int4_channel", integers(4, true, -1, LOWBIT_SCALE_FP16)},
-        {"int5_g128_fp32", integers(5, true, 128, LOWBIT_SCALE_FP32)},
-        {"int6_asym_channel", integers(6, false, -1, LOWBIT_SCALE_FP16)},
-        {"int7_g20", integers(7, true, 20, LOWBIT_SCALE_FP16)},
-        {"int8_g64", integers(8, true, 64, LOWBIT_SCALE_FP16)},
-        {"int8_asym_g32", integers(8, false, 32, LOWBIT_SCALE_FP16)},
+        {"int2_g64", integers(2, LOWBIT_SYMMETRIC, 64, LOWBIT_SCALE_FP16)},
+        {"int3_asym_g32_fp32", integers(3, LOWBIT_ASYMMETRIC, 32, LOWBIT_SCALE_FP32)},
+        {"int4_g64", integers(4, LOWBIT_SYMMETRIC, 64, LOWBIT_SCALE_FP16)},
+        {"int4_asym_g64", integers(4, LOWBIT_ASYMMETRIC, 64, LOWBIT_SCALE_FP16)},
+        {"int4_fine_g64", integers(4, LOWBIT_FINE_ZEROS, 64, LOWBIT_SCALE_FP16)},
+        {"int3_fine_g20_bf16", integers(3, LOWBIT_FINE_ZEROS, 20, LOWBIT_SCALE_BF16)},
+        {"int2_fine_g16", integers(2, LOWBIT_FINE_ZEROS, 16, LOWBIT_SCALE_FP16)},
+        {"int5_fine_channel_fp32", integers(5, LOWBIT_FINE_ZEROS, -1, LOWBIT_SCALE_FP32)},
+        {"int4_g32_bf16", integers(4, LOWBIT_SYMMETRIC, 32, LOWBIT_SCALE_BF16)},
+        {"int4_g24", integers(4, LOWBIT_SYMMETRIC, 24, LOWBIT_SCALE_FP16)},
+        {"int4_g16", integers(4, LOWBIT_SYMMETRIC, 16, LOWBIT_SCALE_FP16)},
+        {"int4_channel", integers(4, LOWBIT_SYMMETRIC, -1, LOWBIT_SCALE_FP16)},
+        {"int5_g128_fp32", integers(5, LOWBIT_SYMMETRIC, 128, LOWBIT_SCALE_FP32)},
+        {"int6_asym_channel", integers(6, LOWBIT_ASYMMETRIC, -1, LOWBIT_SCALE_FP16)},
+        {"int7_g20", integers(7, LOWBIT_SYMMETRIC, 20, LOWBIT_SCALE_FP16)},
+        {"int8_g64", integers(8, LOWBIT_SYMMETRIC, 64, LOWBIT_SCALE_FP16)},
+        {"int8_asym_g32", integers(8, LOWBIT_ASYMMETRIC, 32, LOWBIT_SCALE_FP16)},
         {"nf4_g64", levels(4, 64, LOWBIT_SCALE_FP16, kNf4)},
         {"nf3_g64", levels(3, 64, LOWBIT_SCALE_FP16, kNf3)},
         {"fp6_g64", levels(6, 64, LOWBIT_SCALE_FP16, small_floats(6))},
@@ -168,9 +172,10 @@ std::vector<double> Weight::values() const {
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t col = 0; col < cols; ++col) {
             const int64_t place = row * groups() + col / group;
-            const int zero = has_zeros() ? zeros[static_cast<size_t>(place)] : 1 << (format.bits - 1);
+            const double part = format.symmetric == LOWBIT_FINE_ZEROS ? (1 << format.bits) / 256.0 : 1.0;
+            const double zero = has_zeros() ? zeros[static_cast<size_t>(place)] * part : 1 << (format.bits - 1);
             const uint32_t c = code(row, col);
-            const double level = format.kind == LOWBIT_LEVELS ? static_cast<double>(format.levels[c]) : static_cast<int>(c) - zero;
+            const double level = format.kind == LOWBIT_LEVELS ? static_cast<double>(format.levels[c]) : static_cast<double>(c) - zero;
             all[static_cast<size_t>(row * cols + col)] = scale_at(*this, place) * level;
         }
     return all;

@@ -43,7 +43,7 @@ struct NamedFormat {
     std::string name;
     lowbit_format format;
 };
-// Integers of every width, symmetric and not, awkward group sizes, every type of scale, and tables of levels.
+// Integers of every width, symmetric, asymmetric and with fine zeros, awkward group sizes, every type of scale, and tables of levels.
 const std::vector<NamedFormat>& formats();
 const lowbit_format& format_named(const std::string& name);
 
@@ -71,7 +71,7 @@ struct Weight {
     float unit = 1.0f;
 
     Weight(const lowbit_format& format, int64_t rows, int64_t cols);
-    bool has_zeros() const { return format.kind == LOWBIT_INT && !format.symmetric; }
+    bool has_zeros() const { return format.kind == LOWBIT_INT && format.symmetric != LOWBIT_SYMMETRIC; }
     int64_t groups() const;
     const uint8_t* zeros_or_null() const { return has_zeros() ? zeros.data() : nullptr; }
     uint32_t code(int64_t row, int64_t col) const;

@@ -59,7 +59,7 @@ void check_engine_of(const lowbit_format* format) {
 }  // namespace
 
 void check_experts() {
-    for (const char* name : {"int4_g64", "int4_asym_g64", "nf4_g64", "int7_g20"})
+    for (const char* name : {"int4_g64", "int4_asym_g64", "int4_fine_g64", "nf4_g64", "int7_g20"})
         for (int compute : {LOWBIT_COMPUTE_FP32, LOWBIT_COMPUTE_INT8})
             check_products_of(format_named(name), {0, 0, 3, 3, 20, 21, 21, 60}, 62, compute);
     check_products_of(format_named("int4_g64"), {1, 40, 1100, 1101}, 1110, LOWBIT_COMPUTE_INT8);

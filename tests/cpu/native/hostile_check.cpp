@@ -286,7 +286,7 @@ void fuzz_experts() {
 }  // namespace
 
 void check_hostile() {
-    for (const char* name : {"int4_g64", "int4_asym_g64", "nf4_g64"}) refuse_storing(name);
+    for (const char* name : {"int4_g64", "int4_asym_g64", "int4_fine_g64", "nf4_g64"}) refuse_storing(name);
     refuse_second_levels();
     refuse_multiplying();
     refuse_moved_and_cut();

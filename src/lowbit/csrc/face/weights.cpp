@@ -110,7 +110,7 @@ bool SavedModel::append_piece(const Json& piece, const lowbit_format& format, co
     const int64_t row_scales = groups * (format.scale_block > 0 ? 1 : scale_bytes(format.scale_type)), lines = format.group_size == 0 ? 1 : rows;
     if (scales.bytes != span.count * lines * row_scales || (lines != rows && !whole->scales.empty())) return false;
     append(scales, span.index * lines * row_scales, lines * row_scales, &whole->scales);
-    if (format.kind == LOWBIT_INT && !format.symmetric) {
+    if (stores_zeros(format)) {
         const Tensor& zeros = tensor(piece.at("zeros"));
         const bool packed = piece.at("zeros_packed").truth();
         if (packed ? span.count != 1 || zeros.bytes != divide_up(rows * format.bits, 32) * groups * 4 : zeros.bytes != span.count * lines * groups) return false;
