@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 import lowbit
-from lowbit_assets import reference_model, text
+from lowbit_assets import reference_model, text, tiny_model
 from seeds.running import SECONDS, run_seed
 
 LAYERS = 2
@@ -54,6 +54,16 @@ def test_five_algorithms(short: Path, calibration: Path, tmp_path: Path) -> None
         # The embedding, which is the head, stays as it is: 28 of the 35 million weights of so few layers.
         assert row["bytes"] < 0.9 * original, name
         assert 0 < row["kl"] < 0.5, name
+
+
+def test_five_algorithms_to_the_letter(tmp_path: Path) -> None:
+    """`AwqConfig(bits=4)` names a data set that only the hub has: lowbit's own text takes its place, and one warning says so."""
+    folder = tiny_model("llama", tmp_path / "model", max_position_embeddings=64)
+    ran = run_seed("guide2/five_defaults.py", tmp_path, folder)
+    assert 0 < int(ran.lines[-2]) <= 40
+    assert ran.lines[-1] == "rtn awq teq gptq autoround"
+    said = [line for line in ran.err.splitlines() if "pile-10k lies on the hub" in line]
+    assert len(said) == 1 and "calibrated on lowbit's default text instead" in said[0]
 
 
 def test_save_and_load(model: Path, tmp_path: Path) -> None:
