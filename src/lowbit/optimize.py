@@ -19,7 +19,7 @@ from lowbit.blockwise import Where
 from lowbit.bridge import EngineGenerate, attach_engine
 from lowbit.calibration import calibration_from
 from lowbit.checkpoint.hf_names import is_transformers_model
-from lowbit.checkpoint.keywords import Choices, as_dtype, build_recipe, cast_of, known_keywords
+from lowbit.checkpoint.keywords import Choices, as_dtype, build_recipe, cast_of, known_keywords, refuse_idle_data
 from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.core import calls
@@ -52,9 +52,12 @@ def optimize_model(
         raise RecipeError(f"optimize_model takes a torch module, not a {type(model).__name__}")
     choices = Choices(**known_keywords(kwargs, "optimize_model"))
     cast = cast_of(low_bit, choices)
+    packs_nothing = cast is not None or (low_bit is None and choices.recipe is None)
+    if packs_nothing:
+        refuse_idle_data(choices)
     if cast is not None or choices.torch_dtype is not None:
         model.to(cast or as_dtype(choices.torch_dtype))
-    if (low_bit is None and choices.recipe is None) or cast is not None:
+    if packs_nothing:
         attach_engine(model)
         # It refuses with the reason: there is nothing low-bit to save.
         model.save_low_bit = partial(save_low_bit, model)  # type: ignore[assignment]

@@ -403,12 +403,6 @@ def test_loading_calibrates_what_was_loaded(tmp_path: Path) -> None:
         load(tmp_path / "dense", recipe=GPTQ)
 
 
-def test_calibration_of_what_is_not_rounded_is_told(tmp_path: Path) -> None:
-    tiny_model_in_memory("llama").save_pretrained(tmp_path / "dense")
-    with pytest.raises(RecipeError, match="nothing is rounded: name a format or recipe= too"):
-        lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", calibration=torch.randint(3, 90, (2, 16)))
-
-
 def test_report_has_a_line_for_every_linear() -> None:
     model = transformers.AutoModelForCausalLM.from_config(tiny_model_in_memory("gemma2").config).eval()
     report = quantize_(model, GPTQ.replace(skip=("k_proj",)), calibration=CALIBRATION)

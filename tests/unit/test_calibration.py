@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers
 
+import lowbit
 from lowbit import calibration
 from lowbit.calibration import Calibration, calibration_from, joined, own_text
 from lowbit.cli import FAILED, OK, main
 from lowbit.errors import RecipeError
-from lowbit_assets import text, tiny_model
+from lowbit_assets import text, tiny_model, tiny_model_in_memory
 
+IDS = torch.arange(3, 35).view(2, 16)
 PROSE = "A page of a database holds rows, and every row holds columns. " * 40
 
 
@@ -162,3 +164,23 @@ def test_quantize_tells_what_contradicts(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("low_bit", [None, "bf16"])
+def test_calibration_of_what_is_not_rounded_is_told(low_bit: str | None, tmp_path: Path) -> None:
+    model = tiny_model_in_memory("llama")
+    model.save_pretrained(tmp_path / "dense")
+    load, said = lowbit.AutoModelForCausalLM.from_pretrained, "nothing is rounded: name a format or recipe= too"
+    with pytest.raises(RecipeError, match=said):
+        load(tmp_path / "dense", load_in_low_bit=low_bit, calibration=IDS)
+    with pytest.raises(RecipeError, match=said):
+        lowbit.optimize_model(model, low_bit=low_bit, calibration=IDS)
+    with pytest.raises(RecipeError, match="plain_rtn looks at no activations: leave the calibration out"):
+        load(tmp_path / "dense", load_in_4bit=True, rounder="plain_rtn", calibration=IDS)
+    assert model.dtype == torch.float32
+
+
+def test_calibration_of_what_is_low_bit_already_is_told(tmp_path: Path) -> None:
+    lowbit.optimize_model(tiny_model_in_memory("llama")).save_low_bit(tmp_path / "low")
+    with pytest.warns(UserWarning, match="loaded as it is; the format asked for and calibration= are ignored"):
+        lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "low", load_in_4bit=True, calibration=IDS)

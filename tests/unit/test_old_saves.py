@@ -223,6 +223,8 @@ def test_an_old_folder_answers_as_its_numbers_do(old: str, merged: bool, tmp_pat
     with pytest.raises(CheckpointError, match="allow_pickle=True"):
         lowbit.AutoModelForCausalLM.load_low_bit(folder)
     model = load_exact(folder)
+    with pytest.warns(UserWarning, match="low-bit already and is loaded as it is; the format asked for is ignored"):
+        lowbit.AutoModelForCausalLM.from_pretrained(folder, allow_pickle=True, load_in_4bit=True)
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
     assert {row.format for row in model.lowbit_report.layers} == {OLD_TYPES[old].format}
     model.save_low_bit(tmp_path / "new")

@@ -65,10 +65,8 @@ class _AutoBase:
         check_method(folder)
         _refuse_untrusted_code(folder, name, kwargs)
         _admit_pickles(name, file_names(folder) if found.files is None else found.files, request, kwargs)
-        if request.recipe is not None and _is_low_bit(folder):
-            warnings.warn(
-                f"{name} is low-bit already and is loaded as it is; the format asked for is ignored", stacklevel=2
-            )
+        if request.idle_on_low_bit and _is_low_bit(folder):
+            warnings.warn(f"{name} is low-bit already and is loaded as it is; {request.idle_on_low_bit}", stacklevel=2)
             request = Request(None, request.dtype, request.choices)
         place = _move_to_quantize(request, kwargs)
         calibration = tokens_for(request, partial(_tokenizer, name, kwargs))
@@ -148,6 +146,8 @@ class _AutoBase:
 def _from_old_save(auto_class: Any, folder: Path, request: Request, kwargs: dict[str, Any]) -> Any:
     """A folder that the old systems saved: it says itself how each weight is stored, and other keywords have no say."""
     known = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+    if request.idle_on_low_bit:
+        warnings.warn(f"{folder} is low-bit already and is loaded as it is; {request.idle_on_low_bit}", stacklevel=3)
     return load_old_save(auto_class, folder, request.allow_pickle, kwargs.get("dtype") or request.dtype, **known)
 
 

@@ -63,6 +63,13 @@ def cast_of(low_bit: str | Format | None, choices: Choices) -> torch.dtype | Non
     return None
 
 
+def refuse_idle_data(choices: Choices, imatrix: Any = None) -> None:
+    """Refuse what rounding looks at where nothing is rounded."""
+    if choices.calibration is not None or imatrix is not None:
+        name = "imatrix" if choices.calibration is None else "calibration"
+        raise RecipeError(f"{name}= says what rounding looks at, and nothing is rounded: name a format or recipe= too")
+
+
 def as_dtype(value: torch.dtype | str | None) -> torch.dtype:
     found = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from lowbit.blockwise import check_data
-from lowbit.checkpoint.keywords import CHOICES, Choices, build_recipe, cast_of
+from lowbit.checkpoint.keywords import CHOICES, Choices, build_recipe, cast_of, refuse_idle_data
 from lowbit.configs.base import WeightOnlyConfig
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
@@ -86,11 +86,7 @@ class Request:
         choices = Choices(**asked)
         cast = cast_of(low_bit, choices)
         if cast is not None or (low_bit is None and choices.recipe is None):
-            if choices.calibration is not None or imatrix is not None:
-                name = "imatrix" if choices.calibration is None else "calibration"
-                raise RecipeError(
-                    f"{name}= says what rounding looks at, and nothing is rounded: name a format or recipe= too"
-                )
+            refuse_idle_data(choices, imatrix)
             return cls(None, cast or dtype, choices, pickles)
         names = [*([skip] if isinstance(skip, str) else skip or ()), *foreign_skip]
         recipe = build_recipe(low_bit, names, cpu_embedding, choices)
@@ -102,6 +98,18 @@ class Request:
                 "imatrix= weighs inputs for rounding to nearest: leave out calibration= and other rounders"
             )
         return cls(recipe, dtype, choices, pickles, config, imatrix)
+
+    @property
+    def idle_on_low_bit(self) -> str:
+        """What of a request comes too late for a model that is low-bit already; nothing where none is asked for."""
+        if self.recipe is None:
+            return ""
+        parts = ["the format asked for"]
+        if self.config is None and self.choices.calibration is not None:
+            parts.append("calibration=")
+        if self.imatrix is not None:
+            parts.append("imatrix=")
+        return f"{' and '.join(parts)} {'is' if len(parts) == 1 else 'are'} ignored"
 
     def with_dtype(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs if self.dtype is None else {"dtype": self.dtype, **kwargs}
