@@ -233,50 +233,6 @@ def test_stages_are_refused(dense: Path) -> None:
         load(dense, load_in_4bit=True, pipeline_parallel_stages=2)
 
 
-def test_lookup_generate_is_the_same_text(dense: Path) -> None:
-    model = load(dense, load_in_low_bit="sym_int8")
-    plain = model.generate(PROMPT, max_new_tokens=16, do_sample=False)
-    assert torch.equal(model.generate(PROMPT, max_new_tokens=16, do_sample=False, lookahead=3), plain)
-    assert model.generate.why_not is None and model.n_token_generated == 16 and model.n_drafted > 0
-    found = model.lookup_generate(PROMPT, max_new_tokens=16, num_output_tokens=3, do_sample=False)
-    assert torch.equal(found, plain) and model.first_token_time > 0
-    with pytest.raises(LowbitError, match="one prompt at a time"):
-        model.lookup_generate(PROMPT.expand(2, -1), max_new_tokens=4)
-    with pytest.warns(CompatWarning, match="one prompt at a time"):
-        assert (
-            model.generate(PROMPT.expand(2, -1), max_new_tokens=4, lookahead=2, max_matching_ngram_size=2).shape[0] == 2
-        )
-
-
-def test_performance_mode_looks_long_prompts_up(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(dense, load_in_low_bit="sym_int8")
-    monkeypatch.setenv("IPEX_LLM_PERFORMANCE_MODE", "1")
-    model.generate(PROMPT.repeat(1, 8), max_new_tokens=8, do_sample=False)
-    assert model.n_drafted > 0
-
-
-def test_speculative_generate_is_the_same_text(dense: Path) -> None:
-    model = load(dense, load_in_low_bit="bf16", speculative=True)
-    assert formats(model.draft_model) and not hasattr(model, "lowbit_report")
-    assert not [name for name, _ in model.named_modules() if "draft_model" in name]
-    alone = load(dense, load_in_low_bit="bf16")
-    plain = alone.generate(PROMPT, max_new_tokens=16, do_sample=False)
-    out = model.generate(
-        PROMPT, max_new_tokens=16, do_sample=False, max_step_draft=4, th_stop_draft=0.6, min_step_draft=2
-    )
-    assert torch.equal(out, plain) and model.generate.why_not is None
-    assert model.n_drafted >= model.n_matched >= 0 and model.n_drafted > 0
-    assert model.e2e_time_without_first > 0
-    again = model.speculative_generate(
-        PROMPT, max_new_tokens=16, do_sample=False, auto_parameters=[1, 0.5, 0.9, 0.01, 0.9]
-    )
-    assert torch.equal(again, plain)
-    model.clear_benchmarks()
-    assert model.n_drafted == 0
-    # Without a draft, the keywords that steer one are left aside, as they were.
-    assert torch.equal(alone.generate(PROMPT, max_new_tokens=16, do_sample=False, max_step_draft=4), plain)
-
-
 def test_from_gguf_gives_model_and_tokenizer(tmp_path: Path) -> None:
     path = write_llama(tmp_path / "llama.gguf", "Q8_0")
     model, tokenizer = old("transformers").AutoModelForCausalLM.from_gguf(str(path))

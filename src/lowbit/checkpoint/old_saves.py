@@ -24,7 +24,7 @@ from torch import nn
 from lowbit.checkpoint.verdict import check_account, one_sentence
 from lowbit.contents import CONFIG, pickles_alone, read_json
 from lowbit.errors import CheckpointError, nearest
-from lowbit.interop.ipex_blocks import OLD_TYPES, UNREADABLE, read_blocks
+from lowbit.interop.ipex_blocks import FORMS, OLD_TYPES, UNREADABLE, read_blocks
 from lowbit.methods import OWN_METHOD
 from lowbit.models.walk import Target, find_targets, stored_order
 
@@ -188,11 +188,9 @@ def _type_of(target: Target, data: torch.Tensor, old: str, shape: tuple[int, ...
     if target.role == "embedding":
         types = [*_EMBEDDING_TYPES, *types]
     types += [_ALSO[kind] for kind in types if kind in _ALSO]
-    fitting = [kind for kind in types if OLD_TYPES[kind].nbytes(shape) == data.nbytes]
+    fitting = [kind for kind in types if FORMS[kind].nbytes(shape) == data.nbytes]
     if not fitting:
-        sizes = ", ".join(
-            f"{OLD_TYPES[kind].nbytes(shape)} as {kind}" for kind in types if OLD_TYPES[kind].nbytes(shape)
-        )
+        sizes = ", ".join(f"{FORMS[kind].nbytes(shape)} as {kind}" for kind in types if FORMS[kind].nbytes(shape))
         raise CheckpointError(
             f"{target.path} has {data.nbytes} bytes in the folder, and a weight {list(shape)} takes {sizes or 'others'}: "
             "the folder is damaged, of another model, or of a version of ipex-llm with other blocks"

@@ -116,10 +116,11 @@ OLD_TYPES: dict[str, OldType] = {
     "fp8_e4m3": OldType("fp8_e4m3_fp32", ("float", _WHOLE)),
     "q2_k": OldType("q2_k"),
     "q4_k": OldType("q4_k", ("half", "least", "pairs", Codes(4, _halves(256, 16)))),
-    "q4_k_gguf": OldType("q4_k"),
     "q5_k": OldType("q5_k"),
     "q6_k": OldType("q6_k"),
 }
+# With another form that blocks of a type may have, by a name that no script knows.
+FORMS = OLD_TYPES | {"q4_k_gguf": OldType("q4_k")}
 _RTN = "it was made for NPUs, whose folders have another form"
 UNREADABLE: dict[str, str] = {
     "mixed_fp4": "it does not say which layers are sym_int4 and which fp4",
@@ -139,8 +140,8 @@ UNREADABLE: dict[str, str] = {
 
 
 def read_blocks(name: str, data: torch.Tensor, old: str, shape: tuple[int, ...]) -> PackedTensor:
-    """The weight `name` of a shape [out, in] from its bytes; `old` is the type's old name."""
-    kind = OLD_TYPES[old]
+    """The weight `name` of a shape [out, in] from its bytes; `old` is one of `FORMS`."""
+    kind = FORMS[old]
     flat = data.reshape(-1).contiguous().view(torch.uint8)
     if flat.numel() != kind.nbytes(shape):
         raise CheckpointError(

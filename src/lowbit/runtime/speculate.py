@@ -22,18 +22,20 @@ _LONGEST_MATCH, _SHORTEST_MATCH = 3, 2
 
 
 class Guesser(ABC):
-    """Makes guesses, and counts how many there were (`drafted`) and how many of them the model wrote itself (`matched`)."""
+    """Makes guesses, and counts how many there were (`drafted`), how many of them the model wrote itself (`matched`), and the steps
+    of the model (`steps`)."""
 
     def __init__(self, count: int) -> None:
         if count < 1:
             raise RecipeError(f"{count} guesses at a time are none: use a number from 1 up")
         self.count = count
-        self.drafted = self.matched = 0
+        self.drafted = self.matched = self.steps = 0
         self._begin, self._last = 0, list[int]()
 
     def __call__(self, tokens: Tokens, room: int) -> Sequence[int]:
         """Guesses at what follows `tokens`, at most `room`."""
         self.settle(tokens)
+        self.steps += 1
         self._begin, self._last = len(tokens), list(self.guess(tokens, room))
         self.drafted += len(self._last)
         return self._last

@@ -196,6 +196,7 @@ __getattr__ = refuse_unknown(
 )
 
 _UNIT = "tests/unit/test_compat_bigdl.py::"
+_GUESSES = "tests/unit/test_compat_guesses.py::"
 _CLASS = "ipex_llm.transformers.AutoModelForCausalLM"
 _LOADS = f"{_CLASS}.from_pretrained"
 _OURS = "lowbit.AutoModelForCausalLM"
@@ -217,7 +218,7 @@ NAMES = (
         f"{_LOADS}(speculative=)",
         f"{_OURS}.from_pretrained",
         WORKS,
-        f"{_UNIT}test_speculative_generate_is_the_same_text",
+        f"{_GUESSES}test_speculative_generate_is_the_same_text",
         "an int4 copy guesses; in lowbit, generate(assistant_model=)",
     ),
     Name(f"{_LOADS}(optimize_model=)", "", IGNORED, _TESTS["load_in_4bit"], "kernels are chosen per layer in any case"),
@@ -263,14 +264,14 @@ NAMES = (
         f"{_CLASS}.lookup_generate",
         "",
         WORKS,
-        f"{_UNIT}test_lookup_generate_is_the_same_text",
+        f"{_GUESSES}test_lookup_generate_is_the_same_text",
         "in lowbit, generate(prompt_lookup_num_tokens=); lookahead= of generate as well",
     ),
     Name(
         f"{_CLASS}.speculative_generate",
         "",
         WORKS,
-        f"{_UNIT}test_speculative_generate_is_the_same_text",
+        f"{_GUESSES}test_speculative_generate_is_the_same_text",
         "in lowbit, generate(assistant_model=)",
     ),
     Name(f"{_CLASS}.from_gguf", f"{_OURS}.from_pretrained", WORKS, f"{_UNIT}test_from_gguf_gives_model_and_tokenizer"),
