@@ -14,11 +14,9 @@ import transformers
 from torch import nn
 
 import lowbit.compat
-from interop.test_gguf import write_llama
 from lowbit.bridge import EngineGenerate
 from lowbit.compat import ignored
 from lowbit.compat.ignored import CompatWarning
-from lowbit.compat.missing import UnknownModuleError, UnknownNameError
 from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
 from lowbit.formats import CASTS, NOT_YET
 from lowbit.interop.ipex_blocks import OLD_TYPES, UNREADABLE
@@ -82,17 +80,23 @@ def test_optimize_model_takes_any_module_and_pipeline() -> None:
     assert type(optimize_model(plain, low_bit=None)[0]) is nn.Linear
     with pytest.raises(LowbitError, match="contradict"):
         optimize_model(plain, low_bit="fp16", torch_dtype=torch.float32)
-    with pytest.warns(CompatWarning, match="lightweight_bmm has no effect"):
-        optimize_model(nn.Sequential(nn.Linear(64, 64)), lightweight_bmm=True)
 
 
-def test_optimize_model_with_a_dense_embedding(dense: Path) -> None:
+@pytest.mark.parametrize("name", ["lightweight_bmm", "disable_optimize_pre"])
+def test_keywords_of_optimize_model_without_meaning(name: str) -> None:
+    with pytest.warns(CompatWarning, match=f"{name} has no effect"):
+        old("optimize").optimize_model(nn.Sequential(nn.Linear(64, 64)), **{name: True})
+
+
+@pytest.mark.parametrize("name", ["cpu_embedding", "replace_embedding"])
+def test_optimize_model_with_a_dense_embedding(name: str, dense: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(dense)
-    made = old("optimize").optimize_model(model, "asym_int4", replace_embedding=True)
+    made = old("optimize").optimize_model(model, "asym_int4", **{name: True})
     assert type(made.model.embed_tokens) is nn.Embedding
 
 
-NAMES_OF_TYPES = sorted(set(OLD_TYPES) | set(UNREADABLE) | set(CASTS) | {"gguf_q4k_s", "gguf_q4k_m"})
+LAYOUT = "q4_k_gguf"  # how the bytes of a folder lie, and not what a script asks for
+NAMES_OF_TYPES = sorted(set(OLD_TYPES) - {LAYOUT} | set(UNREADABLE) | set(CASTS) | {"gguf_q4k_s", "gguf_q4k_m"})
 
 
 @pytest.mark.parametrize("name", NAMES_OF_TYPES)
@@ -113,28 +117,6 @@ def test_every_low_bit_name_packs_or_is_refused(name: str) -> None:
 def test_an_unknown_type_is_named(dense: Path) -> None:
     with pytest.raises(FormatError, match="did you mean"):
         load(dense, load_in_low_bit="sym_int44")
-
-
-AUTO = [
-    "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForMultipleChoice",
-    "AutoModelForNextSentencePrediction", "AutoModelForQuestionAnswering", "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification", "AutoModelForSpeechSeq2Seq", "AutoModelForTokenClassification",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", AUTO)
-def test_every_auto_class_is_there(name: str) -> None:
-    kind = getattr(old("transformers"), name)
-    assert kind is getattr(importlib.import_module("bigdl.llm.transformers"), name)
-    assert kind.HF_Model is getattr(transformers, name) and kind.OURS is getattr(lowbit, name)
-    for method in ("from_pretrained", "load_convert", "load_low_bit", "from_gguf"):
-        assert callable(getattr(kind, method))
-
-
-@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"])
-def test_other_auto_classes_load(name: str, dense: Path) -> None:
-    model = getattr(old("transformers"), name).from_pretrained(dense, load_in_4bit=True)
-    assert any(isinstance(module, LowBitLinear) for module in model.modules())
 
 
 def formats(model: Any) -> dict[str, str]:
@@ -219,28 +201,6 @@ def test_an_importance_matrix_weighs_inputs(dense: Path, tmp_path: Path) -> None
             load(dense, imatrix=tmp_path / "bad.dat", **asked)
 
 
-@pytest.mark.parametrize(
-    ("keyword", "value"),
-    [("disk_embedding", True), ("lightweight_bmm", True), ("model_hub", "modelscope")],
-)
-def test_keywords_without_meaning_are_said_once(keyword: str, value: object, dense: Path) -> None:
-    with pytest.warns(CompatWarning, match=f"{keyword} has no effect"):
-        load(dense, load_in_4bit=True, **{keyword: value})
-
-
-def test_stages_are_refused(dense: Path) -> None:
-    with pytest.raises(RecipeError, match="pipeline_parallel_stages=2"):
-        load(dense, load_in_4bit=True, pipeline_parallel_stages=2)
-
-
-def test_from_gguf_gives_model_and_tokenizer(tmp_path: Path) -> None:
-    path = write_llama(tmp_path / "llama.gguf", "Q8_0")
-    model, tokenizer = old("transformers").AutoModelForCausalLM.from_gguf(str(path))
-    ids = tokenizer("a b", return_tensors="pt").input_ids
-    assert model.generate(ids, max_new_tokens=3).shape[1] <= ids.shape[1] + 3
-    assert model.lowbit_report.layers
-
-
 def test_the_wrapper_measures_first_and_later_tokens(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrapper = old("utils").BenchmarkWrapper(load(dense, load_in_4bit=True), do_print=True, verbose=True)
     out = wrapper.generate(PROMPT, max_new_tokens=6, do_sample=False, eos_token_id=None)
@@ -305,45 +265,6 @@ def test_llm_patch_and_unpatch(dense: Path) -> None:
         peft.get_peft_model,
         peft.LoraConfig,
     )
-
-
-def test_llm_convert_and_the_native_classes(dense: Path, tmp_path: Path) -> None:
-    from ipex_llm import llm_convert
-    from ipex_llm.transformers import BigdlNativeForCausalLM, LlamaForCausalLM  # type: ignore[import-not-found]
-
-    path = llm_convert(str(dense), str(tmp_path), "llama", outtype="int4")
-    assert Path(path).name == "bigdl_llm_llama_q4_0.bin"
-    model = LlamaForCausalLM.from_pretrained(path, native=True, dtype="int4", n_threads=1)
-    ids = model.tokenize("abc")
-    tokens = model.generate(ids, max_new_tokens=5, temperature=0.0)
-    assert 1 <= len(tokens) <= 5 and isinstance(model.decode(tokens), str)
-    answer = BigdlNativeForCausalLM.from_pretrained(path, model_family="llama")("abc", max_tokens=4, temperature=0.0)
-    assert (
-        answer["usage"]["completion_tokens"] <= 4
-        and answer["choices"][0]["text"] == model.batch_decode([tokens[:4]])[0]
-    )
-    pieces = list(model("abc", max_tokens=4, temperature=0.0, stream=True))
-    assert "".join(piece["choices"][0]["text"] for piece in pieces) == answer["choices"][0]["text"]
-    assert formats(LlamaForCausalLM.from_pretrained(dense, native=False, load_in_4bit=True))
-    for wrong in ({"model_family": "lama"}, {"outtype": "int3"}, {"model_format": "ggml"}):
-        with pytest.raises(RecipeError):
-            llm_convert(str(dense), str(tmp_path), **{"model_family": "llama", **wrong})
-
-
-@pytest.mark.parametrize(
-    ("statement", "said"),
-    [
-        ("from ipex_llm.transformers.npu_model import AutoModelForCausalLM", "no kernels for an NPU"),
-        ("import ipex_llm.serving", "lowbit chat"),
-        ("from ipex_llm.transformers import init_pipeline_parallel", "one process"),
-        ("from ipex_llm.transformers.qlora import LoraLowBitLinear", "peft.tuners.lora.Linear"),
-        ("from ipex_llm.transformers import AutoModelForCausalML", "did you mean AutoModelForCausalLM"),
-        ("import bigdl.llm.optimise", "did you mean optimize"),
-    ],
-)
-def test_what_is_not_there_says_what_to_use(statement: str, said: str) -> None:
-    with pytest.raises((UnknownModuleError, UnknownNameError), match=said):
-        exec(statement)
 
 
 def test_a_draft_beside_the_model_is_not_saved(dense: Path, tmp_path: Path) -> None:

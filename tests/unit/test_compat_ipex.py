@@ -71,9 +71,25 @@ def test_optimize_with_an_optimizer_is_a_pair() -> None:
     assert losses[-1] < losses[0] / 2
 
 
+SWITCHES: dict[str, Any] = {
+    "level": "O0", "conv_bn_folding": False, "linear_bn_folding": False, "weights_prepack": False, "graph_mode": True,
+    "replace_dropout_with_identity": False, "optimize_lstm": True, "split_master_weight_for_bf16": False,
+    "fuse_update_step": False, "auto_kernel_selection": True, "sample_input": X, "concat_linear": False,
+    "use_optimized_kernels": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_each_switch(name: str) -> None:
+    _SAID.clear()
+    with pytest.warns(CompatWarning, match=f"{name} has no effect: "):
+        ipex.optimize(pictures().eval(), **{name: SWITCHES[name]})
+
+
 def test_switches_say_once_why_they_do_nothing() -> None:
     _SAID.clear()
     switches = dict.fromkeys(frontend._IGNORED, True)
+    assert switches.keys() == SWITCHES.keys()
     with pytest.warns(CompatWarning) as said:
         ipex.optimize(pictures().eval(), **switches)
     texts = [str(one.message) for one in said]

@@ -44,6 +44,13 @@ def test_modules() -> None:
     assert torch.allclose(modules.RMSNorm(16, 1e-6, weight)(X), rms, atol=1e-6)
     assert torch.allclose(modules.RMSNorm.apply_function(X, weight, 1e-6), rms, atol=1e-6)
     assert torch.allclose(modules.FastLayerNorm((16,), 1e-5, weight, weight)(X), F.layer_norm(X, (16,), weight, weight))
+    ends, queries, out = torch.tensor([0, 3, 5]), torch.randn(5, 2, 8), torch.empty(5, 2, 8)
+    packed = (queries, queries, queries, out, ends, ends, 3, 3, 0.0, 0.5, False, True, False, None)
+    alone = F.scaled_dot_product_attention(*(queries[3:].transpose(0, 1),) * 3, is_causal=True, scale=0.5)
+    for attend in (modules.VarlenAttention(), modules.VarlenAttention.apply_function):
+        out.zero_()
+        attend(*packed)
+        assert torch.allclose(out[3:], alone.transpose(0, 1), atol=1e-5)
     for offset, half in ((4, True), (1, False)):
         rope = modules.RotaryEmbedding(64, 8, 10000)
         found = rope(X, torch.arange(3, 8).expand(2, 5), 2, 8, offset, 8)
@@ -62,6 +69,8 @@ def test_functions() -> None:
     assert torch.allclose(
         functional.add_rms_norm(None, X, weight, bias, 1e-6), functional.rms_norm(X, weight, 1e-6) + bias
     )
+    found = functional.fast_layer_norm(X, 16, weight, bias, 1e-5)
+    assert torch.allclose(found, F.layer_norm(X, (16,), weight, bias), atol=1e-6)
     found = functional.add_layer_norm(y, X, weight, bias, 1e-5)
     assert torch.allclose(found, F.layer_norm(X + y, (16,), weight, bias), atol=1e-6)
     angles = torch.outer(torch.arange(9).float(), 10000 ** (-torch.arange(0, 8, 2).float() / 8))

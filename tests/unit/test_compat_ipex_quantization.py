@@ -114,6 +114,7 @@ def test_groups_and_schemes_become_formats() -> None:
     with pytest.warns(CompatWarning, match=r"torch\.qint8 for weights alone is WoqWeightDtype\.INT8"):
         assert name(weight_dtype=torch.qint8) == "int8_asym_channel"
     settings = get_weight_only_quant_qconfig_mapping().global_qconfig
+    assert isinstance(settings, ipex.quantization.QConfigWoq)
     assert settings.act_quant_mode == WoqActQuantMode.NONE
     assert [compute_of(settings, d) for d in (torch.float32, torch.bfloat16, torch.float16)] == ["fp32", "bf16", "fp16"]
 
@@ -208,6 +209,7 @@ def test_codes_by_hand(kind: WoqWeightDtype) -> None:
 def test_two_stages(tmp_path: Path) -> None:
     original = Small().eval()
     settings = get_smooth_quant_qconfig_mapping(alpha=0.5)
+    assert isinstance(settings.global_qconfig, ipex.quantization.QConfigSmoothQuant)
     prepared = calibrated(original, settings)
     assert error_of(prepared, original) == 0
     first, second = tmp_path / "a.json", tmp_path / "b.json"
@@ -247,7 +249,8 @@ def test_it_can_be_traced_and_frozen() -> None:
 def test_static_ranges_come_from_the_observer() -> None:
     original = Small(1).eval()
     static = ipex.quantization.default_static_qconfig_mapping
-    assert error_of(convert(calibrated(original, static)), original) < 0.05
+    for settings in (static, ipex.quantization.default_static_qconfig):
+        assert error_of(convert(calibrated(original, settings)), original) < 0.05
     narrow = QConfig(
         activation=MinMaxObserver.with_args(qscheme=torch.per_tensor_symmetric, dtype=torch.qint8),
         weight=PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric),
@@ -262,8 +265,9 @@ def test_static_ranges_come_from_the_observer() -> None:
 
 def test_dynamic_needs_no_calibration() -> None:
     original = Small(1).eval()
-    made: Any = convert(prepare(original, ipex.quantization.default_dynamic_qconfig_mapping))
-    assert made.up.packed_weight.format.name == "w8a8" and error_of(made, original) < 0.05
+    for settings in (ipex.quantization.default_dynamic_qconfig_mapping, ipex.quantization.default_dynamic_qconfig):
+        made: Any = convert(prepare(original, settings))
+        assert made.up.packed_weight.format.name == "w8a8" and error_of(made, original) < 0.05
 
 
 def test_a_convolution_and_a_linear() -> None:

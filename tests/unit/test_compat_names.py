@@ -45,9 +45,64 @@ def resolve(dotted: str) -> Any:
 
 
 @cache
-def functions_in(file: str) -> set[str]:
-    tree = ast.parse((ROOT / file).read_text())
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text())
+
+
+def words_in(*nodes: ast.AST) -> set[str]:
+    """Names, and the words of texts, that a piece of code is made of; what it says about itself is left out."""
+    found: set[str] = set()
+    for node in (inner for outer in nodes for inner in ast.walk(outer)):
+        if isinstance(node, ast.Name | ast.alias | ast.Attribute | ast.keyword | ast.arg):
+            name = next(getattr(node, field) for field in ("id", "name", "attr", "arg") if hasattr(node, field))
+            found |= set((name or "").split("."))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= set(re.findall(r"[\w-]+", node.value)) | set(re.findall(r"\w+", node.value))
+    return found
+
+
+@cache
+def words_of(test: str) -> set[str]:
+    """The words of a test, of the tables of its file or of another that it names, and of the scripts that it runs."""
+    file, _, name = test.partition("::")
+    tree = tree_of(file)
+    tests = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
+    if not tests:
+        return set()
+    function = tests[0]
+    if ast.get_docstring(function) is not None:
+        function = ast.FunctionDef(**{**vars(function), "body": function.body[1:] or [ast.Pass()]})
+    words = words_in(function)
+    words |= words_in(*tables(tree, words))
+    for node in tree.body:
+        other = ROOT / "tests" / (node.module or "").replace(".", "/") if isinstance(node, ast.ImportFrom) else ROOT
+        if isinstance(node, ast.ImportFrom) and other.with_suffix(".py").is_file():
+            asked = words & {alias.name for alias in node.names}
+            home = tree_of(str(other.with_suffix(".py").relative_to(ROOT)))
+            first = tables(home, asked)
+            words |= words_in(*first, *tables(home, words_in(*first)))
+    for script in (value.value for value in ast.walk(function) if isinstance(value, ast.Constant)):
+        if isinstance(script, str) and script.endswith(".py") and (ROOT / "tests" / "seeds" / script).is_file():
+            words |= words_in(tree_of(f"tests/seeds/{script}"))
+    return words
+
+
+def tables(tree: ast.Module, names: set[str]) -> list[ast.AST]:
+    """What is assigned to these names at the top of a file."""
+    found: list[ast.AST] = []
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id in names for target in targets):
+            found.append(node)
+    return found
+
+
+def last_part(old: str) -> str:
+    """The word that a test of a row cannot do without: its last option, the parameter in its brackets, or the last name before."""
+    option, parameter = re.findall(r"--(\w+)", old), re.findall(r"\((\w+)=", old)
+    if option or parameter:
+        return (option or parameter)[-1]
+    return re.split(r"[^\w.-]", old.removeprefix("with "))[0].rpartition(".")[2]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.old)
@@ -56,8 +111,8 @@ def test_a_row_is_true(row: Name) -> None:
     assert row.remark or row.ours or row.status == WORKS, (
         "what is ignored or refused has its reason in the remark, or a name of ours"
     )
-    file, _, name = row.test.partition("::")
-    assert name in functions_in(file), f"{row.test} is no test"
+    assert words_of(row.test), f"{row.test} is no test"
+    assert last_part(row.old) in words_of(row.test), f"{row.test} never says {last_part(row.old)}"
     check_ours(row.ours)
     known = DOTTED.match(row.old)
     if known is None or face_of(known[1]) is None:
@@ -89,6 +144,17 @@ def check_refused(dotted: str) -> None:
         assert str(refusal).startswith("lowbit has no")
     else:
         assert callable(value) or inspect.ismodule(value)
+
+
+def test_what_a_test_says_is_found() -> None:
+    here = "tests/unit/test_compat_names.py::"
+    assert "last_part" in words_of(f"{here}test_a_row_is_true") and "ROWS" in words_of(f"{here}test_a_row_is_true")
+    assert words_of(f"{here}test_that_is_not_there") == set()
+    assert "memory_snapshot" in words_of("tests/unit/test_compat_xpu_names.py::test_each_name_is_called")
+    assert "frobnicate" not in words_of("tests/unit/test_compat_xpu_names.py::test_each_name_is_called")
+    assert [last_part(old) for old in ("a.b.c", "a.b(c=)", 'with torch.device("xpu"):', "llm-cli -x", "x.py --y --z")] == [
+        "c", "c", "device", "llm-cli", "z",
+    ]  # fmt: skip
 
 
 def test_no_name_twice() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import subprocess
 import sys
 import threading
@@ -17,9 +16,7 @@ from torch.utils import _device
 
 import lowbit.compat
 from lowbit.compat.xpu import meaning, on_cuda, places
-from lowbit.compat.xpu.names import NAMES
 from unit.checkpoint_cases import EVEN, IDS, logits, make
-from unit.xpu_calls import ABSENT, CALLS, OK, REFUSED_CALLS, what_became
 
 RUNNER = [sys.executable, "-m", "lowbit.compat"]
 FUNCTIONS = [(torch, name) for name in places.FACTORIES] + [
@@ -224,33 +221,6 @@ def test_the_names_of_ipex() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).eval()
     assert torch.equal(torch.xpu.optimize(model)(torch.ones(1, 4)), model(torch.ones(1, 4)))  # type: ignore[attr-defined]
     assert not torch.xpu.is_autocast_xpu_enabled()  # type: ignore[attr-defined]
-
-
-@pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What became of every call, in one child of the runner."""
-    if torch.xpu.is_available():
-        pytest.skip('"xpu" is an Intel GPU on this machine')
-    return what_became(CALLS | REFUSED_CALLS, "cpu", tmp_path_factory.mktemp("calls"))
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_each_name_is_called(name: str, said: dict[str, str]) -> None:
-    assert said[name] == OK
-
-
-@pytest.mark.parametrize("name", REFUSED_CALLS)
-def test_the_rest_of_torch_xpu_is_torchs_own(name: str, said: dict[str, str]) -> None:
-    """It raises what torch raises without an Intel GPU."""
-    error = said[name].partition(":")[0]
-    if said[name] == ABSENT:
-        pytest.skip(f"torch {torch.__version__} has no {name}")
-    assert error in ("AttributeError", "ImportError", "NotImplementedError", "OSError", "RuntimeError")
-
-
-def test_every_name_has_its_call() -> None:
-    rows = {row.old for row in NAMES if re.fullmatch(r"torch\.(xpu|accelerator)\.\w+", row.old)}
-    assert rows - {"torch.xpu.optimize"} == CALLS.keys() | REFUSED_CALLS.keys()
 
 
 @pytest.mark.transformers

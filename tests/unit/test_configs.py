@@ -109,6 +109,27 @@ def test_what_changes_nothing_is_taken_with_one_line() -> None:
         GPTQConfig(use_layer_wise=None, weight_dtype="int4", static_groups=True, desc_act=True)
 
 
+IDLE: dict[tuple[type[WeightOnlyConfig], str], Any] = {
+    (RtnConfig, "model_path"): "model",
+    (RtnConfig, "use_layer_wise"): True,
+    (GPTQConfig, "batch_size"): 4,
+    (GPTQConfig, "use_mse_search"): True,
+    (AwqConfig, "absorb_layer_dict"): {"norm": ["q_proj"]},
+    (AwqConfig, "backend"): "inc",
+    (TeqConfig, "folding"): True,
+    (AutoRoundConfig, "export_format"): "auto_round",
+    (AutoRoundConfig, "quant_nontext_module"): True,
+    (AutoRoundConfig, "truncation"): True,
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), IDLE)
+def test_each_field_that_changes_nothing(kind: type[WeightOnlyConfig], name: str) -> None:
+    with pytest.warns(UserWarning, match=rf"{kind.__name__}: what changes nothing here is ignored: {name} \("):
+        made = kind(**{name: IDLE[kind, name]})
+    assert made.to_recipe() == kind().to_recipe() and vars(made)[name] == IDLE[kind, name]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

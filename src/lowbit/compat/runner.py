@@ -14,12 +14,14 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from lowbit.compat.becoming import become
 from lowbit.compat.installing import child_search_path, install
 from lowbit.errors import LowbitError
 
 USAGE = """\
 usage: python -m lowbit.compat script.py [arguments of the script]
        python -m lowbit.compat -m module [arguments of the module]
+       python -m lowbit.compat llm-convert|llm-cli|llm-chat [arguments of that program]
 
 Runs a script written for BigDL-LLM, ipex-llm, Intel Extension for PyTorch or Neural Compressor, as it is:
 its imports (bigdl.llm, ipex_llm, intel_extension_for_pytorch, neural_compressor) are answered by lowbit.
@@ -41,18 +43,18 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else _BAD_USAGE
+    if not arguments[0].startswith("-") and not Path(arguments[0]).exists():
+        from lowbit.compat.programs import PROGRAMS, run_program
+
+        if arguments[0] in PROGRAMS:
+            return run_program(arguments[0], arguments[1:])
     complaint = find_fault(arguments)
     if complaint:
         print(f"lowbit.compat: {complaint}", file=sys.stderr)
         return _BAD_USAGE
     command = [sys.executable, *own_options(sys.orig_argv, len(arguments)), *arguments]
     environment = os.environ | {"PYTHONPATH": child_search_path()}
-    sys.stdout.flush()
-    if os.name == "nt":  # there, a replaced process ends for the one that waits for it
-        import subprocess
-
-        return subprocess.call(command, env=environment)
-    os.execve(sys.executable, command, environment)
+    return become(command, environment)
 
 
 def find_fault(arguments: list[str]) -> str | None:

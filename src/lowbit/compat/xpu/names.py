@@ -8,6 +8,7 @@ from lowbit.compat.names import REFUSED, WORKS, Name
 from lowbit.compat.xpu.on_cpu import ACCELERATOR_NAMES, XPU_NAMES
 
 _TESTS = "tests/unit/test_compat_xpu.py::"
+_CALLS = "tests/unit/test_compat_xpu_names.py::"
 # What a module is besides its functions.
 _NO_NAMES = ("streams",)
 
@@ -24,14 +25,14 @@ NAMES = (
     Name('from_pretrained(device_map="xpu")', "", WORKS, f"{_TESTS}test_models_of_transformers"),
     Name("torch.xpu.amp.autocast", "", WORKS, f"{_TESTS}test_mixed_precision", "IPEX's, never torch's"),
     Name("torch.xpu.optimize", "", WORKS, f"{_TESTS}test_the_names_of_ipex", "IPEX's, never torch's"),
-    *(Name(f"torch.xpu.{name}", "", WORKS, f"{_TESTS}test_each_name_is_called") for name in XPU_NAMES),
-    *(Name(f"torch.accelerator.{name}", "", WORKS, f"{_TESTS}test_each_name_is_called") for name in ACCELERATOR_NAMES),
+    *(Name(f"torch.xpu.{name}", "", WORKS, f"{_CALLS}test_each_name_is_called") for name in XPU_NAMES),
+    *(Name(f"torch.accelerator.{name}", "", WORKS, f"{_CALLS}test_each_name_is_called") for name in ACCELERATOR_NAMES),
     *(
         Name(
             f"torch.xpu.{name}",
             "",
             REFUSED,
-            f"{_TESTS}test_the_rest_of_torch_xpu_is_torchs_own",
+            f"{_CALLS}test_the_rest_of_torch_xpu_is_torchs_own",
             'needs an Intel GPU when "xpu" is the CPU; on an NVIDIA GPU torch.cuda\'s answers, where it has one',
         )
         for name in torch.xpu.__all__

@@ -209,7 +209,7 @@ NAMES = (
     Name(f"{_PLACE}.optimize(optimizer=)", "", WORKS, f"{_UNIT}test_optimize_with_an_optimizer_is_a_pair"),
     Name(f"{_PLACE}.optimize(inplace=)", "", WORKS, f"{_UNIT}test_optimize_of_any_model"),
     *(
-        Name(f"{_PLACE}.optimize({name}=)", "", IGNORED, f"{_UNIT}test_switches_say_once_why_they_do_nothing", reason)
+        Name(f"{_PLACE}.optimize({name}=)", "", IGNORED, f"{_UNIT}test_each_switch", reason)
         for name, reason in _IGNORED.items()
     ),
     Name(f"{_PLACE}.fast_bert", "lowbit.optimize_model", WORKS, f"{_UNIT}test_small_names"),

@@ -55,6 +55,7 @@ def adopt(model: Any, low_bit: str | None, draft: Any = None) -> Any:
     cache = {"cache": now.cache} if isinstance(now, EngineGenerate) else {}
     model.generate = OldGenerate(model, draft=draft, **cache)
     model.lookup_generate = partial(lookup_generate, model)
+    model.pipeline_parallel_generate = partial(pipeline_parallel_generate, model)
     if draft is not None:
         # Beside the module's own registry: a draft is no part of the model that is saved, moved or trained.
         object.__setattr__(model, "draft_model", draft)
@@ -178,6 +179,13 @@ def speculative_generate(
         return generate(inputs, generation_config, **kwargs)
     asked = {name: kwargs.pop(name) for name in SPECULATIVE if name in kwargs}
     return generate._guessed(inputs, generation_config, kwargs | {"draft": draft_of(draft_model, asked)})
+
+
+def pipeline_parallel_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refused: several processes, each with a part of the model."""
+    raise LowbitError(
+        "pipeline_parallel_generate is for several processes, and lowbit runs a model in one: use generate"
+    )
 
 
 def clear_benchmarks(model: Any) -> None:

@@ -68,6 +68,7 @@ __getattr__ = refuse_unknown(__name__, {"low_bit_sanity_check": "lowbit.load_low
 
 _UNIT = "tests/unit/test_compat_bigdl.py::"
 _GUIDE = f"{_UNIT}test_optimize_model_saves_and_loads_as_the_guide_does"
+_IDLE_TEST = f"{_UNIT}test_keywords_of_optimize_model_without_meaning"
 _ANY = f"{_UNIT}test_optimize_model_takes_any_module_and_pipeline"
 NAMES = (
     Name("ipex_llm.optimize.optimize_model", "lowbit.optimize_model", WORKS, _ANY),
@@ -83,7 +84,10 @@ NAMES = (
         f"{_UNIT}test_optimize_model_with_a_dense_embedding",
         "the embedding stays dense",
     ),
-    *(Name(f"ipex_llm.optimize.optimize_model({name}=)", "", IGNORED, _ANY, reason) for name, reason in IDLE.items()),
+    *(
+        Name(f"ipex_llm.optimize.optimize_model({name}=)", "", IGNORED, _IDLE_TEST, reason)
+        for name, reason in IDLE.items()
+    ),
     Name("ipex_llm.optimize.low_memory_init", "lowbit.low_memory_init", WORKS, _GUIDE),
     Name(
         "ipex_llm.optimize.load_low_bit", "lowbit.load_low_bit", WORKS, _GUIDE, "an old folder needs allow_pickle=True"

@@ -40,17 +40,28 @@ __getattr__ = refuse_unknown(
 )
 
 _UNIT = "tests/unit/test_compat_bigdl.py::"
+_ONE_BY_ONE = "tests/unit/test_compat_bigdl_names.py::"
 _PLACE = "ipex_llm.transformers"
+
+
+def _test_of_native(name: str) -> str:
+    tests = {
+        "BigdlNativeForCausalLM": "llm_convert_and_the_native_classes",
+        "ChatGLMForCausalLM": "the_native_class_of_chatglm",
+    }
+    return f"{_ONE_BY_ONE}test_{tests.get(name, 'each_native_class')}"
+
+
 NAMES = (
-    *(Name(f"{_PLACE}.{name}", f"lowbit.{name}", WORKS, f"{_UNIT}test_every_auto_class_is_there") for name in _AUTO),
-    Name(f"{_PLACE}.Qwen2VLForConditionalGeneration", "", WORKS, f"{_UNIT}test_every_auto_class_is_there"),
     *(
-        Name(f"{_PLACE}.{name}", "lowbit.runtime", WORKS, f"{_UNIT}test_llm_convert_and_the_native_classes")
-        for name in _NATIVE
+        Name(f"{_PLACE}.{name}", f"lowbit.{name}", WORKS, f"{_ONE_BY_ONE}test_every_auto_class_is_there")
+        for name in _AUTO
     ),
+    Name(f"{_PLACE}.Qwen2VLForConditionalGeneration", "", WORKS, f"{_ONE_BY_ONE}test_qwen2_vl"),
+    *(Name(f"{_PLACE}.{name}", "lowbit.runtime", WORKS, _test_of_native(name)) for name in _NATIVE),
     Name(f"{_PLACE}.get_enable_ipex", "", WORKS, f"{_UNIT}test_submodules_that_scripts_import", "always False"),
     *(
-        Name(f"{_PLACE}.{name}", "", REFUSED, f"{_UNIT}test_what_is_not_there_says_what_to_use", f"use {instead}")
+        Name(f"{_PLACE}.{name}", "", REFUSED, f"{_ONE_BY_ONE}test_what_is_not_there_says_what_to_use", f"use {instead}")
         for name, instead in _NEAREST.items()
     ),
 )

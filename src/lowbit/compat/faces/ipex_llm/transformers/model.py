@@ -14,7 +14,9 @@ from lowbit.compat.faces.ipex_llm.llm_patching import training
 from lowbit.compat.faces.ipex_llm.old_model import (
     LOW_BIT_KEY,
     adopt,
+    clear_benchmarks,
     lookup_generate,
+    pipeline_parallel_generate,
     save_low_bit,
     say_ignored_in,
     speculative_generate,
@@ -35,6 +37,7 @@ IDLE = {
     "offload_folder": "weights stay mapped from their files until they are used",
     "offload_state_dict": "weights stay mapped from their files until they are used",
 }
+_IDLE_SAVED = {"variant": "a saved folder holds one form of its weights"}
 
 
 class _BaseAutoModelClass:
@@ -46,6 +49,8 @@ class _BaseAutoModelClass:
     save_low_bit = staticmethod(save_low_bit)
     lookup_generate = staticmethod(lookup_generate)
     speculative_generate = staticmethod(speculative_generate)
+    clear_benchmarks = staticmethod(clear_benchmarks)
+    pipeline_parallel_generate = staticmethod(pipeline_parallel_generate)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -83,14 +88,15 @@ class _BaseAutoModelClass:
         """Load a folder that `save_low_bit` wrote; one that the old library wrote needs `allow_pickle=True`."""
         _check_old(kwargs)
         kwargs.pop("speculative", None)
-        folder = Path(pretrained_model_name_or_path).expanduser() / (kwargs.get("subfolder") or "")
+        say_ignored_in("load_low_bit", kwargs, _IDLE_SAVED)
+        folder = Path(pretrained_model_name_or_path).expanduser() / (kwargs.pop("subfolder", None) or "")
         fields = read_config(folder) if (folder / CONFIG).is_file() else {}
         name = fields.get(LOW_BIT_KEY)
         if name in CASTS and "quantization_config" not in fields and any(folder.glob("*.safetensors")):
             kwargs.setdefault("torch_dtype", CASTS[name])
             model = cls.OURS.from_pretrained(folder, *model_args, **kwargs)
         else:
-            model = cls.OURS.load_low_bit(pretrained_model_name_or_path, *model_args, **kwargs)
+            model = cls.OURS.load_low_bit(folder, *model_args, **kwargs)
         return adopt(model, name)
 
     @classmethod
@@ -197,9 +203,12 @@ __getattr__ = refuse_unknown(
 
 _UNIT = "tests/unit/test_compat_bigdl.py::"
 _GUESSES = "tests/unit/test_compat_guesses.py::"
+_ONE_BY_ONE = "tests/unit/test_compat_bigdl_names.py::"
 _CLASS = "ipex_llm.transformers.AutoModelForCausalLM"
 _LOADS = f"{_CLASS}.from_pretrained"
 _OURS = "lowbit.AutoModelForCausalLM"
+_DENSE = "the embedding stays dense, unless the head shares its weight"
+_GGUF = f"{_ONE_BY_ONE}test_from_gguf_gives_model_and_tokenizer"
 _PACKED = f"{_UNIT}test_keywords_that_change_what_is_packed"
 _TESTS = {
     "load_in_4bit": f"{_UNIT}test_load_in_4bit_and_load_in_low_bit",
@@ -210,10 +219,19 @@ _TESTS = {
     "mixed_precision": _PACKED,
     "quantization_config": _PACKED,
     "imatrix": f"{_UNIT}test_an_importance_matrix_weighs_inputs",
-    "torch_dtype": "tests/unit/test_compat_qlora.py::test_the_guides_finetuning",
+    "torch_dtype": f"{_ONE_BY_ONE}test_torch_dtype",
 }
 NAMES = (
-    *(Name(f"{_LOADS}({keyword}=)", f"{_OURS}.from_pretrained", WORKS, test) for keyword, test in _TESTS.items()),
+    *(
+        Name(
+            f"{_LOADS}({keyword}=)",
+            f"{_OURS}.from_pretrained",
+            WORKS,
+            test,
+            _DENSE if keyword == "cpu_embedding" else "",
+        )
+        for keyword, test in _TESTS.items()
+    ),
     Name(
         f"{_LOADS}(speculative=)",
         f"{_OURS}.from_pretrained",
@@ -223,21 +241,21 @@ NAMES = (
     ),
     Name(f"{_LOADS}(optimize_model=)", "", IGNORED, _TESTS["load_in_4bit"], "kernels are chosen per layer in any case"),
     *(
-        Name(f"{_LOADS}({name}=)", "", IGNORED, f"{_UNIT}test_keywords_without_meaning_are_said_once", reason)
+        Name(f"{_LOADS}({name}=)", "", IGNORED, f"{_ONE_BY_ONE}test_keywords_without_meaning_are_said_once", reason)
         for name, reason in IDLE.items()
     ),
     Name(
         f"{_LOADS}(model_hub=)",
         "",
         IGNORED,
-        f"{_UNIT}test_keywords_without_meaning_are_said_once",
+        f"{_ONE_BY_ONE}test_keywords_without_meaning_are_said_once",
         "fetch the model first and pass its folder",
     ),
     Name(
         f"{_LOADS}(pipeline_parallel_stages=)",
         "",
         REFUSED,
-        f"{_UNIT}test_stages_are_refused",
+        f"{_ONE_BY_ONE}test_stages_are_refused",
         "a model runs in one process",
     ),
     Name(
@@ -274,5 +292,34 @@ NAMES = (
         f"{_GUESSES}test_speculative_generate_is_the_same_text",
         "in lowbit, generate(assistant_model=)",
     ),
-    Name(f"{_CLASS}.from_gguf", f"{_OURS}.from_pretrained", WORKS, f"{_UNIT}test_from_gguf_gives_model_and_tokenizer"),
+    Name(
+        f"{_CLASS}.clear_benchmarks",
+        "",
+        WORKS,
+        f"{_GUESSES}test_speculative_generate_is_the_same_text",
+        "the figures of the last call become 0",
+    ),
+    Name(
+        f"{_CLASS}.pipeline_parallel_generate",
+        "",
+        REFUSED,
+        f"{_ONE_BY_ONE}test_pipeline_parallel_generate_is_refused",
+        "a model runs in one process: use generate",
+    ),
+    Name(
+        f"{_CLASS}.load_low_bit(subfolder=)",
+        f"{_OURS}.load_low_bit",
+        WORKS,
+        f"{_ONE_BY_ONE}test_keywords_of_load_low_bit",
+    ),
+    *(
+        Name(f"{_CLASS}.load_low_bit({name}=)", "", IGNORED, f"{_ONE_BY_ONE}test_keywords_of_load_low_bit", reason)
+        for name, reason in (
+            _IDLE_SAVED | {name: IDLE[name] for name in ("offload_folder", "offload_state_dict")}
+        ).items()
+    ),
+    Name(f"{_CLASS}.from_gguf", f"{_OURS}.from_pretrained", WORKS, _GGUF),
+    Name(f"{_CLASS}.from_gguf(low_bit=)", f"{_OURS}.from_pretrained", WORKS, _GGUF),
+    Name(f"{_CLASS}.from_gguf(cpu_embedding=)", f"{_OURS}.from_pretrained", WORKS, _GGUF, _DENSE),
+    Name(f"{_CLASS}.from_gguf(optimize_model=)", "", IGNORED, _GGUF, "kernels are chosen per layer in any case"),
 )

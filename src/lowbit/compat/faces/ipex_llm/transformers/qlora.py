@@ -100,7 +100,7 @@ NAMES = (
             f"{_PLACE}.{name}",
             "",
             REFUSED,
-            "tests/unit/test_compat_bigdl.py::test_what_is_not_there_says_what_to_use",
+            "tests/unit/test_compat_bigdl_names.py::test_what_is_not_there_says_what_to_use",
             "use peft.tuners.lora.Linear, which holds the low-bit layer as its base_layer",
         )
         for name in ("LoraLowBitLinear", "LoraBF16Linear")

@@ -81,7 +81,7 @@ NAMES = (
             f"{_PLACE}.{field if '.' in field else 'RtnConfig.' + field}",
             "",
             IGNORED,
-            "tests/unit/test_configs.py::test_what_changes_nothing_is_taken_with_one_line",
+            "tests/unit/test_configs.py::test_each_field_that_changes_nothing",
             reason,
         )
         for field, reason in _IDLE_FIELDS.items()
@@ -94,7 +94,7 @@ NAMES = (
         "cpu, cuda, xpu or hpu, in whatever case",
     ),
     Name(
-        "run_generation_gpu_woq.py",
+        "run_generation_gpu_woq.py --woq --benchmark",
         "lowbit bench --woq --benchmark --model MODEL",
         WORKS,
         "tests/unit/test_cli_bench_woq.py::test_a_model_is_quantised_saved_and_timed",
