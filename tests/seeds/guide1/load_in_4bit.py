@@ -1,3 +1,8 @@
+"""A model is packed to four bits while it loads, saved for the next script, and moved to an Intel GPU.
+
+The model and the folder are arguments. The guide leaves the saving to another page.
+"""
+
 import sys
 
 import intel_extension_for_pytorch as ipex

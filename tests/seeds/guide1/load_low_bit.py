@@ -1,3 +1,5 @@
+"""A model that was saved in four bits is loaded as it is, and moved to an Intel GPU. The folder is an argument."""
+
 import sys
 
 import intel_extension_for_pytorch as ipex

@@ -1,4 +1,7 @@
-"""A model that optimize_model made and save_low_bit saved. The guide has no tokenizer yet; this script ends with its text."""
+"""A model that `optimize_model` made and `save_low_bit` saved: built without its weights, then filled from the folder.
+
+The guide has no tokenizer yet; this script goes on to a text, so that it is seen that the weights are those.
+"""
 
 import sys
 

@@ -1,6 +1,7 @@
-"""The guide's QLoRA to its end: the adapter, then "the rest is just the same as regular LoRA finetuning": transformers' Trainer.
+"""QLoRA to its end: adapters on a model in nf4 learn quotes with transformers' Trainer, and are saved.
 
-The guide names torch.float16 without importing torch: mended here.
+The guide ends where "the rest is just the same as regular LoRA finetuning"; that rest is here. It names torch.float16 without
+importing torch: mended here. At the end: the losses.
 """
 
 import sys

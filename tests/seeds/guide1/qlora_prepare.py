@@ -1,4 +1,7 @@
-"""The guide names torch.float16 without importing torch: mended here."""
+"""A model in nf4 is prepared for training: its weights stay as they are, activations are computed twice and not kept.
+
+The guide names torch.float16 without importing torch: mended here. At the end: how many weights learn, and whether it recomputes.
+"""
 
 import sys
 

@@ -1,7 +1,8 @@
-"""Guide 2, the five algorithms on a CPU, and four beams.
+"""One model made low-bit by each of five algorithms, RTN, AWQ, TEQ, GPTQ and AutoRound, and an answer found with four beams.
 
-At the top: the model, and what the algorithms that look at text look at. The guide leaves that to the defaults, a data set
-that has to be fetched, 128 windows of 2048 tokens and 200 steps; on a processor that takes hours.
+The model is an argument: two layers of SmolLM2 in the tests, because TEQ takes as many steps for every layer as it ever does.
+At the top: what the algorithms that look at text look at. The guide leaves that to the defaults, a data set that has to be fetched,
+128 windows of 2048 tokens and 200 steps; on a processor that takes hours. At the end: how far each is from the original, how large.
 """
 
 import sys

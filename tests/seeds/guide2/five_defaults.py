@@ -1,4 +1,4 @@
-"""Guide 2, the five algorithms on a CPU, to the letter: every configuration as it is called there, its data set included.
+"""Each of five algorithms makes a model low-bit with nothing said but four bits, its data set included.
 
 At the top: the model. That data set lies on the hub, and 128 windows of 2048 tokens of any text would take a real model hours on
 a processor; the test gives a tiny one, whose positions are few.

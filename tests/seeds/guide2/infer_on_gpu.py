@@ -1,7 +1,7 @@
-"""Guide 2, inference on an Intel GPU. At the top: the model, and a seed for what is drawn.
+"""A model on an Intel GPU, made ready in float16 by `ipex.optimize_transformers`, goes on with a story that is drawn.
 
-Mended: the guide uses the tokenizer before it makes it, writes quantizaiton_config in one place, and leaves the prompt on
-the CPU while the model is on the GPU.
+At the top: the model, and a seed for what is drawn. Mended: the guide uses the tokenizer before it makes it, writes
+quantizaiton_config in one place, and leaves the prompt on the CPU while the model is on the GPU.
 """
 
 import sys

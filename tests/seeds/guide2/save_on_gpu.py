@@ -1,6 +1,6 @@
-"""Guide 2, quantising for an Intel GPU and saving. At the top: the model and the folder.
+"""A model is made low-bit for an Intel GPU and saved, for a process of its own to load. At the top: the model and the folder.
 
-Mended: the guide ends the call with a comma of another script.
+Mended: the guide ends the call with a comma of another script. At the end: how many bytes the model takes.
 """
 
 import sys

@@ -1,4 +1,8 @@
-"""The block "Distributed Inference with DeepSpeed", up to its import: that package is not there, and lowbit says what to use."""
+"""What a script that wants DeepSpeed is told today. This is not the guide's block "Distributed Inference with DeepSpeed".
+
+That block shares a model between several processes, and comes with lowbit on several devices. Until then both names by which a
+script reaches for it are refused, each with a sentence that says so.
+"""
 
 import intel_extension_for_pytorch as ipex
 

@@ -1,4 +1,7 @@
-"""The block "FP32/BF16". Its slip is mended: the class was called where `from_pretrained` is meant. At the end: what it said."""
+"""A language model made ready by `ipex.llm.optimize` in FP32 or BF16 answers a prompt; the type is an argument.
+
+Mended: the class was called where `from_pretrained` is meant. At the end: the type, and what it said.
+"""
 
 import sys
 

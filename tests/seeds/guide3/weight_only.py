@@ -1,6 +1,7 @@
-"""The block "Weight Only Quantization (WOQ)". Its slip is mended: the class was called where `from_pretrained` is meant.
+"""A model of which the weights alone are low-bit, in one of several types, multiplied in one of several, or read from a checkpoint.
 
-Which weight type, which lowp mode and which checkpoint come as arguments, because the block names several.
+Which weight type, which lowp mode and which checkpoint come as arguments, because the block names several. Mended: the class was
+called where `from_pretrained` is meant. At the end: what it said, how far it is from the original, a layer, bits for each weight.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Guide 4, is there an Intel GPU."""
+"""Whether torch sees an Intel GPU."""
 
 import torch
 

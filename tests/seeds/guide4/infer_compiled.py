@@ -1,4 +1,4 @@
-"""Guide 4, inference with torch.compile. What the model answers is kept and printed."""
+"""A compiled ResNet-50 on an Intel GPU. What it answers is kept and printed."""
 
 import torch
 import torchvision.models as models

@@ -1,4 +1,4 @@
-"""Guide 4, inference with FP32. What the model answers is kept and printed."""
+"""A ResNet-50 on an Intel GPU in FP32. What it answers is kept and printed."""
 
 import torch
 import torchvision.models as models

@@ -1,4 +1,7 @@
-"""Guide 4, one word changed. The guide sets both words below one another; here the first only runs where there is such a GPU."""
+"""A tensor on an Intel GPU: the code for CUDA with one word changed.
+
+The guide sets both lines below one another; here the first only runs where there is such a GPU.
+"""
 
 import torch
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 CLASSES, SIDE = 10, 32
-# One batch of the guide's scripts, which a processor can still train on.
-PICTURES = 6
+# A few small batches, which a processor can still train on.
+PICTURES = 32
 
 
 class CIFAR10(Dataset[Any]):
