@@ -60,7 +60,11 @@ SYSTEMS = {
     "torch.xpu": (
         "PyTorch on Intel GPU",
         "On a machine where torch sees an Intel GPU these are torch's own. Elsewhere `LOWBIT_XPU=cuda` or `LOWBIT_XPU=cpu` lets "
-        '`"xpu"` mean that device, under the runner or after `install`; without the variable nothing is touched.',
+        '`"xpu"` mean that device, under the runner or after `install`; without the variable nothing is touched.\n\n'
+        "What is redirected is where a device enters torch, and nothing pretends further. A tensor says where it really is: under "
+        '`LOWBIT_XPU=cpu`, `x.to("xpu").device.type` is `"cpu"`, and a script that asks whether it is `"xpu"` is told no; ask '
+        '`x.is_xpu`, which is true. `torch.device("xpu")` itself stays what it is, so that its name is printed, saved and compared '
+        "as the script wrote it, and differs from the device of the tensors that were put there.",
     ),
 }
 _HEAD = """# Old scripts

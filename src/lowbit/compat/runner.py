@@ -87,6 +87,8 @@ def begin() -> None:
     before = sys.excepthook
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        from lowbit.compat.xpu.absent import about_xpu
+
         sentence = about_xpu(error)
         if sentence is not None:
             error.add_note(sentence)
@@ -100,14 +102,3 @@ def begin() -> None:
     ) as error:  # a variable that says nothing: Python would go on without us, after a page of traceback
         print(f"lowbit.compat: {error}", file=sys.stderr, flush=True)
         os._exit(_BAD_USAGE)
-
-
-def about_xpu(error: BaseException) -> str | None:
-    """What to do when a script's "xpu" is no device here; None for every other error."""
-    torch = sys.modules.get("torch")
-    if torch is None or "xpu" not in str(error).lower() or isinstance(error, LowbitError) or torch.xpu.is_available():
-        return None
-    return (
-        'lowbit.compat: torch sees no Intel GPU here; LOWBIT_XPU=cpu (or cuda) in front of the command lets "xpu" mean that '
-        "device in the script"
-    )

@@ -10,6 +10,7 @@ is, and `torch.device("xpu")` stays what it is.
     on_cpu.py    torch.xpu and torch.accelerator when "xpu" is the CPU
     on_cuda.py   torch.xpu when "xpu" is an NVIDIA GPU
     ipex_names.py what Intel Extension for PyTorch added to torch.xpu
+    absent.py    what to say beside torch's error where there is neither an Intel GPU nor the variable
     libraries.py the two doors of transformers through which a device goes past torch
 
 Without the variable nothing is touched, and on a machine where torch sees an Intel GPU nothing is either: then "xpu" is that.
