@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import lowbit
+from lowbit.layers import packed_weights
 from lowbit_assets import smollm2_gguf
 from unit.checkpoint_cases import EVEN, IDS, logits, make
 
@@ -140,6 +141,19 @@ def test_dtype_under_both_names(dense: Path) -> None:
     for name in ("dtype", "torch_dtype"):
         model = Auto.from_pretrained(dense, load_in_4bit=True, **{name: torch.bfloat16})
         assert model.dtype == torch.bfloat16 and logits(model).dtype == torch.bfloat16
+
+
+def test_a_low_bit_folder_is_computed_as_asked(dense: Path, tmp_path: Path) -> None:
+    exact = Auto.from_pretrained(dense, load_in_4bit=True, compute="fp32", dtype=torch.float32)
+    exact.save_low_bit(tmp_path / "low")
+    for load in (Auto.from_pretrained, Auto.load_low_bit):
+        model = load(tmp_path / "low", compute="fp32", kernel="reference")
+        held = packed_weights(model).values()
+        assert {(weight.compute, weight.kernel.name) for weight in held} == {("fp32", "reference")}
+        assert torch.allclose(logits(model), logits(exact), atol=1e-4)
+    assert not torch.allclose(logits(Auto.load_low_bit(tmp_path / "low")), logits(exact), atol=1e-4)
+    with pytest.warns(UserWarning, match="compute= and kernel= say how packed weights are multiplied"):
+        Auto.from_pretrained(dense, compute="fp32")
 
 
 def test_low_bit_folder_loads_as_it_is_with_one_warning(dense: Path, tmp_path: Path) -> None:

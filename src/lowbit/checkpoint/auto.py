@@ -29,6 +29,7 @@ from lowbit.checkpoint.gguf_source import gguf_file, gguf_tokenizer, lazy_tensor
 from lowbit.checkpoint.hf import Job, LowBitConfig, reads
 from lowbit.checkpoint.hub import find_model
 from lowbit.checkpoint.keywords import as_dtype
+from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.checkpoint.old_saves import load_old_save, old_low_bit
 from lowbit.checkpoint.pages import Pages
@@ -40,6 +41,7 @@ from lowbit.configs.classes import saved_config
 from lowbit.contents import CONFIG, file_names, read_config
 from lowbit.errors import CheckpointError
 from lowbit.interop.gguf import open_gguf
+from lowbit.layers import prepare_
 
 
 class _AutoBase:
@@ -84,6 +86,7 @@ class _AutoBase:
         model.save_low_bit = partial(save_low_bit, model)
         if found.is_on_hub:
             model.lowbit_home = found.path
+        _run_as_asked_(model, request)
         _settle(model, place, request.config or (None if found.is_on_hub else saved_config(folder)))
         return (model, account) if wants_account else model
 
@@ -139,6 +142,7 @@ class _AutoBase:
             calibrate_(model, request, calibration, Pages(()))
         model.config._name_or_path = str(path)
         model.save_low_bit = partial(save_low_bit, model)
+        _run_as_asked_(model, request)
         _settle(model, place, request.config)
         return model
 
@@ -148,7 +152,9 @@ def _from_old_save(auto_class: Any, folder: Path, request: Request, kwargs: dict
     known = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
     if request.idle_on_low_bit:
         warnings.warn(f"{folder} is low-bit already and is loaded as it is; {request.idle_on_low_bit}", stacklevel=3)
-    return load_old_save(auto_class, folder, request.allow_pickle, kwargs.get("dtype") or request.dtype, **known)
+    model = load_old_save(auto_class, folder, request.allow_pickle, kwargs.get("dtype") or request.dtype, **known)
+    _run_as_asked_(model, request)
+    return model
 
 
 def _job(request: Request) -> Job:
@@ -163,6 +169,23 @@ def _move_to_quantize(request: Request, kwargs: dict[str, Any]) -> Any:
         return None
     kwargs["device_map"] = elsewhere
     return "cpu" if place is None else place
+
+
+def _run_as_asked_(model: Any, request: Request) -> None:
+    """Let weights that a folder brought packed be multiplied as `compute` and `kernel` say; where it packs them, packing does."""
+    job = _job(request)
+    if request.recipe is not None or (job.compute, job.kernel) == (Job.compute, Job.kernel):
+        return
+    held = held_weights(model)
+    if not held:
+        warnings.warn(
+            "compute= and kernel= say how packed weights are multiplied, and this model has none", stacklevel=3
+        )
+        return
+    for one in held:
+        one.weight.compute = job.compute
+    prepare_(model, job.kernel)
+    model.hf_quantizer.quantization_config.job = job
 
 
 def _settle(model: Any, place: Any, config: WeightOnlyConfig | None) -> None:
