@@ -9,7 +9,7 @@ PINS := -c requirements/constraints.txt
 OTHER_TRANSFORMERS := 5.12.1
 OVERLAY := $(VENV)/transformers-$(OTHER_TRANSFORMERS)
 
-.PHONY: help demo test check check-sanitize check-neon bench bench-peers form clean setup
+.PHONY: help demo test check check-types check-commands check-rest check-sanitize check-neon bench bench-peers form clean setup
 
 help:
 	@echo "make demo    set everything up and quantise, save, load and run a small model"
@@ -35,11 +35,20 @@ $(OVERLAY): $(READY)
 demo: $(READY)
 	$(RUN)/lowbit demo
 
+# A core for each of two: the tests of commands, checkpoints and old names, which start Pythons of their own, and then all others.
 check: $(READY)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(MAKE) --no-print-directory --jobs=2 check-commands check-types check-rest
+
+check-types:
 	$(RUN)/mypy
-	$(RUN)/pytest tests/form tests/unit -m "not slow"
+
+check-commands check-rest: export OMP_NUM_THREADS := 1
+check-commands:
+	$(RUN)/pytest tests/unit/test_c*.py -m "not slow"
+check-rest:
+	$(RUN)/pytest tests/form tests/unit -m "not slow" --ignore-glob='*/test_c*.py'
 
 # A deadlock ends as a failure too. ASan and UBSan see the portable instruction set and the best one of this machine (all that it runs:
 # SETS='avx2;avx512', 45 s more); TSan sees the portable one, since all meet in the pool in the same way. What of UBSan is left out in

@@ -6,7 +6,7 @@ import ast
 import importlib
 import inspect
 import re
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -183,9 +183,10 @@ def test_the_page_is_made_from_the_rows() -> None:
     )
 
 
-def test_the_command_prints_the_page() -> None:
-    command = [sys.executable, "-m", "lowbit.compat.names"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == page() + "\n"
+@pytest.mark.filterwarnings("ignore:'lowbit.compat.names' found in sys.modules:RuntimeWarning")
+def test_the_command_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("lowbit.compat.names", run_name="__main__")
+    assert capsys.readouterr().out == page() + "\n"
 
 
 def test_what_is_ignored_gives_its_reason() -> None:
