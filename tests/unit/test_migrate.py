@@ -19,7 +19,7 @@ from lowbit.cli import FAILED, OK, main
 from lowbit.compat.ignored import CompatWarning
 from lowbit.errors import LowbitError
 from lowbit.migrate.codemod import migrate
-from lowbit.migrate.rules import ANY, BRINGING, DRAFTING, FIGURES, RULES
+from lowbit.migrate.rules import ANY, BRINGING, DRAFTING, FIGURES, NO_DEVICE, RULES
 from unit.checkpoint_cases import EVEN, make
 
 
@@ -113,6 +113,15 @@ def test_a_device_is_given_for_xpu() -> None:
     assert "torch.cuda.synchronize()" in became(source, "cuda")
     asked = migrate("import torch\nprint(torch.xpu.is_available())\n", "cpu")
     assert [note.name for note in asked.left] == ["torch.xpu.is_available"]
+
+
+def test_where_a_model_goes_without_a_word() -> None:
+    source = "from neural_compressor.transformers import AutoModel\nm = AutoModel.from_pretrained(p)\n"
+    assert "from_pretrained(p)" in became(source, "cpu") and 'from_pretrained(p, device_map="cuda")' in became(
+        source, "cuda"
+    )
+    assert [note.reason for note in migrate(source).dropped] == [NO_DEVICE]
+    assert not migrate(source.replace("(p)", "(p, device_map='xpu')")).dropped
 
 
 def test_what_has_no_name_of_ours_stays_marked_and_answered() -> None:

@@ -249,6 +249,11 @@ class _Rewriter(cst.CSTTransformer):
             if not keyword:
                 yield argument
         made = {rule.rename.get(one.keyword.value, one.keyword.value) for one in given if one.keyword}
+        if rule.device and use.decision.rest == "from_pretrained" and rule.device not in made:
+            if self.device is None:
+                self.dropped.append(Note(self.finder.lines[use.node], use.name, rules.NO_DEVICE))
+            elif self.device != "cpu":
+                yield as_argument(rule.device, repr(self.device))
         more = {**rule.add} | {name: source for name, source in rule.default.items() if name not in made}
         yield from (as_argument(name, source) for name, source in more.items())
 

@@ -45,6 +45,8 @@ class Rule:
     table: Mapping[str, Keyword] = field(default_factory=dict)
     # The keywords that are understood, where others leave the call as it is; None: all that are not named above go along.
     only: tuple[str, ...] | None = None
+    # The keyword for a device without which the old name took the Intel GPU where there is one.
+    device: str = ""
     # The words of a script that go with the models made by the old name alone, and with which it stays.
     words: tuple[str, ...] = ()
 
@@ -184,7 +186,7 @@ def _neural_compressor() -> dict[str, Rule]:
     found = {f"{home}.{name}": Rule(f"lowbit.{name}", members=("from_dict", "from_json_file"), drop={"use_layer_wise": _BLOCKS})
              for name in _CONFIGS for home in (place, f"{place}.utils", f"{place}.utils.quantization_config")}  # fmt: skip
     for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
-        found[f"{place}.{name}"] = Rule(f"lowbit.{name}", members=_LOADING, drop=drop)
+        found[f"{place}.{name}"] = Rule(f"lowbit.{name}", members=_LOADING, drop=drop, device="device_map")
     return found
 
 
@@ -248,6 +250,7 @@ def _transformers() -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = _neural_compressor() | _ipex_llm() | _ipex() | _transformers()
+NO_DEVICE = 'the model went to an Intel GPU where there is one: device_map="xpu" says so'
 # What only set a process up.
 IDLE_CALLS = (f"{IPEX}.set_logging_level",)
 TORCH_XPU = f"torch.{XPU}."
