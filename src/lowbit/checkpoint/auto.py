@@ -13,8 +13,9 @@ Keywords that belong to transformers go on to it untouched.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ import torch
 import transformers
 
 from lowbit.checkpoint.calibrated import calibrate_, pages_of, tokens_for
+from lowbit.checkpoint.compressor_saves import compressor_fields, load_compressor_save
 from lowbit.checkpoint.devices import check_device_map, quantizing_device
 from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
 from lowbit.checkpoint.gguf_source import gguf_file, gguf_tokenizer, lazy_tensors
@@ -37,7 +39,7 @@ from lowbit.checkpoint.request import Request
 from lowbit.checkpoint.save import save_low_bit
 from lowbit.checkpoint.verdict import check_account, check_method, one_sentence
 from lowbit.configs.base import WeightOnlyConfig
-from lowbit.configs.classes import saved_config
+from lowbit.configs.classes import config_from, saved_config
 from lowbit.contents import CONFIG, file_names, read_config
 from lowbit.errors import CheckpointError
 from lowbit.interop.gguf import open_gguf
@@ -62,6 +64,8 @@ class _AutoBase:
         folder = found.path / (kwargs.get("subfolder") or "")
         if old_low_bit(folder) is not None:
             return _from_old_save(cls.transformers_class, folder, request, kwargs)
+        if compressor_fields(folder) is not None:
+            return _from_compressor(cls.transformers_class, folder, request, kwargs)
         if not found.is_on_hub:
             check_folder(folder)
         check_method(folder)
@@ -149,10 +153,27 @@ class _AutoBase:
 
 def _from_old_save(auto_class: Any, folder: Path, request: Request, kwargs: dict[str, Any]) -> Any:
     """A folder that the old systems saved: it says itself how each weight is stored, and other keywords have no say."""
+    load = partial(load_old_save, auto_class, folder, request.allow_pickle)
+    return _loaded_as_it_is(load, folder, request, kwargs)
+
+
+def _from_compressor(auto_class: Any, folder: Path, request: Request, kwargs: dict[str, Any]) -> Any:
+    """A folder that Neural Compressor saved, likewise; what its products are computed in, it says too."""
+    config = config_from(compressor_fields(folder) or {})
+    # "fp32" is what that system wrote where nobody had said anything.
+    if config is not None and config.compute != "fp32" and request.choices.compute == Job.compute:
+        request = replace(request, choices=replace(request.choices, compute=config.compute))
+    model = _loaded_as_it_is(partial(load_compressor_save, auto_class, folder), folder, request, kwargs)
+    place = kwargs.get("device_map")
+    _settle(model, place if isinstance(place, str | torch.device) and place != "auto" else None, config)
+    return model
+
+
+def _loaded_as_it_is(load: Callable[..., Any], folder: Path, request: Request, kwargs: dict[str, Any]) -> Any:
     known = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
     if request.idle_on_low_bit:
-        warnings.warn(f"{folder} is low-bit already and is loaded as it is; {request.idle_on_low_bit}", stacklevel=3)
-    model = load_old_save(auto_class, folder, request.allow_pickle, kwargs.get("dtype") or request.dtype, **known)
+        warnings.warn(f"{folder} is low-bit already and is loaded as it is; {request.idle_on_low_bit}", stacklevel=4)
+    model = load(kwargs.get("dtype") or request.dtype, **known)
     _run_as_asked_(model, request)
     return model
 

@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import nn
 
-from lowbit.checkpoint.verdict import check_account, one_sentence
+from lowbit.checkpoint.foreign import Tensors, as_own, load_foreign
 from lowbit.contents import CONFIG, pickles_alone, read_json
 from lowbit.errors import CheckpointError, nearest
 from lowbit.interop.ipex_blocks import FORMS, OLD_TYPES, UNREADABLE, read_blocks
-from lowbit.methods import OWN_METHOD
 from lowbit.models.walk import Target, find_targets, stored_order
+from lowbit.packing import PackedTensor
 
 PLAIN_CONFIG = "bigdl_config.json"
 _KEY = "bigdl_transformers_low_bit"
@@ -41,7 +40,6 @@ _HEAD_TYPES = ("q6_k", "sym_int8")
 _EMBEDDING_TYPES = ("q4_k", "q2_k")
 # A projection that the old system had put together, and the linears of the model that it consists of.
 _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-Tensors = dict[str, torch.Tensor]
 
 
 def old_low_bit(folder: Path) -> str | None:
@@ -59,25 +57,7 @@ def old_low_bit(folder: Path) -> str | None:
 def load_old_save(auto_class: Any, folder: Path, allow_pickle: bool, dtype: Any = None, **keywords: Any) -> Any:
     """A transformers model from an old folder; `auto_class` is a class of transformers with `from_config`, or the model's own."""
     refuse_untrusted(folder, allow_pickle)
-    code = {name: keywords[name] for name in ("trust_remote_code",) if name in keywords}
-    with one_sentence(str(folder)):
-        config = transformers.AutoConfig.from_pretrained(folder, **code)
-        with torch.device("meta"):
-            make = getattr(auto_class, "from_config", None)
-            skeleton = auto_class(config) if make is None else make(config, **code)
-    tensors, fields = read_old_save(folder, skeleton)
-    config.quantization_config = fields
-    if dtype in (None, "auto"):
-        dtype = getattr(config, "dtype", None) or torch.float32
-    with one_sentence(str(folder)):
-        model, account = type(skeleton).from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-        )
-    check_account(str(folder), model, account, ())
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    model.config._name_or_path = str(folder)
-    return model
+    return load_foreign(auto_class, folder, read_old_save, dtype, **keywords)
 
 
 def refuse_untrusted(folder: Path, allow_pickle: bool) -> None:
@@ -101,8 +81,7 @@ def read_old_save(folder: Path, model: nn.Module) -> tuple[Tensors, dict[str, An
     """An old folder as one of ours would be: tensors by name, and what its configuration would say. `model` gives the shapes."""
     old = old_low_bit(folder) or ""
     tensors = dict(_read_pickles(folder))
-    found: Tensors = {}
-    layers: dict[str, list[str]] = {}
+    found: dict[str, PackedTensor] = {}
     for target in find_targets(model):
         if target.role in ("experts", "conv"):
             continue
@@ -113,13 +92,12 @@ def read_old_save(folder: Path, model: nn.Module) -> tuple[Tensors, dict[str, An
         if data is None or (data.shape == dense.shape and data.is_floating_point()):
             continue
         kind = _type_of(target, data, old, shape)
-        packed = read_blocks(target.path, tensors.pop(f"{target.path}.weight"), kind, shape)
-        layers.setdefault(packed.format.name, []).append(target.path)
-        found |= {f"{target.path}.packed_weight.{name}": tensor for name, tensor in packed.tensors().items()}
+        found[target.path] = read_blocks(target.path, tensors.pop(f"{target.path}.weight"), kind, shape)
     _check_rest(folder, tensors)
-    if not layers:
+    if not found:
         raise CheckpointError(f"{folder} holds no weight that this model could have packed; it is of another model")
-    return tensors | found, {"quant_method": OWN_METHOD, "layers": layers, "recipe": {}}
+    own, fields = as_own(found)
+    return tensors | own, fields
 
 
 def _read_pickles(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -120,7 +120,7 @@ def place_(model: nn.Module, tensors: Mapping[str, torch.Tensor], packing: Packi
             if path not in packed:
                 report.skipped.append(left_out(target, _LEFT))
                 continue
-            weight = _read(path, by_module[path], target, packing)
+            weight = read_linear(path, by_module[path], target, packing)
             if "bias" in by_module[path] and getattr(target.module, "bias", None) is not None:
                 target.module.bias.data = by_module[path]["bias"].to(_dtype(target))
             report.layers.append(_line(path, target, weight, packing.method))
@@ -143,7 +143,8 @@ def _dtype(target: Target) -> torch.dtype:
     return weight.dtype
 
 
-def _read(path: str, parts: Mapping[str, torch.Tensor], target: Target, packing: Packing) -> PackedTensor:
+def read_linear(path: str, parts: Mapping[str, torch.Tensor], target: Target, packing: Packing) -> PackedTensor:
+    """The weight of one linear, from its tensors by the last part of their names."""
     module: Any = target.module
     shape = (int(module.out_features), int(module.in_features))
     if packing.method == "awq":

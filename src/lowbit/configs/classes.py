@@ -221,9 +221,14 @@ def saved_config(folder: Path) -> WeightOnlyConfig | None:
     """The configuration that lies beside a model which was made with one, or None."""
     path = folder / CONFIG_FILE
     fields = read_json(path) if path.is_file() else {}
-    kind = CONFIGS.get(str(fields.get("quant_method")))
     # Other tools write a file of this name too, without the fields that only this system has.
-    if kind is None or "scheme" not in fields:
+    return config_from(fields) if "scheme" in fields else None
+
+
+def config_from(fields: dict[str, Any]) -> WeightOnlyConfig | None:
+    """The configuration that saved fields describe, or None where they name none of the five."""
+    kind = CONFIGS.get(str(fields.get("quant_method")))
+    if kind is None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what changes nothing was said when the model was made

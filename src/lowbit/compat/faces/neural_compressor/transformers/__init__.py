@@ -67,6 +67,13 @@ NAMES = (
         "tests/seeds/test_guide2.py::test_on_a_gpu",
         "without it the XPU where there is one, as there",
     ),
+    Name(
+        f"{_LOADS} of a folder that it saved",
+        "lowbit.AutoModelForCausalLM.from_pretrained",
+        WORKS,
+        "tests/unit/test_compressor_saves.py::test_each_method_is_read_through_its_face",
+        "packed as it lies there; save_pretrained writes it anew in the form that transformers reads",
+    ),
     Name(f"{_LOADS}(for_inference=)", "", IGNORED, f"{_UNIT}test_keywords", "a model that was made low-bit runs"),
     Name(f"{_LOADS}(use_layer_wise=)", "", IGNORED, f"{_UNIT}test_keywords", _IDLE_FIELDS["use_layer_wise"]),
     Name(f"{_LOADS}(use_llm_runtime=)", "", IGNORED, f"{_UNIT}test_keywords", "there is one engine"),
