@@ -68,7 +68,7 @@ NAMES = (
         "without it the XPU where there is one, as there",
     ),
     Name(
-        f"{_LOADS} of a folder that it saved",
+        f"{_LOADS}(a folder that it saved)",
         "lowbit.AutoModelForCausalLM.from_pretrained",
         WORKS,
         "tests/unit/test_compressor_saves.py::test_each_method_is_read_through_its_face",
