@@ -17,73 +17,56 @@ namespace {
 constexpr int kFoldedBlocks = 4;                   // of 16 rows in an item
 constexpr int64_t kFoldedTokens = 512;             // of an item: the more, the less expanding weighs
 constexpr int64_t kFoldedInputs = kFoldAhead;      // expanded at a time
-constexpr int kFoldedStretches = kFoldedInputs / kFoldMost;  // of the inputs expanded at a time: more would fit only if they were shorter
 static_assert(kTokenTile == 2 * kTileRows, "a pair of tiles");
-static_assert(kFoldedStretches == 2, "closed together");
 
 struct FoldedPanel {
     alignas(64) uint8_t bytes[kFoldedBlocks][kFoldedInputs * kBlockRows];
-    alignas(64) float scales[kFoldedStretches][kFoldedBlocks][kBlockRows];
-    alignas(64) int32_t partial[2][kFoldedStretches][2][kTileRows][kBlockRows];
+    alignas(64) float scales[kFoldedInputs / kFoldMost][kFoldedBlocks][kBlockRows];
+    alignas(64) int32_t partial[2][2][kTileRows][kBlockRows];
     alignas(64) float nowhere[kTileRows][2][kBlockRows];  // sums of what precedes the first product
 };
 
-// Integer sums of one or two stretches on their way into the float sums: 32 rows of 16. Two are closed together, so that the float sums
-// travel between the caches half as often.
+// Integer sums of a stretch on their way into the float sums: 32 rows of 16.
 struct Closing {
-    const int32_t* partial;      // [stretch][block][16][16]
-    const float* scales;         // [stretch][kFoldedBlocks][16]
-    const float* token_scales;   // [stretch][kTokenTile]
+    const int32_t* partial;      // [block][16][16]
+    const float* scales;         // [block][16]
+    const float* token_scales;
     float* sums;                 // [token][block][16]
     bool first;                  // nothing to add to yet
-    bool two;
-
-    Closing of_second_block() const {
-        return {partial + kTileRows * kBlockRows, scales + kBlockRows, token_scales, sums + kBlockRows, first, two};
-    }
 };
 constexpr int kClosingRows = 2 * kTileRows;
 
 // Rows [from, from + kCount); always with a `from` that the compiler knows, or finding addresses costs more than the arithmetic.
-template <int kCount, bool kFirst, bool kTwo>
+template <int kCount, bool kFirst>
 LOWBIT_INLINE void close_rows(const Closing& closing, int from) {
-    constexpr int kPartials = kClosingRows * kBlockRows, kScales = kFoldedBlocks * kBlockRows;
     const int block = from / kTileRows, token = from % kTileRows;
     const Floats scales = load_floats(closing.scales + block * kBlockRows);
     LOWBIT_UNROLL_CLOSING
     for (int i = 0; i < kCount; ++i) {
         float* sum = closing.sums + ((token + i) * 2 + block) * kBlockRows;
-        const int32_t* partial = closing.partial + (from + i) * kBlockRows;
         const Floats factor = multiply(scales, splat_floats(closing.token_scales[token + i]));
-        const Floats whole = to_floats(load_bytes(partial));
-        Floats total = kFirst ? multiply(whole, factor) : multiply_add(whole, factor, load_floats(sum));
-        if (kTwo) {
-            const Floats second = multiply(load_floats(closing.scales + kScales + block * kBlockRows),
-                                           splat_floats(closing.token_scales[kTokenTile + token + i]));
-            total = multiply_add(to_floats(load_bytes(partial + kPartials)), second, total);
-        }
-        store_floats(sum, total);
+        const Floats whole = to_floats(load_bytes(closing.partial + (from + i) * kBlockRows));
+        store_floats(sum, kFirst ? multiply(whole, factor) : multiply_add(whole, factor, load_floats(sum)));
     }
 }
 template <int kCount>
 LOWBIT_INLINE void close_rows(const Closing& closing, int from) {
-    if (closing.two)
-        return closing.first ? close_rows<kCount, true, true>(closing, from) : close_rows<kCount, false, true>(closing, from);
-    return closing.first ? close_rows<kCount, true, false>(closing, from) : close_rows<kCount, false, false>(closing, from);
+    if (closing.first) close_rows<kCount, true>(closing, from);
+    else close_rows<kCount, false>(closing, from);
 }
 
-// 16 tokens x 32 rows over kSteps steps of 64 inputs, while the first kRows rows of `closing` are closed.
-template <int kSteps, int kRows>
+// 16 tokens x 32 rows over kCount steps of 64 inputs, while the stretch before is closed.
+template <int kCount>
 void stretch_product(const int8_t* x, const uint8_t* w, const Closing closing, int32_t* partial) {
-    constexpr int kShare = (kSteps == 4 ? 4 : kSteps == 1 ? 16 : 8) * kRows / kClosingRows;
+    constexpr int kShare = kCount == 4 ? 4 : kCount == 1 ? 16 : 8;
     constexpr int64_t kBlockStep = kFoldedInputs * kBlockRows;
     zero_tile<0>();
     zero_tile<1>();
     LOWBIT_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < kCount; ++step) {
         const auto share = [&](int which) __attribute__((always_inline)) {
             const int from = (step * 2 + which) * kShare;
-            if (from < kRows) close_rows<kShare>(closing, from);
+            if (from < kClosingRows) close_rows<kShare>(closing, from);
         };
         load_tile<2>(x + step * 2 * kTileBytes);
         load_tile<3>(w + step * kTileBytes);
@@ -97,13 +80,12 @@ void stretch_product(const int8_t* x, const uint8_t* w, const Closing closing, i
     store_tile<1>(partial + kTileRows * kBlockRows);
 }
 
-template <int kRows>
 inline void run_stretch(int64_t steps, const int8_t* x, const uint8_t* w, const Closing& closing, int32_t* partial) {
     switch (steps) {
-        case 1: return stretch_product<1, kRows>(x, w, closing, partial);
-        case 2: return stretch_product<2, kRows>(x, w, closing, partial);
-        case 3: return stretch_product<3, kRows>(x, w, closing, partial);
-        default: return stretch_product<4, kRows>(x, w, closing, partial);
+        case 1: return stretch_product<1>(x, w, closing, partial);
+        case 2: return stretch_product<2>(x, w, closing, partial);
+        case 3: return stretch_product<3>(x, w, closing, partial);
+        default: return stretch_product<4>(x, w, closing, partial);
     }
 }
 
@@ -147,32 +129,28 @@ LOWBIT_INLINE void fetch_outputs(const ProductJob& job, const FoldedItem& item, 
         for (int64_t i = 0; i < 2 * kBlockRows * number; i += kVector) __builtin_prefetch(to + i, 1, 2);
 }
 
-// Stretches [first, first + count) of all tokens, one or two; the panel holds their weights. Outputs are written a tile behind the last
-// products: whole columns at the end, thousands of bytes apart, would fall into few sets of the caches and wait for memory one by one.
+// Stretches [first, first + count) of all tokens; the panel holds their weights. Outputs are written a tile behind the last products:
+// whole columns at the end, thousands of bytes apart, would fall into few sets of the caches and wait for memory one by one.
 void folded_stretches(const ProductJob& job, const FoldedItem& item, const Fold& fold, int64_t first, int64_t count, FoldedPanel& panel, float* sums) {
-    Closing closing = {panel.partial[1][0][0][0], panel.scales[0][0], panel.nowhere[0][0], panel.nowhere[0][0], true, false};
-    const bool last = first + count == fold.count, two = count == 2;
+    Closing closing = {panel.partial[1][0][0], panel.scales[0][0], panel.nowhere[0][0], panel.nowhere[0][0], true};
+    const bool last = first + count == fold.count;
     int which = 0;
-    const auto multiply_half = [&](int64_t tile, const FoldedView& x, int b, int half) {
-        if (last) fetch_outputs(job, item, tile, b, half);
-        const auto run = [&](int64_t f, const auto& stretch, const Closing& behind) __attribute__((always_inline)) {
-            stretch(fold.steps_of(first + f), x.bytes + (first + f) * fold.length * kTokenTile + half * kTileBytes,
-                    panel.bytes[b] + f * fold.length * kBlockRows, behind, panel.partial[which][f][0][0]);
-        };
-        if (two) {
-            run(0, run_stretch<kTileRows>, closing);
-            run(1, run_stretch<kTileRows>, closing.of_second_block());
-        } else {
-            run(0, run_stretch<kClosingRows>, closing);
-        }
-        const float* token_scales = x.scales + first * kTokenTile + half * kTileRows;
-        closing = {panel.partial[which][0][0][0], panel.scales[0][b], token_scales, sums_at(sums, tile, b, half), first == 0, two};
+    const auto multiply_half = [&](int64_t tile, const FoldedView& x, int64_t f, int b, int half) {
+        if (first + f == fold.count - 1) fetch_outputs(job, item, tile, b, half);
+        int32_t* partial = panel.partial[which][0][0];
         which = 1 - which;
+        run_stretch(fold.steps_of(first + f), x.bytes + (first + f) * fold.length * kTokenTile + half * kTileBytes,
+                    panel.bytes[b] + f * fold.length * kBlockRows, closing, partial);
+        const float* token_scales = x.scales + (first + f) * kTokenTile + half * kTileRows;
+        closing = {partial, panel.scales[f][b], token_scales, sums_at(sums, tile, b, half), first + f == 0};
     };
     for (int64_t tile = 0; tile < item.tiles; ++tile) {
         const FoldedView x = view_folded(job.activations, fold, item.first_tile + tile);
-        for (int half = 0; half < 2; ++half)
-            for (int b = 0; b < item.blocks; b += 2) multiply_half(tile, x, b, half);
+        for (int64_t f = 0; f < count; ++f)
+            for (int b = 0; b < item.blocks; b += 2) {
+                multiply_half(tile, x, f, b, 0);
+                multiply_half(tile, x, f, b, 1);
+            }
         if (last && tile > 0) store_folded(job, item, tile - 1, sums);
     }
     LOWBIT_UNROLL
@@ -185,7 +163,7 @@ void folded_item(const ProductJob& job, const FoldedItem& item, const FoldRange&
     const Fold fold = fold_of(header.plan);
     const int64_t at_once = kFoldedInputs / fold.length;
     for (int64_t first = 0; first < fold.count; first += at_once) {
-        const int64_t count = fold.count - first < at_once ? fold.count - first : at_once;  // never more than kFoldedStretches (fold_of)
+        const int64_t count = fold.count - first < at_once ? fold.count - first : at_once;
         for (int b = 0; b < item.blocks; ++b)
             for (int64_t f = 0; f < count; ++f)
                 fold_weights(header, block_at(header, item.first_block + b), range, fold, first + f,
