@@ -41,7 +41,7 @@ class Old:
         return transformers.TrainingArguments(output_dir=str(self.tmp), use_cpu=True, report_to="none", **given)
 
     def parsed(self) -> Any:
-        flags = ["--output_dir", str(self.tmp), "--warmup_ratio", "0.1", "--use_cpu"]
+        flags = ["--output_dir", str(self.tmp), "--save_safetensors", "True", "--use_cpu"]
         return transformers.HfArgumentParser(transformers.TrainingArguments).parse_args_into_dataclasses(flags)
 
     def tokenizer(self) -> Any:
@@ -64,7 +64,7 @@ class Old:
 # The old call of each row, and the word by which it is named; a row without a word answers a library and not the script.
 SAID: dict[str, tuple[str, Callable[[Old], object]]] = {
     "training_arguments": ("save_safetensors", lambda old: old.arguments(save_safetensors=True)),
-    "argument_parser": ("--warmup_ratio", Old.parsed),
+    "argument_parser": ("--save_safetensors", Old.parsed),
     "trainer": ("Trainer(tokenizer=)", Old.trainer),
     "llama_tokenizer": (
         "LlamaTokenizer.from_pretrained",
