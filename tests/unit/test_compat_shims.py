@@ -306,6 +306,20 @@ def test_tokens_that_are_forced_on_whisper() -> None:
     assert not hasattr(model.generation_config, "forced_decoder_ids") or not model.generation_config.forced_decoder_ids
 
 
+def test_tokens_that_are_forced_on_a_packed_whisper(tmp_path: Path) -> None:
+    """As scripts of ipex_llm say it: their `generate` hands transformers' a configuration by place."""
+    whisper().save_pretrained(tmp_path)
+    kind = importlib.import_module("ipex_llm.transformers").AutoModelForSpeechSeq2Seq
+    model = kind.from_pretrained(str(tmp_path), load_in_4bit=True, optimize_model=False, use_cache=True)
+    asked = {"max_new_tokens": 4, "do_sample": False}
+    out = model.generate(FEATURES, forced_decoder_ids=[(1, 7), (2, 9)], **asked)
+    begun = torch.tensor([[3, 7, 9]])
+    with torch.no_grad():
+        for _ in range(4):
+            begun = torch.cat([begun, model(FEATURES, decoder_input_ids=begun).logits[:, -1:].argmax(-1)], 1)
+    assert out[0].tolist()[-4:] == begun[0].tolist()[-4:]
+
+
 def test_names_of_peft(folder: Path) -> None:
     peft = pytest.importorskip("peft")
     from peft.import_utils import is_inc_available

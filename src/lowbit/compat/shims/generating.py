@@ -35,8 +35,12 @@ def _with_forced(cls: Any) -> Replacement:
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         pairs = kwargs.pop(FORCED, None)
-        if pairs:
-            kwargs |= _of_whisper(self, pairs, kwargs) if _is_whisper(self) else _begun(self, pairs, args, kwargs)
+        if pairs and not _is_whisper(self):
+            kwargs |= _begun(self, pairs, args, kwargs)
+        elif pairs and len(args) > 1:  # the configuration is the second argument of every `generate`
+            args = (args[0], _of_whisper(self, pairs, args[1]), *args[2:])
+        elif pairs:
+            kwargs["generation_config"] = _of_whisper(self, pairs, kwargs.get("generation_config"))
         return original(self, *args, **kwargs)
 
     return Replacement(cls, "generate", generate)
@@ -46,12 +50,13 @@ def _is_whisper(model: Any) -> bool:
     return bool(getattr(model.config, "model_type", None) == _WHISPER)
 
 
-def _of_whisper(model: Any, pairs: Sequence[Any], given: dict[str, Any]) -> dict[str, Any]:
+def _of_whisper(model: Any, pairs: Sequence[Any], given: Any) -> Any:
+    """The configuration of a call, the model's own where none is given, with the pairs in it."""
     say(f"generate({FORCED}=)", "is read from generation_config today, or language= and task= say the same")
-    config = copy.deepcopy(given.get("generation_config") or model.generation_config)
+    config = copy.deepcopy(given or model.generation_config)
     config.task = config.language = None
     config.forced_decoder_ids = [tuple(pair) for pair in pairs]
-    return {"generation_config": config}
+    return config
 
 
 def _begun(model: Any, pairs: Sequence[Any], args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
