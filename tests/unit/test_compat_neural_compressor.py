@@ -200,6 +200,7 @@ def test_loops_are_names_to_hand_on() -> None:
         ("from neural_compressor.evaluation.lm_eval import evaluate", "use `lowbit evaluate MODEL --text FILE`"),
         ("from neural_compressor.transformers import RtnConfg", "did you mean RtnConfig"),
         ("from neural_compressor.transformers import INCModelForCausalLM", "use AutoModelForCausalLM"),
+        ("from neural_compressor import PostTrainingQuantConfig", "neural_compressor.transformers"),
         (
             "from neural_compressor.config import PostTrainingQuantConfig",
             r"use lowbit.optimize_model\(model, recipe=...\)",

@@ -188,6 +188,19 @@ def test_a_name_that_is_refused_says_so() -> None:
     assert [note.reason for note in found.left] == ["lowbit refuses it: comes with lowbit on several devices"]
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import intel_extension_for_pytorch as ipex\nipex.optimise(model)\n", "did you mean optimize"),
+        ("from neural_compressor import PostTrainingQuantConfig\n", "use lowbit.optimize_model"),
+        ("from bigdl.llm.transformers import AutoModelForCasualLM\n", "did you mean AutoModelForCausalLM"),
+    ],
+)
+def test_a_name_that_nobody_knows_is_not_said_to_be_answered(source: str, said: str) -> None:
+    (note,) = migrate(source).left
+    assert note.reason.startswith("lowbit has no ") and said in note.reason
+
+
 def test_a_name_that_is_kept_once_is_kept_everywhere() -> None:
     source = "from ipex_llm.transformers import AutoModel\nAutoModel.from_pretrained(a)\nAutoModel.load_convert('int4', True, a)\n"
     found = migrate(source)

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _summary(changed: bool, written: bool, left: int) -> str:
     what = "nothing to translate" if not changed else "written" if written else "nothing is written without --write"
-    return what + (f", {left} left as it was, marked and answered by lowbit.compat" if left else "")
+    return what + (f", {left} left as it was, marked and left to lowbit.compat" if left else "")
 
 
 def _read(script: Path) -> str:

@@ -13,6 +13,7 @@ import importlib
 import importlib.machinery
 import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from lowbit.errors import LowbitError, nearest
@@ -79,6 +80,20 @@ def refuse_module(asked: str, face: str) -> UnknownModuleError:
     parent, _, name = face.rpartition(".")
     importlib.import_module(parent)
     return UnknownModuleError(sentence(parent, name, _submodules(parent)), name=old_name(asked))
+
+
+def refusal_of(name: str) -> str | None:
+    """Why a name of an old library, as `ipex_llm.transformers.X`, is refused where it is used; None where a face answers it."""
+    top, *parts = name.split(".")
+    try:
+        found: Any = importlib.import_module(f"{FACES}.{top}")
+        for part in parts:
+            if not isinstance(found, ModuleType):
+                return None
+            found = getattr(found, part)
+    except LowbitError as error:
+        return str(error)
+    return None
 
 
 def _submodules(module: str) -> list[str]:

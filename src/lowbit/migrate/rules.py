@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import lowbit
+from lowbit.compat.missing import refusal_of
 from lowbit.compat.names import REFUSED, Name, collect
 from lowbit.compat.shims.gone import MOVED_NAMES
 from lowbit.compat.shims.shim import Keyword
@@ -291,14 +292,14 @@ def decide(name: str, called: Called | None) -> Decision:
 
 
 def reason_without_rule(name: str) -> str:
-    """Why a name without a rule stays: what compat's table of old names says about it, or about what it is part of."""
+    """Why a name without a rule stays: what compat's table of old names, or the face itself, says of it or what it is part of."""
     head = name
     while head and head not in _table():
         head = head.rpartition(".")[0]
     row = _table().get(head)
-    if row is None or row.status != REFUSED:
-        return NO_NAME
-    return "lowbit refuses it: " + (row.remark or f"use {row.ours}")
+    if row is not None and row.status == REFUSED:
+        return "lowbit refuses it: " + (row.remark or f"use {row.ours}")
+    return (refusal_of(name) if _table() else None) or NO_NAME
 
 
 @cache
