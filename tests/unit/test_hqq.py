@@ -7,9 +7,10 @@ import torch
 
 from lowbit.algorithms.hqq import round_hqq
 from lowbit.algorithms.rtn import relative_error, round_weight
+from lowbit.bits import spread_groups
 from lowbit.errors import RecipeError
 from lowbit.formats import as_format
-from lowbit.grid import group_weight, unpack
+from lowbit.grid import effective_scales, group_weight, unpack
 from lowbit.options import HqqOptions
 from lowbit.packing import PackedTensor
 from lowbit.quantize import quantize_
@@ -18,7 +19,7 @@ from lowbit_assets import tiny_model_in_memory
 
 FORMATS = [
     "int2", "int3_g32", "int4", "int8", "int2_asym", "int4_asym_g32", "int3_asym_channel", "int4_asym_tensor",
-    "int4_asym_g50", "int4_dq", "nf4", "mxfp4", "nvfp4", "int4_fine", "int3_fine_g50", "int2_fine_channel", "int4_fine_dq",
+    "int4_asym_g50", "int4_dq", "nf4", "mxfp4", "nvfp4",
 ]  # fmt: skip
 
 
@@ -44,6 +45,32 @@ def test_the_objective_is_never_worse_than_that_of_rounding_to_nearest(name: str
         assert float(ours.sum()) <= float(theirs.sum()) * (1 + 1e-6)
         if not format.scale_block:
             assert bool((ours <= theirs * (1 + 1e-5)).all())
+
+
+def errors_near_zero(weight: torch.Tensor, packed: PackedTensor, power: float = 0.7) -> torch.Tensor:
+    """sum m (w - w^)^2 of each group, m = (|w| / s + 1/4)^(p - 2), s being the scale that covers the group."""
+    scales = effective_scales(round_weight(weight, packed.format.replace(scale_block=0), "plain_rtn"))
+    m = (weight.abs() / spread_groups(scales, packed.format, weight.shape[-1]) + 0.25).pow(power - 2)
+    return group_weight(m * (weight - unpack(packed)).square(), packed.format)[0].sum(-1)
+
+
+@pytest.mark.parametrize("name", ["int4_fine", "int3_fine_g50", "int2_fine_channel", "int5_fine_g32", "int4_fine_dq"])
+def test_fine_zeros_are_never_worse_than_those_of_plain_rounding_fine_or_whole(name: str) -> None:
+    weight, format = heavy_tailed(), as_format(name)
+    ours = errors_near_zero(weight, round_hqq(weight, format))
+    for other in (format, format.replace(fine_zeros=False)):
+        theirs = errors_near_zero(weight, round_weight(weight, other, "plain_rtn"))
+        assert float(ours.sum()) <= float(theirs.sum()) * (1 + 1e-5)
+        if not format.scale_block:
+            assert bool((ours <= theirs * (1 + 1e-5)).all())
+
+
+def test_fine_zeros_beat_whole_ones_at_the_same_bits() -> None:
+    weight = heavy_tailed(64, 256)
+    for bits in (2, 3, 4, 5):
+        fine, whole = (round_hqq(weight, as_format(f"int{bits}_{kind}_g32")) for kind in ("fine", "asym"))
+        assert fine.nbytes == whole.nbytes
+        assert errors_near_zero(weight, fine).sum() < 0.97 * errors_near_zero(weight, whole).sum()
 
 
 @pytest.mark.parametrize("name", ["int2_g32", "int3_g32", "int4", "int4_asym", "int2_asym_g32", "int3_asym"])
@@ -76,7 +103,8 @@ def test_weights_on_the_grid_stay_there() -> None:
     codes = torch.randint(0, 8, (6, 64), generator=torch.Generator().manual_seed(2))
     codes[:, :2] = torch.tensor([0, 7])
     weight = (codes - 3) * 0.25
-    assert torch.equal(unpack(round_hqq(weight, as_format("int3_asym"))), weight)
+    for name in ("int3_asym", "int3_fine"):
+        assert torch.equal(unpack(round_hqq(weight, as_format(name))), weight)
 
 
 def test_zeros_and_experts() -> None:
