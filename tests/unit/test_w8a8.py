@@ -78,12 +78,14 @@ def test_the_format_says_what_it_is() -> None:
         Format("odd", 8, fixed_range=True)
 
 
+@pytest.mark.parametrize("inputs", [20, 127, 128, 160, 576])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_core_computes_what_the_reference_does(dtype: torch.dtype) -> None:
+def test_the_core_computes_what_the_reference_does(dtype: torch.dtype, inputs: int) -> None:
     torch.manual_seed(0)
-    packed = quantize(torch.randn(48, 160), format_from_name("w8a8_static"))
+    packed = quantize(torch.randn(48, inputs), format_from_name("w8a8_static"))
     fixed = PackedTensor(packed.format, packed.shape, **packed.tensors(), input_range=torch.tensor([-2.0, 2.5]))
-    x = torch.randn(5, 160).to(dtype)
+    # Rows that reach both ends of the range, and rows that nowhere come near.
+    x = (torch.randn(5, inputs) * torch.tensor([[1], [0.1], [1], [0.03], [0.3]])).to(dtype)
     expected = reference.run(x, reference.prepare(fixed), fixed.format, fixed.shape, "auto")
     by_hand = reference.round_to_range(x, fixed.input_range) @ unpack(fixed).t()
     assert torch.allclose(expected.float(), by_hand, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
@@ -92,7 +94,12 @@ def test_the_core_computes_what_the_reference_does(dtype: torch.dtype) -> None:
     assert found.dtype == dtype and torch.allclose(
         found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3
     )
-    assert torch.equal(fixed_rows.restore(buffers, fixed.format, fixed.shape).input_range, fixed.input_range)
+    if dtype == torch.float32:  # nothing is rounded but to the range
+        assert (found - expected).norm(dim=1).le(1e-6 * expected.norm(dim=1)).all()
+    again = fixed_rows.restore(buffers, fixed.format, fixed.shape)
+    assert torch.equal(again.input_range, fixed.input_range) and torch.equal(again.codes, fixed.codes)
+    ids = torch.tensor([3, 0])
+    assert torch.equal(fixed_rows.rows(buffers, fixed.format, fixed.shape, ids), unpack(fixed)[ids])
     held = PackedWeight(fixed)
     held.set_dense_(held.dense() * 2)
     assert torch.equal(held.packed().input_range, fixed.input_range)

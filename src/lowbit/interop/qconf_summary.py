@@ -9,13 +9,15 @@
 One entry for each module that holds linears of its own (" " is the model itself), operations numbered as they stand in it. The
 range of an input is that after smoothing. A column of the weight is multiplied by its factor, the input by the inverse, which
 that system does at every call and lowbit in the weights before: `"lowbit"` in an operation says in which ones, and is what their
-files lack; it also says how much of the signal the steps of the range lose. Only linears are read; a linear whose
-"inf_dtype" is floating point is left as it is, which is how such a file is tuned by hand.
+files lack; it also says how much of the signal the steps of the range lose, and which range was seen. Only linears are read; a
+linear whose "inf_dtype" is floating point is left as it is, and one whose range is no longer the one that was seen was given
+another by hand: so such a file is tuned.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +51,7 @@ class FoldPlace:
 class LinearSummary:
     """What is known of one linear: the grid of its inputs (None: nothing was seen), the scale of each row of its weight, and
     the factor of each column with its place, where it is smoothed. `is_left` keeps it in full precision. `noise`: what the steps
-    lose, step^2 / 12 to the mean square of the inputs."""
+    lose, step^2 / 12 to the mean square of the inputs. `seen`: step and zero as calibration found them, where a file says so."""
 
     path: str
     step: float | None
@@ -59,6 +61,14 @@ class LinearSummary:
     place: FoldPlace | None = None
     is_left: bool = False
     noise: float | None = None
+    seen: tuple[float, int] | None = None
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether somebody gave its inputs another range than the one that was seen."""
+        if self.seen is None or self.step is None:
+            return False
+        return self.zero != self.seen[1] or not math.isclose(self.step, self.seen[0], rel_tol=1e-6)
 
     @property
     def input_range(self) -> tuple[float, float] | None:
@@ -105,6 +115,9 @@ def _operation(linear: LinearSummary, number: int, observers: Mapping[str, Any])
         **settings,
     }
     own: dict[str, Any] = {} if linear.noise is None else {"noise": _short([linear.noise])[0]}
+    if linear.step is not None:
+        seen = linear.seen or (linear.step, linear.zero)
+        own["seen"] = {"scale": _short(seen[:1])[0], "zero_point": seen[1]}
     place = linear.place
     if place is not None:
         rows = None if place.rows is None else list(place.rows)
@@ -168,6 +181,7 @@ def _read_linear(file: Path, operation: dict[str, Any]) -> LinearSummary:
             _read_place(own) if "group" in own else None,
             "float" in str(given.get("inf_dtype")) and step is not None,
             None if own.get("noise") is None else float(own["noise"]),
+            (float(own["seen"]["scale"]), int(own["seen"]["zero_point"])) if "seen" in own else None,
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{file} is damaged at the linear {path!r} ({error}): calibrate again") from None

@@ -33,8 +33,8 @@ DYNAMIC, STATIC = as_format("w8a8"), as_format("w8a8_static")
 _SAME_SCALES = 0.05
 _WEIGHT_STEPS = 127.5
 # Where the steps of a range lose more of the signal than this, each row gets a scale of its own. SmolLM2 smoothed with an alpha of
-# 0.5 is at a KL of 0.281 with ranges alone and at 0.070 with 8 of its 211 linears (down projections) by rows; at 0.086 with a limit
-# of 0.03, 0.067 with 0.003, and 0.010 if none has a range.
+# 0.5 is at a KL of 0.181 with ranges alone and at 0.057 with 9 of its 211 linears (down projections) by rows; at 0.076 with a limit
+# of 0.03, 0.049 with 0.003, and 0.010 if none has a range.
 _MOST_NOISE = 0.01
 _NOISY = "the steps of its range would lose {:.1%} of its input, so each row of it has its own scale"
 _ROWS = "each row of its input has its own scale"
@@ -94,7 +94,8 @@ def quantize_from_summary_(
 ) -> Report:
     """Make the linears of a model w8a8_static as a summary says, in place. `groups`: those of the model, for a summary that
     does not say where its smoothing folds. `recipe` may say what becomes of other weights (convolutions). Without `ranges` only
-    the smoothing is taken, and every linear is w8a8: each row of its input has a scale of its own."""
+    the smoothing is taken, and the ranges that were edited by hand: every other linear is w8a8, each row of its input has a scale
+    of its own."""
     if held_weights(model):
         raise RecipeError("the model is low-bit already: quantise the one in full precision that was calibrated")
     check_summary(model, linears)
@@ -109,7 +110,7 @@ def quantize_from_summary_(
         row = rows.get(linear.path)
         if linear.is_left or linear.path not in weights:
             continue
-        reason = _why_by_rows(linear, linear.path in smoothed) if ranges else _ROWS
+        reason = _why_by_rows(linear, linear.path in smoothed) if ranges or linear.is_edited else _ROWS
         if not reason:
             assert linear.input_range is not None
             weight, ends = weights[linear.path], linear.input_range
@@ -130,6 +131,8 @@ def _why_by_rows(linear: LinearSummary, is_smoothed: bool) -> str:
         return _UNSEEN
     if linear.factors and not is_smoothed:
         return _UNPLACED
+    if linear.is_edited:
+        return ""
     return _NOISY.format(linear.noise) if (linear.noise or 0) > _MOST_NOISE else ""
 
 
