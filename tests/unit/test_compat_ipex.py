@@ -39,18 +39,30 @@ def test_it_answers_by_its_old_name_and_costs_nothing() -> None:
     assert done.stdout.split("] ")[0] == "[" and done.stdout.strip().endswith(ipex.__version__)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_optimize_of_any_model(dtype: torch.dtype | None) -> None:
+# Types, and how far a small model may be from fp32 in them.
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(None, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 0.05), (torch.float16, 0.005)], ids=str
+)
+def test_optimize_of_any_model(dtype: torch.dtype | None, limit: float) -> None:
     original = pictures().eval()
     made = ipex.optimize(original, dtype=dtype)
     assert made is not original and original[0].weight.dtype == torch.float32  # type: ignore[index]
     assert made[0].weight.dtype == (dtype or torch.float32) and made[1].weight.dtype == torch.float32
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    low = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    with torch.no_grad(), torch.autocast("cpu", dtype=low or torch.bfloat16, enabled=low is not None):
         found = made(X)
-    assert torch.allclose(found.float(), original(X), atol=0.05 if dtype == torch.bfloat16 else 1e-6)
+    assert found.dtype == (dtype or torch.float32) and torch.allclose(found.float(), original(X), atol=limit)
     assert ipex.optimize(original, dtype=dtype, inplace=True) is original
-    language = ipex.optimize(tiny_model_in_memory("llama"), dtype=dtype)
-    assert language.dtype == (dtype or torch.float32) and language.generate.model_refusal() is None
+    dense = tiny_model_in_memory("llama")
+    language = ipex.optimize(dense, dtype=dtype)
+    assert language.dtype == (dtype or torch.float32) and dense.dtype == torch.float32
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        logits = dense(ids).logits
+        assert float((language(ids).logits.float() - logits).norm() / logits.norm()) <= limit
+    answer = language.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert answer.shape == (1, 18) and int(answer[0, 12]) == int(logits[0, -1].argmax())
+    assert language.generate.why_not is None
 
 
 def test_optimize_with_an_optimizer_is_a_pair() -> None:

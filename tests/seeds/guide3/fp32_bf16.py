@@ -14,7 +14,7 @@ import intel_extension_for_pytorch as ipex
 import transformers
 
 model_name_or_path = sys.argv[1]
-dtype = torch.float if sys.argv[2] == "float" else torch.bfloat16
+dtype = getattr(torch, sys.argv[2])
 
 model = transformers.AutoModelForCausalLM.from_pretrained(model_name_or_path).eval()
 

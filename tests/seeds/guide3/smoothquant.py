@@ -60,5 +60,29 @@ held_out = tokens[None, 8 * 64 : 8 * 64 + 128]
 with torch.inference_mode():
     expected, found = (m(held_out).logits.float().log_softmax(-1) for m in (original, model))
 print(float((expected.exp() * (expected - found)).sum(-1).mean()))
+
+# Whether a layer multiplies int8 by int8. Inputs that reach 127 everywhere are rounded to whole numbers, and the sums are those of
+# whole numbers, which the exact product of what lies between them is not.
+from lowbit.bits import unpack_codes
+
 layer = model.model.layers[0].mlp.up_proj
-print(layer.packed_weight.format, layer.packed_weight.kernel.name, layer.packed_weight.packed().codes.dtype)
+held = layer.packed_weight
+packed = held.packed()
+weight = (unpack_codes(packed.codes, 8, layer.in_features).int() - 128).to(torch.int8)
+torch.manual_seed(0)
+whole = torch.randint(-100, 101, (4, layer.in_features))
+between = torch.rand(whole.shape) * 0.8 - 0.4
+whole[:, ::32], between[:, ::32] = 127, 0
+with torch.inference_mode():
+    found, steps = layer(whole + between), packed.scales.float().T
+    sums, exact = (whole.int() @ weight.int().T) * steps, ((whole + between) @ weight.float().T) * steps
+off = [float((found - product).norm() / exact.norm()) for product in (sums, exact)]
+print(
+    held.format,
+    held.kernel.name,
+    packed.codes.nbytes / weight.numel(),
+    "whole:",
+    off[0] < 1e-5,
+    "exact:",
+    off[1] < 1e-4,
+)
