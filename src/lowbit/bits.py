@@ -15,10 +15,21 @@ import torch
 from lowbit.formats import Format
 
 _PERIOD = 32
+# Codes that are packed at once: on their way they take eight bytes each, sixteen times what they end in at 4 bits.
+_AT_ONCE = 1 << 20
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [.., n] to int32 words [.., ceil(n * bits / 32)]."""
+    rows = codes.reshape(-1, codes.shape[-1])
+    words = torch.empty(len(rows), -(-rows.shape[-1] * bits // 32), dtype=torch.int32, device=codes.device)
+    step = max(_AT_ONCE // max(rows.shape[-1], 1), 1)
+    for start in range(0, len(rows), step):
+        words[start : start + step] = _pack_rows(rows[start : start + step], bits)
+    return words.reshape(*codes.shape[:-1], -1)
+
+
+def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     count = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, -count % _PERIOD))
     lanes = padded.reshape(*padded.shape[:-1], -1, _PERIOD).to(torch.int64)

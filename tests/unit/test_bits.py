@@ -53,6 +53,12 @@ def test_the_stream_is_little_endian_and_dense(bits: int) -> None:
     assert np.array_equal(pack_codes(codes, bits).numpy(), expected)
 
 
+def test_rows_that_are_packed_in_turns() -> None:
+    codes = torch.randint(0, 8, (5, (1 << 19) + 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    words = pack_codes(codes, 3)
+    assert all(torch.equal(words[i], pack_codes(codes[i], 3)) for i in range(5))
+
+
 def test_the_sign_bit_of_a_word_is_an_ordinary_bit() -> None:
     words = pack_codes(torch.full((1, 8), 15, dtype=torch.uint8), 4)
     assert words.tolist() == [[-1]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.algorithms import ROUNDERS, SCALERS
-from lowbit.algorithms.gptq import invert_factor, order_columns, round_gptq
+from lowbit.algorithms.gptq import invert_factor, order_columns, round_gptq, turn_
 from lowbit.algorithms.rtn import importance_of, round_weight
 from lowbit.algorithms.statistics import Statistics
 from lowbit.cli import OK, main
@@ -47,6 +47,14 @@ def statistics_of(x: torch.Tensor, full: torch.Tensor | None = None) -> Statisti
 
 def output_error(weight: torch.Tensor, packed: PackedTensor, x: torch.Tensor) -> float:
     return float((x @ (weight - unpack(packed)).t()).square().mean())
+
+
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 511, 513])
+def test_a_matrix_is_turned_in_its_place(count: int) -> None:
+    matrix = torch.arange(count * count, dtype=torch.float32).reshape(count, count)
+    expected = matrix.flip(0, 1)
+    turn_(matrix)
+    assert torch.equal(matrix, expected)
 
 
 def test_every_algorithm_has_its_options() -> None:

@@ -68,6 +68,10 @@ def round_gptq(weight: torch.Tensor, format: Format, statistics: Statistics | No
         target = target + options.correction * _correct(target, statistics.differences, factor, columns.order)
     grid = quantize(target, format, Search(), _importance(statistics.diagonal)) if static else None
     rounding = _Rounding(target, format, columns, factor, grid)
+    del (
+        target,
+        factor,
+    )  # each as large as anything here: the factor of the widest linear is not held while codes are packed
     for first, end in _blocks(columns.segments, options.block_columns):
         rounding.round_block_(first, end)
     return Rounded(rounding.packed(), note)
@@ -91,12 +95,24 @@ def invert_factor(
         if not bool(failed) and bool(torch.isfinite(lower.sum())):
             invert_lower_(lower)
             if bool(torch.isfinite(lower.sum())):
-                return lower.flip(0, 1), damping
+                turn_(lower)
+                return lower, damping
         if damping >= _MOST_DAMPING:
             raise RecipeError(
                 "the Hessian has no Cholesky factor at any damping: its inputs hold NaN or infinite values"
             )
         damping = min(damping * _RISE, _MOST_DAMPING)
+
+
+def turn_(matrix: torch.Tensor) -> None:
+    """A square matrix with its rows and its columns in the opposite order, in its place."""
+    count = len(matrix)
+    for start in range(0, (count + 1) // 2, _SMALL):
+        end = min(start + _SMALL, (count + 1) // 2)
+        upper, below = matrix[start:end], matrix[count - end : count - start]
+        kept = upper.flip(0, 1)
+        upper.copy_(below.flip(0, 1))
+        below.copy_(kept)
 
 
 def invert_lower_(lower: torch.Tensor) -> None:
@@ -215,7 +231,8 @@ class _Rounding:
         return effective_scales(fitted)[:, 0], None if zeros is None else zeros[:, 0]
 
     def packed(self) -> PackedTensor:
-        """The weight in its stored form, columns back where they were."""
+        """The weight in its stored form, columns back where they were; the rounding ends here."""
+        del self.factor, self.work
         codes = torch.empty_like(self.codes)
         codes[self.columns.order] = self.codes
         stored = pack_codes(codes.t().contiguous(), self.format.bits)
