@@ -46,6 +46,7 @@ from lowbit.search import PLAIN, Search
 SCALE_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # fp16 cannot hold a scale below this; groups that small are stored as zeros.
 _TINY_SCALE = 6e-8
+_SUMMED_AT_ONCE = 1 << 22
 # How far the search moves a fine zero point at a time, in codes.
 FINE_MOVE = 0.25
 _E8M0_BIAS = 127
@@ -175,10 +176,17 @@ def round_zeros(zeros: torch.Tensor, format: Format) -> torch.Tensor:
     return ((zeros / format.zero_step).round() * format.zero_step).clamp(0, format.max_zero)
 
 
+def _parts_of(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Runs of whole rows of at most so many values."""
+    row = weight[0].numel() if weight.dim() and len(weight) else 1
+    return weight.split(max(_SUMMED_AT_ONCE // max(row, 1), 1)) if weight.dim() else (weight,)
+
+
 def check_finite(weight: torch.Tensor, name: str) -> None:
     """Refuse a weight with NaN or infinite entries, saying where."""
-    # The sum of finite values is finite unless it overflows, so one pass clears nearly every weight.
-    if bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+    # The sum of finite values is finite unless it overflows, so one pass clears nearly every weight. It goes part by part, because
+    # torch makes a float32 copy of what it sums: of the 1.1 B's embedding that would be 400 MB.
+    if all(bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in _parts_of(weight)):
         return
     bad = (~torch.isfinite(weight)).nonzero()
     if len(bad):
