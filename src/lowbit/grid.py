@@ -176,17 +176,13 @@ def round_zeros(zeros: torch.Tensor, format: Format) -> torch.Tensor:
     return ((zeros / format.zero_step).round() * format.zero_step).clamp(0, format.max_zero)
 
 
-def _parts_of(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Runs of whole rows of at most so many values."""
-    row = weight[0].numel() if weight.dim() and len(weight) else 1
-    return weight.split(max(_SUMMED_AT_ONCE // max(row, 1), 1)) if weight.dim() else (weight,)
-
-
 def check_finite(weight: torch.Tensor, name: str) -> None:
     """Refuse a weight with NaN or infinite entries, saying where."""
     # The sum of finite values is finite unless it overflows, so one pass clears nearly every weight. It goes part by part, because
     # torch makes a float32 copy of what it sums: of the 1.1 B's embedding that would be 400 MB.
-    if all(bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in _parts_of(weight)):
+    row = weight[0].numel() if weight.dim() and len(weight) else 1
+    parts = weight.split(max(_SUMMED_AT_ONCE // max(row, 1), 1)) if weight.dim() else (weight,)
+    if all(bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in parts):
         return
     bad = (~torch.isfinite(weight)).nonzero()
     if len(bad):
