@@ -19,7 +19,7 @@ import lowbit.compat
 from lowbit.compat.xpu import meaning
 from seeds.running import SEEDS, Ran, run_script
 from unit.checkpoint_cases import EVEN, make
-from unit.xpu_calls import ABSENT, CALLS, OK, what_became
+from unit.xpu_calls import ABSENT, CALLS, OK, train_with_a_scaler, what_became
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -74,21 +74,7 @@ def test_mixed_precision() -> None:
 @pytest.mark.parametrize("arguments", [(), ("xpu",)])
 @pytest.mark.usefixtures("on_cuda")
 def test_training_with_a_scaler(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Linear(8, 1).to("xpu")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    scaler = torch.amp.GradScaler(*arguments, enabled=True)
-    x = torch.rand(32, 8).to("xpu")
-    y, losses = x.sum(1, keepdim=True), []
-    for _ in range(40):
-        optimizer.zero_grad()
-        with torch.autocast(device_type="xpu", dtype=torch.float16):
-            loss = torch.nn.functional.mse_loss(model(x), y)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(float(loss.detach()))
-    assert scaler.is_enabled() and losses[-1] < losses[0] / 4
+    model, _ = train_with_a_scaler(arguments, steps=40)
     torch.save({"model": model.state_dict()}, tmp_path / "checkpoint.pth")
     for place in ("xpu", torch.device("xpu", 0), {"cuda:0": "xpu:0"}, None):
         saved = torch.load(tmp_path / "checkpoint.pth", map_location=place)["model"]["weight"]

@@ -17,6 +17,7 @@ from torch.utils import _device
 import lowbit.compat
 from lowbit.compat.xpu import meaning, on_cuda, places
 from unit.checkpoint_cases import EVEN, IDS, logits, make
+from unit.xpu_calls import train_with_a_scaler
 
 RUNNER = [sys.executable, "-m", "lowbit.compat"]
 FUNCTIONS = [(torch, name) for name in places.FACTORIES] + [
@@ -118,21 +119,7 @@ def test_mixed_precision() -> None:
 @pytest.mark.parametrize("arguments", [(), ("xpu",)])
 @pytest.mark.usefixtures("on_cpu")
 def test_training_with_a_scaler(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Linear(8, 1).to("xpu")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    scaler = torch.amp.GradScaler(*arguments, enabled=True)
-    x = torch.rand(32, 8).to("xpu")
-    y, losses = x.sum(1, keepdim=True), []
-    for _ in range(20):
-        optimizer.zero_grad()
-        with torch.autocast(device_type="xpu", dtype=torch.float16):
-            loss = torch.nn.functional.mse_loss(model(x), y)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(float(loss.detach()))
-    assert scaler.is_enabled() and losses[-1] < losses[0] / 4
+    model, optimizer = train_with_a_scaler(arguments, steps=20)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pth")
     saved = torch.load(tmp_path / "checkpoint.pth", map_location="xpu")
     assert torch.equal(saved["model"]["weight"], model.weight)

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 OK, ABSENT = "ok", "torch has no such name"
 
 XPU_CALLS = {
@@ -155,3 +157,23 @@ def what_became(calls: dict[str, str], kind: str, folder: Path) -> dict[str, str
     assert done.returncode == 0, done.stderr[-3000:]
     said: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return said
+
+
+def train_with_a_scaler(arguments: tuple[str, ...], steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A linear on "xpu" that learns to add up, in float16 with a scaler that is told `arguments`."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1).to("xpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    scaler = torch.amp.GradScaler(*arguments, enabled=True)
+    x = torch.rand(32, 8).to("xpu")
+    y, losses = x.sum(1, keepdim=True), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with torch.autocast(device_type="xpu", dtype=torch.float16):
+            loss = torch.nn.functional.mse_loss(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss.detach()))
+    assert scaler.is_enabled() and losses[-1] < losses[0] / 4
+    return model, optimizer
