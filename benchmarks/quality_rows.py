@@ -66,7 +66,8 @@ ALGORITHMS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "rtn": (_ours("rtn", calibrated=False), EVERY),
     "rtn + importance": (_ours("rtn"), EVERY),
     "hqq": (_ours("hqq", calibrated=False), EVERY),
-    "hqq asym": (_ours("hqq", calibrated=False, zeros="asym"), ("W8",)),
+    # Where a step is as wide as a whole row makes it, zero points that leave 0 off the grid cost more than they give.
+    "hqq asym": (_ours("hqq", calibrated=False, zeros="asym"), ("W8", "W4")),
     "hqq fine": (_ours("hqq", calibrated=False, zeros="fine"), UP_TO_4),
     "gptq": (_ours("gptq"), EVERY),
     "gptq uncorrected": (_ours("gptq", correction=0.0), EVERY),
