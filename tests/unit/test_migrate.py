@@ -19,7 +19,7 @@ from lowbit.cli import FAILED, OK, main
 from lowbit.compat.ignored import CompatWarning
 from lowbit.errors import LowbitError
 from lowbit.migrate.codemod import migrate
-from lowbit.migrate.rules import ANY, BRINGING, DRAFTING, FIGURES, NO_DEVICE, RULES
+from lowbit.migrate.rules import ANY, BRINGING, DRAFTING, FIGURES, NO_DEVICE, OF_OLD, RULES, SEVERAL
 from unit.checkpoint_cases import EVEN, make
 
 
@@ -199,6 +199,51 @@ def test_a_name_that_is_refused_says_so() -> None:
 def test_a_name_that_nobody_knows_is_not_said_to_be_answered(source: str, said: str) -> None:
     (note,) = migrate(source).left
     assert note.reason.startswith("lowbit has no ") and said in note.reason
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("from transformers import AutoModel\nAutoModel.from_pretrained(p, load_in_8bit=True)\n", ["load_in_8bit="]),
+        ("import transformers\ntransformers.AutoModel.from_pretrained(p, use_auth_token=t)\n", ["use_auth_token="]),
+        ("from peft import prepare_model_for_int8_training\n", ["peft.prepare_model_for_int8_training"]),
+        ("from transformers.deepspeed import HfDeepSpeedConfig\n", ["transformers.deepspeed.HfDeepSpeedConfig"]),
+        ("from transformers import pipeline\nask = pipeline('summarization')\n", ["transformers.pipeline"]),
+        (
+            "model.generate(ids, forced_decoder_ids=[(1, 2)])\npast.to_legacy_cache()\n",
+            ["forced_decoder_ids=", "to_legacy_cache"],
+        ),
+    ],
+)
+def test_what_older_transformers_had_is_marked_and_answered(source: str, names: list[str]) -> None:
+    found = migrate(source)
+    assert [note.name for note in found.left] == names and {note.reason for note in found.left} == {OF_OLD}
+    assert "lowbit.compat.install()" in found.source and migrate(found.source).source == found.source
+
+
+def test_words_of_today_are_not_marked() -> None:
+    today = "from transformers import pipeline, AutoModel\npipeline('text-generation')\nAutoModel.from_pretrained(p, token=t)\n"
+    assert migrate(today).source == today
+    ours = "from ipex_llm.transformers import AutoModel\nAutoModel.from_pretrained(p, load_in_4bit=True)\n"
+    assert not migrate(ours).left
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "try:\n    from ipex_llm.transformers import AutoModel\nexcept ImportError:\n    from transformers import AutoModel\n",
+        "if old:\n    from bigdl.llm.transformers import AutoModel\nelse:\n    from transformers import AutoModel\n",
+    ],
+)
+def test_a_name_that_comes_from_here_or_there_stays(source: str) -> None:
+    found = migrate(source + "model = AutoModel.from_pretrained(p, load_in_4bit=True, speculative=True)\n")
+    assert [note.reason for note in found.left] == [SEVERAL]
+    assert source.splitlines()[1] in found.source and "lowbit.compat.install()" in found.source
+
+
+def test_a_traced_graph_keeps_the_maker_of_its_model() -> None:
+    found = migrate("import intel_extension_for_pytorch as ipex\nm = ipex.llm.optimize(m)\nm.trace_graph(x)\n")
+    assert [note.name for note in found.left] == ["intel_extension_for_pytorch.llm.optimize"]
 
 
 def test_a_name_that_is_kept_once_is_kept_everywhere() -> None:

@@ -69,6 +69,9 @@ class _Rewriter(cst.CSTTransformer):
             if device == "cpu" and name.startswith(rules.TORCH_XPU) and name not in rules.DONE_ON_CPU:
                 self._leave(node, name, "it asks about an Intel GPU, and LOWBIT_XPU=cpu answers it")
 
+        for node, name in finder.older.items():
+            self._leave(node, name, rules.OF_OLD)
+
     def _leave(self, node: cst.CSTNode, name: str, reason: str) -> None:
         """Mark a name that stays, and list it."""
         self.left.append(Note(self.finder.lines[node], name, reason))

@@ -64,6 +64,8 @@ class Finder(cst.CSTVisitor):
         # Calls of `generate` in other words of today, and the words that these calls account for.
         self.guesses: dict[cst.CSTNode, rules.Guess] = {}
         self.accounted: set[cst.CSTNode] = set()
+        # What older transformers had.
+        self.older: dict[cst.CSTNode, str] = {}
         # The words of the script that belong to the models of an old library.
         self.said: set[str] = set()
 
@@ -74,6 +76,10 @@ class Finder(cst.CSTVisitor):
 
     def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
         self._place(node)
+        module = dotted(node.module) if node.module is not None and not node.relative else ""
+        for alias in () if isinstance(node.names, cst.ImportStar) else node.names:
+            if rules.is_of_older(f"{module}.{dotted(alias.name)}", None):
+                self._mark(node, f"{module}.{dotted(alias.name)}")
         return False
 
     def visit_Assign(self, node: cst.Assign) -> None:
@@ -98,8 +104,22 @@ class Finder(cst.CSTVisitor):
             self.guesses[node] = guess
             self.accounted |= {argument.keyword for argument in node.args if argument.keyword} | {node.func.attr}
 
+    def visit_Arg(self, node: cst.Arg) -> None:
+        if node.keyword is not None and node.keyword.value in rules.OLDER_KEYWORDS and self._is_not_ours(node):
+            self._mark(node, f"{node.keyword.value}=")
+
+    def _is_not_ours(self, argument: cst.Arg) -> bool:
+        """Whether an argument goes to something else than a name of an old library, whose rules know their keywords."""
+        call = self._parent(argument)
+        func = call.func if isinstance(call, cst.Call) else None
+        found = self.get_metadata(QualifiedNameProvider, func, set()) if func is not None else set()
+        names = [rules.canonical(one.name) for one in found if one.source is QualifiedNameSource.IMPORT]
+        return not any(rules.is_old(name) or name.startswith("lowbit.") for name in names)
+
     def visit_Attribute(self, node: cst.Attribute) -> bool:
         self._say(node.attr, node.attr.value)
+        if node.attr.value in rules.OLDER_ATTRIBUTES:
+            self._mark(node, node.attr.value)
         return not self._look_at(node)
 
     def visit_Name(self, node: cst.Name) -> None:
@@ -116,9 +136,11 @@ class Finder(cst.CSTVisitor):
         if (isinstance(parent, cst.Attribute) and parent.attr is node) or not is_name(node):
             return False
         found = self.get_metadata(QualifiedNameProvider, node, set())
-        names = {one.name for one in found if one.source is QualifiedNameSource.IMPORT}
-        name = rules.canonical(names.pop()) if len(names) == 1 else ""
+        names = sorted({rules.canonical(one.name) for one in found if one.source is QualifiedNameSource.IMPORT})
         call = parent if isinstance(parent, cst.Call) and parent.func is node else None
+        if len(names) > 1:
+            return self._keep_all(node, [name for name in names if rules.is_old(name)], call)
+        name = names[0] if names else ""
         if rules.is_old(name) or rules.rule_for(name) is not None:
             self._place(node)
             called = rules.Called({}, rebinds=True) if self._is_only_named(node) else self._called(call)
@@ -126,9 +148,23 @@ class Finder(cst.CSTVisitor):
         elif name.startswith(rules.TORCH_XPU) or name in rules.GRAD_SCALERS:
             self._place(node)
             self.torch_names[node] = name
+        elif name == rules.PIPELINE and rules.is_of_older(name, self._called(call)):
+            self._mark(node, name)
         else:
             return False
         return True
+
+    def _keep_all(self, node: cst.CSTNode, names: list[str], call: cst.Call | None) -> bool:
+        """A name that the script imports here or there, as it finds it: the old one stays."""
+        for name in names:
+            self._place(node)
+            self.uses[node] = Use(node, name, call, Decision(None, reason=rules.SEVERAL))
+        return bool(names)
+
+    def _mark(self, node: cst.CSTNode, name: str) -> None:
+        """Something of older transformers."""
+        self._place(node)
+        self.older[node] = name
 
     def _is_only_named(self, node: cst.CSTNode) -> bool:
         """Whether it says a type: nothing is made there."""
@@ -151,7 +187,8 @@ class Finder(cst.CSTVisitor):
         rebinds = isinstance(target, cst.Name) and isinstance(first, cst.Name) and target.value == first.value
         alone = isinstance(first, cst.Name) and first.value not in self.shared
         unread = any(argument.star == "**" for argument in call.args)
-        return rules.Called(keywords, len(positional), rebinds and alone, unread)
+        opening = literal(positional[0]) if positional else None
+        return rules.Called(keywords, len(positional), rebinds and alone, unread, opening)
 
     def _parent(self, node: cst.CSTNode) -> cst.CSTNode | None:
         found: cst.CSTNode | None = self.get_metadata(ParentNodeProvider, node, None)

@@ -14,7 +14,10 @@ from typing import Any
 import lowbit
 from lowbit.compat.missing import refusal_of
 from lowbit.compat.names import REFUSED, Name, collect
-from lowbit.compat.shims.gone import MOVED_NAMES
+from lowbit.compat.shims.generating import FORCED
+from lowbit.compat.shims.gone import GONE_MODULES, MOVED_MODULES, MOVED_NAMES
+from lowbit.compat.shims.loading import KEYWORDS as LOADING_KEYWORDS
+from lowbit.compat.shims.pipelines import ANSWERS, RESULTS
 from lowbit.compat.shims.shim import Keyword
 from lowbit.compat.shims.tokenizers import LLAMA_CLASSES
 from lowbit.compat.shims.trainer import ARGUMENTS, OPTIMISERS
@@ -67,6 +70,7 @@ class Called:
     positional: int = 0
     rebinds: bool = False
     unread: bool = False
+    first: Any = None  # the value of the first argument, as far as it can be read
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,16 @@ DRAFTING = (
 _LOOKING = ("lookahead", "lookup_generate", "max_matching_ngram_size", "IPEX_LLM_PERFORMANCE_MODE")
 GUESSES = (*FIGURES, *DRAFTING, *_LOOKING, "speculative_generate", "bigdl_transformers_low_bit", "llm_patch")
 # What those of IPEX know.
-TIMES = ("token_latency",)
+TIMES = ("token_latency", "trace_graph")
+# What older transformers and peft had, and only the runner's shims answer: keywords of any call, attributes of caches, names.
+OLDER_KEYWORDS = frozenset((*LOADING_KEYWORDS, FORCED))
+OLDER_ATTRIBUTES = frozenset(("to_legacy_cache", "from_legacy_cache", "get_usable_length", "key_cache", "value_cache"))
+OLDER_NAMES = ("peft.prepare_model_for_int8_training", "transformers.AdamW", "transformers.optimization.AdamW")
+OLDER_TASKS = (*RESULTS, ANSWERS)
+OLDER_MODULES = (*MOVED_MODULES, *GONE_MODULES)
+PIPELINE = "transformers.pipeline"
+OF_OLD = "older transformers had it, and lowbit.compat answers it"
+SEVERAL = "the script has this name from more than one place: " + "lowbit.compat does it"
 WORDS = frozenset((*GUESSES, *TIMES))
 # How much that library looked up where nothing was said.
 _TOKENS, _LONGEST, _NEW_TOKENS = 10, 2, 10
@@ -258,6 +271,13 @@ TORCH_XPU = f"torch.{XPU}."
 # Calls of a whole statement that do nothing where "xpu" becomes the CPU.
 DONE_ON_CPU = tuple(TORCH_XPU + name for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"))
 GRAD_SCALERS = ("torch.amp.GradScaler", "torch.amp.grad_scaler.GradScaler")
+
+
+def is_of_older(name: str, called: Called | None) -> bool:
+    """Whether a name of today's libraries is one that only the shims answer, or is called for what only they do."""
+    if name in OLDER_NAMES or any(name == module or name.startswith(f"{module}.") for module in OLDER_MODULES):
+        return True
+    return name == PIPELINE and called is not None and called.first in OLDER_TASKS
 
 
 def canonical(name: str) -> str:
