@@ -232,6 +232,19 @@ def test_checkpoints_that_others_packed(write: Any, tmp_path: Path) -> None:
         )
 
 
+def test_checkpoints_of_eight_bits() -> None:
+    original = tiny_model_in_memory("llama")
+    tensors, meant = gptq_linear(original.model.layers[0].mlp.down_proj.weight, bits=8)
+    state = {f"model.layers.0.mlp.down_proj.{part}": value for part, value in tensors.items()}
+    settings = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT8, lowp_mode=WoqLowpMode.NONE)
+    made = ipex.llm.optimize(original, quantization_config=settings, low_precision_checkpoint=state, inplace=False)
+    layer, x = made.model.layers[0].mlp.down_proj, torch.randn(3, 160)
+    assert layer.packed_weight.format.name == "int8_asym_g32" and torch.allclose(layer(x), x @ meant.t(), atol=1e-3)
+    other = get_weight_only_quant_qconfig_mapping(weight_dtype=WoqWeightDtype.INT4)
+    with pytest.raises(RecipeError, match="down_proj: the checkpoint has 8 bits, and 4 were said"):
+        ipex.llm.optimize(original, quantization_config=other, low_precision_checkpoint=state)
+
+
 def test_act_order_goes_through_layers_and_not_through_the_engine() -> None:
     original = tiny_model_in_memory("llama")
     tensors, meant = gptq_linear(original.model.layers[0].mlp.down_proj.weight, act_order=True)

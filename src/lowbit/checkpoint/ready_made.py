@@ -37,12 +37,13 @@ _LEFT = "the checkpoint has it in full precision"
 
 @dataclass(frozen=True)
 class Packing:
-    """How a state dict is packed. `group_size`: what somebody says about it, which is held against the tensors."""
+    """How a state dict is packed. `group_size` and `bits`: what somebody says about it, which is held against the tensors."""
 
     method: str = "gptq"
     group_size: int | None = None
     zero_shift: int = 1
     act_order: bool | None = None
+    bits: int | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Packing:
@@ -154,6 +155,11 @@ def read_linear(path: str, parts: Mapping[str, torch.Tensor], target: Target, pa
         known = {name: part for name, part in parts.items() if name not in ignored}
         weight = gptq.read_gptq(path, known, shape, packing.zero_shift)
     check_group(path, weight.format, packing.group_size, shape[1])
+    if packing.bits is not None and packing.bits != weight.format.bits:
+        raise RecipeError(
+            f"{path}: the checkpoint has {weight.format.bits} bits, and {packing.bits} were said: say the type of that width, "
+            "or take the checkpoint of the other"
+        )
     return weight
 
 

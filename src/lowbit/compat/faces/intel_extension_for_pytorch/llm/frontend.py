@@ -141,8 +141,8 @@ def _place_checkpoint_(model: nn.Module, settings: Any, checkpoint: Any) -> None
             f"the checkpoint says groups of {packing.group_size} and the configuration group_size={settings.group_size}: "
             f"say group_size={packing.group_size}, or leave it out"
         )
-    report = place_(model, tensors, packing)
     format = configs.format_of(settings)
+    report = place_(model, tensors, replace(packing, bits=format.bits))
     recipe = Recipe(format, name=report.recipe)
     settle_(model, report, recipe, compute=compute_for(model, settings))
     show_as_that_library_does_(model, settings)
