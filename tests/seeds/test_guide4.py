@@ -99,7 +99,7 @@ def check_saved(file: Path, first: dict[str, torch.Tensor]) -> None:
 
 
 def test_is_there_an_intel_gpu(tmp_path: Path) -> None:
-    left = {"torch.xpu.is_available": "LOWBIT_XPU=cpu answers it"}
+    left = {"torch.xpu.is_available": "LOWBIT_XPU=cpu in front of the command"}
     assert [ran.lines for ran in run_seed("guide4/available.py", tmp_path, left=left)] == [["True"], ["True"]]
     (ran,) = run_seed("guide4/available.py", tmp_path, xpu="", rewritten=False)
     assert ran.lines == [str(torch.xpu.is_available())]

@@ -19,7 +19,7 @@ from lowbit.cli import FAILED, OK, main
 from lowbit.compat.ignored import CompatWarning
 from lowbit.errors import LowbitError
 from lowbit.migrate.codemod import migrate
-from lowbit.migrate.rules import ANY, BRINGING, DRAFTING, FIGURES, NO_DEVICE, OF_OLD, RULES, SEVERAL
+from lowbit.migrate.rules import ADDED, ANY, BRINGING, DRAFTING, FIGURES, NO_DEVICE, OF_OLD, RULES, SAYS_XPU, SEVERAL
 from unit.checkpoint_cases import EVEN, make
 
 
@@ -244,6 +244,25 @@ def test_a_name_that_comes_from_here_or_there_stays(source: str) -> None:
 def test_a_traced_graph_keeps_the_maker_of_its_model() -> None:
     found = migrate("import intel_extension_for_pytorch as ipex\nm = ipex.llm.optimize(m)\nm.trace_graph(x)\n")
     assert [note.name for note in found.left] == ["intel_extension_for_pytorch.llm.optimize"]
+
+
+def test_what_ipex_added_to_torch_is_marked_whatever_the_device() -> None:
+    source = (
+        "import torch\nimport intel_extension_for_pytorch\nmodel = torch.xpu.optimize(model)\n"
+        "with torch.xpu.amp.autocast():\n    model(x)\n"
+    )
+    for device in (None, "cpu", "cuda"):
+        found = migrate(source, device)
+        assert [note.reason for note in found.left] == [ADDED, ADDED] and "torch.cuda.optimize" not in found.source
+
+
+def test_what_says_xpu_in_other_ways_is_marked_where_a_device_is_given() -> None:
+    source = "import torch\nmodel = model.xpu()\nif x.is_xpu:\n    x.to(f'xpu:{i}')\n"
+    for device in ("cpu", "cuda"):
+        found = migrate(source, device)
+        assert [note.name for note in found.left] == [".xpu()", ".is_xpu", 'f"xpu:..."']
+        assert {note.reason for note in found.left} == {SAYS_XPU}
+    assert migrate(source).source == source
 
 
 def test_a_name_that_is_kept_once_is_kept_everywhere() -> None:

@@ -67,7 +67,11 @@ class _Rewriter(cst.CSTTransformer):
             self._leave(use.node, use.name, use.decision.reason)
         for node, name in finder.torch_names.items():
             if device == "cpu" and name.startswith(rules.TORCH_XPU) and name not in rules.DONE_ON_CPU:
-                self._leave(node, name, "it asks about an Intel GPU, and LOWBIT_XPU=cpu answers it")
+                self._leave(node, name, rules.ASKS)
+        for node, name in finder.added.items():
+            self._leave(node, name, rules.ADDED)
+        for node, name in finder.says_xpu.items() if device else ():
+            self._leave(node, name, rules.SAYS_XPU)
 
         for node, name in finder.older.items():
             self._leave(node, name, rules.OF_OLD)

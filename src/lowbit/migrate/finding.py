@@ -64,6 +64,9 @@ class Finder(cst.CSTVisitor):
         # Calls of `generate` in other words of today, and the words that these calls account for.
         self.guesses: dict[cst.CSTNode, rules.Guess] = {}
         self.accounted: set[cst.CSTNode] = set()
+        # What IPEX added to torch.xpu, and what says xpu in other ways than a word of its own or a name of torch's.
+        self.added: dict[cst.CSTNode, str] = {}
+        self.says_xpu: dict[cst.CSTNode, str] = {}
         # What older transformers had.
         self.older: dict[cst.CSTNode, str] = {}
         # The words of the script that belong to the models of an old library.
@@ -94,6 +97,12 @@ class Finder(cst.CSTVisitor):
         if value == XPU or (value[:4] == f"{XPU}:" and value[4:].isdigit()):
             self.devices.add(node)
 
+    def visit_FormattedString(self, node: cst.FormattedString) -> None:
+        first = node.parts[0] if node.parts else None
+        if isinstance(first, cst.FormattedStringText) and first.value.startswith(f"{XPU}:"):
+            self._place(node)
+            self.says_xpu[node] = f'f"{XPU}:..."'
+
     def visit_Call(self, node: cst.Call) -> None:
         if not isinstance(node.func, cst.Attribute) or node.func.attr.value not in _GUESSING:
             return
@@ -120,6 +129,11 @@ class Finder(cst.CSTVisitor):
         self._say(node.attr, node.attr.value)
         if node.attr.value in rules.OLDER_ATTRIBUTES:
             self._mark(node, node.attr.value)
+        parent = self._parent(node)
+        moves = node.attr.value == XPU and isinstance(parent, cst.Call) and parent.func is node
+        if moves or node.attr.value == f"is_{XPU}":
+            self._place(node)
+            self.says_xpu[node] = f".{node.attr.value}" + ("()" if moves else "")
         return not self._look_at(node)
 
     def visit_Name(self, node: cst.Name) -> None:
@@ -145,6 +159,9 @@ class Finder(cst.CSTVisitor):
             self._place(node)
             called = rules.Called({}, rebinds=True) if self._is_only_named(node) else self._called(call)
             self.uses[node] = Use(node, name, call, rules.decide(name, called))
+        elif any(name == added or name.startswith(f"{added}.") for added in rules.ADDED_NAMES):
+            self._place(node)
+            self.added[node] = name
         elif name.startswith(rules.TORCH_XPU) or name in rules.GRAD_SCALERS:
             self._place(node)
             self.torch_names[node] = name

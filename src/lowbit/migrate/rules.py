@@ -270,6 +270,13 @@ IDLE_CALLS = (f"{IPEX}.set_logging_level",)
 TORCH_XPU = f"torch.{XPU}."
 # Calls of a whole statement that do nothing where "xpu" becomes the CPU.
 DONE_ON_CPU = tuple(TORCH_XPU + name for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"))
+# What Intel Extension for PyTorch put there.
+ADDED_NAMES = tuple(TORCH_XPU + name for name in ("optimize", "amp"))
+ADDED = (
+    "Intel Extension for PyTorch added it: LOWBIT_XPU=cpu (or cuda) in front of the command has lowbit.compat answer it"
+)
+ASKS = "it asks about an Intel GPU: LOWBIT_XPU=cpu in front of the command has lowbit.compat answer it"
+SAYS_XPU = "it says xpu in a way that is not exchanged: LOWBIT_XPU=cpu (or cuda) in front of the command lets it mean another"
 GRAD_SCALERS = ("torch.amp.GradScaler", "torch.amp.grad_scaler.GradScaler")
 
 
