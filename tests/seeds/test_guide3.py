@@ -56,12 +56,14 @@ def test_smoothquant_in_two_stages(model: Path, tmp_path: Path) -> None:
         assert operation["weight_tensor_infos"][0]["inf_dtype"] == "torch.qint8"
 
 
-# Types of weights, lowp modes, groups, what is printed of a layer, and the most that may be lost. Rounding whole rows to 4 bits is
-# too much for a model of this size, in any library, so the fours have groups.
+# Types of weights, lowp modes, groups, what is printed of a layer, and the most that may be lost. The block says no group size,
+# which is -1: whole rows, of which 4 bits lose much in a model of this size, in any library; so the fours have groups as well.
 WAYS = [
     ("INT8", "NONE", -1, "torch.int8 int8_asym_channel fp32", 0.05),
     ("INT8", "INT8", -1, "torch.int8 int8_channel int8", 0.1),
     ("INT8", "BF16", 128, "torch.int8 int8_asym_g128 bf16", 0.05),
+    ("INT4", "NONE", -1, "torch.uint8 int4_asym_channel fp32", 1.5),
+    ("NF4", "NONE", -1, "torch.uint8 nf4_channel fp32", 1.5),
     ("INT4", "BF16", 64, "torch.uint8 int4_asym bf16", 0.5),
     ("INT4", "INT8", 64, "torch.uint8 int4_asym int8", 0.5),
     ("NF4", "FP16", 64, "torch.uint8 nf4 fp16", 0.5),

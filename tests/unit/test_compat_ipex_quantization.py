@@ -126,6 +126,7 @@ def test_configurations_that_contradict_themselves() -> None:
         ({"group_size": 48}, "a power of 2, not 48"),
         ({"lowp_mode": 9}, "9 is no WoqLowpMode"),
         ({"weight_dtype": "int3"}, "'int3' is no WoqWeightDtype"),
+        ({"weight_dtype": "int8"}, "'int8' is a text: write WoqWeightDtype.INT8"),
     ):
         with pytest.raises(AssertionError, match=words):
             get_weight_only_quant_qconfig_mapping(**given)  # type: ignore[arg-type]

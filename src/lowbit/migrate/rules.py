@@ -276,7 +276,9 @@ ADDED = (
     "Intel Extension for PyTorch added it: LOWBIT_XPU=cpu (or cuda) in front of the command has lowbit.compat answer it"
 )
 ASKS = "it asks about an Intel GPU: LOWBIT_XPU=cpu in front of the command has lowbit.compat answer it"
-SAYS_XPU = "it says xpu in a way that is not exchanged: LOWBIT_XPU=cpu (or cuda) in front of the command lets it mean another"
+SAYS_XPU = (
+    "it says xpu in a way that is not exchanged: LOWBIT_XPU=cpu (or cuda) in front of the command lets it mean another"
+)
 GRAD_SCALERS = ("torch.amp.GradScaler", "torch.amp.grad_scaler.GradScaler")
 
 

@@ -1,7 +1,8 @@
 """A model of which the weights alone are low-bit, in one of several types, multiplied in one of several, or read from a checkpoint.
 
-Which weight type, which lowp mode and which checkpoint come as arguments, because the block names several. Mended: the class was
-called where `from_pretrained` is meant. At the end: what it said, how far it is from the original, a layer, bits for each weight.
+Which weight type, which lowp mode and which checkpoint come as arguments, because the block names several; so does group_size,
+which the block leaves at -1. Mended: the class was called where `from_pretrained` is meant. At the end: what it said, how far it is
+from the original, a layer, bits for each weight.
 """
 
 import sys

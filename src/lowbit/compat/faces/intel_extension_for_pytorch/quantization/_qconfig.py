@@ -179,6 +179,8 @@ def _member(kind: type[IntEnum], value: Any) -> Any:
         return kind(value)
     except ValueError:
         known = {f"{kind.__name__}.{member.name}" for member in kind}
+        if isinstance(value, str) and f"{kind.__name__}.{value.upper()}" in known:
+            raise StageError(f"{value!r} is a text: write {kind.__name__}.{value.upper()}") from None
         raise StageError(f"{value!r} is no {kind.__name__}: {nearest(str(value), known)}") from None
 
 
