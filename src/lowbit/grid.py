@@ -181,7 +181,7 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
     # The sum of finite values is finite unless it overflows, so one pass clears nearly every weight. It goes part by part, because
     # torch makes a float32 copy of what it sums: of the 1.1 B's embedding that would be 400 MB.
     row = weight[0].numel() if weight.dim() and len(weight) else 1
-    parts = weight.split(max(_SUMMED_AT_ONCE // max(row, 1), 1)) if weight.dim() else (weight,)
+    parts = torch.split(weight, max(_SUMMED_AT_ONCE // max(row, 1), 1)) if weight.dim() else (weight,)
     if all(bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in parts):
         return
     bad = (~torch.isfinite(weight)).nonzero()
