@@ -74,7 +74,7 @@ def test_mixed_precision() -> None:
 @pytest.mark.parametrize("arguments", [(), ("xpu",)])
 @pytest.mark.usefixtures("on_cuda")
 def test_training_with_a_scaler(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    model, _ = train_with_a_scaler(arguments, steps=40)
+    model, _ = train_with_a_scaler(torch.amp.GradScaler(*arguments, enabled=True), steps=40)
     torch.save({"model": model.state_dict()}, tmp_path / "checkpoint.pth")
     for place in ("xpu", torch.device("xpu", 0), {"cuda:0": "xpu:0"}, None):
         saved = torch.load(tmp_path / "checkpoint.pth", map_location=place)["model"]["weight"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,7 +127,8 @@ def test_training_needs_no_copy_in_full_precision(tmp_path: Path) -> None:
     lowbit.optimize_model(model, low_bit="nf4", modules_to_not_convert=["lm_head"]).save_low_bit(tmp_path / "low")
     child = Path(__file__).with_name("qlora_memory.py")
     command = [sys.executable, str(child), str(tmp_path / "low")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=paths)
     assert done.returncode == 0, done.stderr
     before, ready, most = map(float, done.stdout.split())
     # 58 MB for the steps, of which 4 are one weight in fp32, and 77 for the model; a copy of it in half precision alone takes 129.

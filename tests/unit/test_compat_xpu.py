@@ -119,7 +119,7 @@ def test_mixed_precision() -> None:
 @pytest.mark.parametrize("arguments", [(), ("xpu",)])
 @pytest.mark.usefixtures("on_cpu")
 def test_training_with_a_scaler(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    model, optimizer = train_with_a_scaler(arguments, steps=20)
+    model, optimizer = train_with_a_scaler(torch.amp.GradScaler(*arguments, enabled=True), steps=20)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pth")
     saved = torch.load(tmp_path / "checkpoint.pth", map_location="xpu")
     assert torch.equal(saved["model"]["weight"], model.weight)

@@ -159,12 +159,11 @@ def what_became(calls: dict[str, str], kind: str, folder: Path) -> dict[str, str
     return said
 
 
-def train_with_a_scaler(arguments: tuple[str, ...], steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A linear on "xpu" that learns to add up, in float16 with a scaler that is told `arguments`."""
+def train_with_a_scaler(scaler: torch.amp.GradScaler, steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A linear on "xpu" that learns to add up, in float16."""
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 1).to("xpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    scaler = torch.amp.GradScaler(*arguments, enabled=True)
     x = torch.rand(32, 8).to("xpu")
     y, losses = x.sum(1, keepdim=True), []
     for _ in range(steps):

@@ -33,7 +33,7 @@ _PARTS = (*gptq.NAMES, "bias")
 def compressor_fields(folder: Path) -> dict[str, Any] | None:
     """What a folder's configuration says that this system saved; None for every other folder."""
     fields = quantization_fields(folder) if (folder / CONFIG).is_file() else None
-    if fields is None or fields.get("quant_method") not in CONFIGS or not fields.keys() >= _OF_THIS_SYSTEM:
+    if fields is None or str(fields.get("quant_method")) not in CONFIGS or not fields.keys() >= _OF_THIS_SYSTEM:
         return None
     return fields
 
