@@ -29,7 +29,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_convert_and_continue(converted: Path) -> None:
     """llm-convert, then llm-cli on what it wrote."""
-    asked = ("-x", "llama", "-m", converted.name, "-t", 1, "-n", 4, "-p", "abc")
+    asked = ("-x", "llama", "-m", converted.name, "-t", 1, "-n", 4, "-p", "abc", "--temp", 0)
     ran = run("llm-cli", *asked, folder=converted.parent)
     assert ran.returncode == 0 and ran.stdout.startswith("abc") and len(ran.stdout) > len("abc\n"), ran.stderr[-2000:]
     refused = run("llm-cli", *asked, "--mirostat", 2, folder=converted.parent)

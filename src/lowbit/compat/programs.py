@@ -19,6 +19,7 @@ from lowbit.compat.becoming import become
 from lowbit.errors import LowbitError
 
 _NEW_TOKENS = 128
+_TEMPERATURE = 0.8
 _FAMILIES = ("llama", "bloom", "gptneox", "starcoder", "chatglm")
 
 
@@ -52,13 +53,14 @@ def _cli(arguments: list[str]) -> int:
     _add_model(parser)
     parser.add_argument("-p", "--prompt", required=True)
     parser.add_argument("-n", "--n-predict", "--n_predict", type=int, default=_NEW_TOKENS)
+    parser.add_argument("--temp", type=float, default=_TEMPERATURE)
     asked, others = parser.parse_known_args(arguments)
     _refuse(others, "llm-cli", "`lowbit generate MODEL --prompt TEXT`, whose --help lists what it takes")
     from lowbit.compat.faces.ipex_llm import models
 
     model = models.Llama(asked.model, n_threads=asked.threads)  # the engine finds out itself what family it is of
     print(asked.prompt, end="", flush=True)
-    for piece in model(asked.prompt, max_tokens=asked.n_predict, stream=True):
+    for piece in model(asked.prompt, max_tokens=asked.n_predict, temperature=asked.temp, stream=True):
         print(piece["choices"][0]["text"], end="", flush=True)
     print()
     return 0
