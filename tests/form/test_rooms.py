@@ -25,10 +25,11 @@ ROWS = [
     {"swap", "evaluate", "parallel", "finetune", "runtime"},
     {"calibration"},
     {"blockwise"},
-    {"quantize", "bridge", "openvino", "questions"},
+    {"quantize", "bridge", "questions"},
     {"checkpoint"},
     {"hook"},
     {"optimize"},
+    {"openvino"},
     {"bench", "doctor", "demo", "observed"},
     {"compat"},
     {"migrate"},
@@ -50,7 +51,8 @@ WITHOUT_TORCH = [
     "interop.gguf",
     "cli",
 ]
-OPTIONAL = {"gguf", "peft", "accelerate", "compressed_tensors", "openvino", "triton", "deepspeed", "libcst"}
+OPTIONAL = {"gguf", "peft", "accelerate", "compressed_tensors", "triton", "deepspeed", "libcst"}
+OPTIONAL |= {"openvino", "openvino_tokenizers", "diffusers"}
 
 
 def room(path: Path) -> str:

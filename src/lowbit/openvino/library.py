@@ -1,0 +1,57 @@
+"""The one door to the package openvino: everything else in this room imports `ov` and `ops` from here.
+
+    ov           the package: ov.Model, ov.Type, ov.Core, ov.save_model, ov.convert_model
+    ops          its set of operations, opset 15
+    states       opset 6, whose read_value and assign name the variables of a stateful model
+    core()       one Core for the process: plugins are loaded once
+    device(...)  a device that is here, or a sentence with those that are
+
+Importing any module of this room without the package raises `MissingPackageError` with the line that installs it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from lowbit.errors import LowbitError, MissingPackageError
+
+try:
+    import openvino as ov
+    from openvino import opset6 as states
+    from openvino import opset15 as ops
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "openvino":
+        raise
+    raise MissingPackageError("openvino", "OpenVINO's form of a model", "openvino") from error
+
+__all__ = ["core", "device", "devices", "ops", "ov", "release", "states"]
+
+# These choose among the devices that are here, and are no devices themselves.
+_CHOOSERS = ("AUTO", "MULTI", "HETERO", "BATCH")
+
+
+@cache
+def core() -> Any:
+    """The process's `ov.Core`."""
+    return ov.Core()
+
+
+def release() -> str:
+    """The release of the installed package, "2026.4.1" without its build."""
+    return str(ov.__version__).partition("-")[0]
+
+
+def devices() -> list[str]:
+    """The devices of this machine: CPU, GPU (or GPU.0, GPU.1), NPU."""
+    return list(core().available_devices)
+
+
+def device(name: str) -> str:
+    """The device of this name in OpenVINO's spelling; "cpu" and "gpu:0" are understood."""
+    spelled = name.upper().replace("GPU:", "GPU.").replace("NPU:", "NPU.")
+    here = devices()
+    numbered = spelled in {found.partition(".")[0] for found in here}
+    if spelled in here or numbered or spelled.partition(":")[0] in _CHOOSERS:
+        return spelled
+    raise LowbitError(f"there is no device {name!r} here: OpenVINO {release()} sees {', '.join(here) or 'none'}")
