@@ -252,6 +252,18 @@ def test_a_compiled_model() -> None:
         torch.testing.assert_close(forward(x).float(), (model(x) + 1) @ (model(x) + 1).T, atol=0.1, rtol=0.05)
 
 
+def test_the_compiler_of_torch_hears_of_no_intel_gpu(tmp_path: Path) -> None:
+    """It stops where two kinds of GPU are there, which "xpu" beside the GPU that it means would be."""
+    script = (
+        "import torch\nfrom torch._inductor.utils import get_gpu_type\nprint(torch.xpu.is_available(), get_gpu_type())"
+    )
+    if torch.xpu.is_available():
+        pytest.skip('"xpu" is an Intel GPU on this machine')
+    result = run(script, tmp_path, LOWBIT_XPU="cpu")
+    assert result.stdout.splitlines()[-1:] == ["True cuda"], result.stderr
+    assert on_cuda.answered("is_available", torch.cuda.is_available, meaning.Meaning("cuda")) is meaning.is_available
+
+
 @pytest.mark.slow
 @pytest.mark.transformers
 def test_the_trainer_of_transformers(tmp_path: Path) -> None:

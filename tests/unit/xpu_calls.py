@@ -1,7 +1,8 @@
 """Each name of torch.xpu and torch.accelerator, called once, in a child Python where "xpu" means another device.
 
 A call is an expression that is true on every device that "xpu" can mean. All of them run in one child, through the runner, and the
-child says what became of each: `ok`, or the value or the error that came instead.
+child says what became of each: `ok`, or the value or the error that came instead. `without_us` is a child of Python alone, in which
+each "xpu" is written "cuda": what torch says of a call itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ XPU_CALLS = {
     "StreamContext": "entered(StreamContext(torch.xpu.current_stream('xpu')))",
     "can_device_access_peer": "can_device_access_peer('xpu:0', 'xpu:0') in (True, False)",
     "current_device": "current_device() == 0",
-    "current_stream": "current_stream('xpu').query()",
+    "current_stream": "done(current_stream('xpu'))",
     "default_generators": "[generator.device.type for generator in default_generators] == [held.device.type] * count",
     "device": "entered(device('xpu:0'))",
     "device_count": "device_count() >= 1",
@@ -67,7 +68,7 @@ ACCELERATOR_CALLS = {
     "current_accelerator": "torch.ones(2, device=current_accelerator()).device == held.device",
     "current_device_idx": "current_device_idx() == 0",
     "current_device_index": "current_device_index() == 0",
-    "current_stream": "current_stream('xpu').query()",
+    "current_stream": "done(current_stream('xpu'))",
     "device_count": "device_count() == count",
     "device_index": "entered(device_index(0))",
     "empty_cache": "empty_cache() is None",
@@ -121,6 +122,10 @@ def entered(context):
     with context:
         return torch.ones(2).to("xpu").device == held.device
 
+def done(stream):
+    stream.synchronize()
+    return stream.query()
+
 def drawn():
     return torch.rand(3, device="xpu")
 
@@ -148,10 +153,24 @@ print(json.dumps(said))
 
 def what_became(calls: dict[str, str], kind: str, folder: Path) -> dict[str, str]:
     """What a child says of each call when "xpu" means `kind`."""
-    (folder / "calls.py").write_text(SCRIPT.replace("ABSENT", ABSENT))
+    return _said(SCRIPT, calls, folder, "-m", "lowbit.compat", LOWBIT_XPU=kind)
+
+
+def without_us(calls: dict[str, str], folder: Path) -> dict[str, str]:
+    """What a child of Python alone says of each call of torch.accelerator, on an NVIDIA GPU that is called so."""
+    asked = {name: call for name, call in calls.items() if name.startswith("torch.accelerator.")}
+    return _said(_as_cuda(SCRIPT), {name: _as_cuda(call) for name, call in asked.items()}, folder)
+
+
+def _as_cuda(text: str) -> str:
+    return text.replace("'xpu", "'cuda").replace('"xpu', '"cuda').replace("torch.xpu", "torch.cuda")
+
+
+def _said(script: str, calls: dict[str, str], folder: Path, *runner: str, **variables: str) -> dict[str, str]:
+    (folder / "calls.py").write_text(script.replace("ABSENT", ABSENT))
     done = subprocess.run(
-        [sys.executable, "-m", "lowbit.compat", "calls.py"],
-        cwd=folder, env={**os.environ, "LOWBIT_XPU": kind}, input=json.dumps(calls),
+        [sys.executable, *runner, "calls.py"],
+        cwd=folder, env={**os.environ, **variables}, input=json.dumps(calls),
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

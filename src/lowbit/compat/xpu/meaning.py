@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from lowbit.errors import LowbitError
 VARIABLE = "LOWBIT_XPU"
 KINDS = ("cuda", "cpu")
 XPU = "xpu"
+# torch's own compiler, which writes code for an Intel GPU where it hears of one, and stops where it hears of two kinds of GPU.
+_COMPILER = ("torch._inductor", "torch.utils._triton")
 
 
 class DeviceError(LowbitError, RuntimeError):
@@ -32,6 +35,11 @@ def an_intel_gpu_is_there() -> bool:
     import torch
 
     return torch.xpu.is_available()
+
+
+def is_available() -> bool:
+    """`torch.xpu.is_available` where "xpu" has a meaning: yes, and to torch's compiler the truth."""
+    return not str(sys._getframe(1).f_globals.get("__name__")).startswith(_COMPILER)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lowbit.compat.replacing import Replacement
-from lowbit.compat.xpu.meaning import VARIABLE, XPU, Meaning
+from lowbit.compat.xpu.meaning import VARIABLE, XPU, Meaning, is_available
 from lowbit.machine import available_memory, this_machine, usable_cores
 
 NAME = f"the CPU ({VARIABLE}=cpu)"
@@ -264,7 +264,7 @@ XPU_NAMES: dict[str, Any] = MEMORY | {
     "get_rng_state_all": get_rng_state_all,
     "init": nothing,
     "initial_seed": initial_seed,
-    "is_available": yes,
+    "is_available": is_available,
     "is_bf16_supported": yes,
     "is_current_stream_capturing": no,
     "is_initialized": yes,
@@ -305,7 +305,9 @@ def replacements(meaning: Meaning) -> Iterator[Replacement]:
     """torch.xpu, torch.accelerator, and the methods of tensors that need a device besides the CPU."""
     for owner, names in ((torch.xpu, XPU_NAMES), (torch.accelerator, ACCELERATOR_NAMES)):
         for name, value in names.items():
-            yield Replacement(owner, name, of_its_own(value) if isinstance(value, FunctionType) else value)
+            ours = isinstance(value, FunctionType) and value.__module__ == __name__
+            yield Replacement(owner, name, of_its_own(value) if ours else value)
+    yield Replacement(torch.xpu, "is_available", is_available)
     yield Replacement(torch.Tensor, "pin_memory", lambda self, device=None: self)
     yield Replacement(torch.Tensor, "record_stream", of_its_own(nothing))
 

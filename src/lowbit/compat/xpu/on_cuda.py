@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lowbit.compat.replacing import Replacement
-from lowbit.compat.xpu.meaning import VARIABLE, DeviceError, Meaning
+from lowbit.compat.xpu.meaning import VARIABLE, DeviceError, Meaning, is_available
 from lowbit.compat.xpu.places import anywhere
 
 # torch.cuda has these under another name or in another form.
@@ -46,6 +46,8 @@ def answered(name: str, theirs: Any, meaning: Meaning) -> Any:
     """torch.cuda's name for torch.xpu's."""
     if name == "Stream":
         return stream_class(meaning)
+    if name == "is_available":
+        return is_available
     if name == "default_generators":
         return Generators()
     if name == "get_device_capability":
