@@ -50,15 +50,20 @@ def quantize_small(weight: torch.Tensor, format: Format, steps: int, importance:
 
 def dequantize_small(packed: PackedTensor) -> torch.Tensor:
     """The weight in fp32; equal bit for bit to what GGUF's own reader gives."""
-    data = packed.codes.reshape(-1, SMALL_BLOCKS[packed.format.name].bytes)
+    d, m, codes = read_small(packed.codes.reshape(-1, SMALL_BLOCKS[packed.format.name].bytes), packed.format)
+    weight: torch.Tensor = d * codes.float() + m
+    return weight.reshape(*packed.shape[:-1], -1)[..., : packed.shape[-1]]
+
+
+def read_small(data: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inverse of `write_small`: d and m fp32 [n, 1], codes uint8 [n, 32] of blocks [n, bytes]."""
     numbers = data[:, :_NUMBERS].contiguous().view(torch.float16).float()
     nibbles = data[:, -_HALF:]
     codes = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)
-    if packed.format.bits == 5:
+    if format.bits == 5:
         places = torch.arange(8, dtype=torch.uint8, device=data.device)
         codes = codes | (data[:, _NUMBERS:-_HALF, None] >> places & 1).flatten(1) << 4
-    weight: torch.Tensor = numbers[:, :1] * codes.float() + numbers[:, 1:]
-    return weight.reshape(*packed.shape[:-1], -1)[..., : packed.shape[-1]]
+    return numbers[:, :1], numbers[:, 1:], codes
 
 
 def _blocks(rows: torch.Tensor) -> torch.Tensor:

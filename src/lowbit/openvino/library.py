@@ -25,7 +25,9 @@ except ModuleNotFoundError as error:
         raise
     raise MissingPackageError("openvino", "OpenVINO's form of a model", "openvino") from error
 
-__all__ = ["core", "device", "devices", "ops", "ov", "release", "states"]
+Node = Any  # a node of a graph: the package has no types that mypy reads
+
+__all__ = ["Node", "core", "device", "devices", "ops", "ov", "release", "states"]
 
 # These choose among the devices that are here, and are no devices themselves.
 _CHOOSERS = ("AUTO", "MULTI", "HETERO", "BATCH")

@@ -1,0 +1,89 @@
+"""Every format as a constant of OpenVINO: the same codes, and the numbers that our own reader gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lowbit import grid
+from lowbit.formats import format_from_name
+from lowbit.kquants import quantize_kquant
+from lowbit.openvino.arena import Arena
+from lowbit.openvino.constants import hold
+from lowbit.openvino.library import core, ops, ov
+from lowbit.packing import PackedTensor
+
+# Format -> the type that holds it, and how far its numbers may be from ours, in the largest of the weight.
+EXACT, ROUNDED = 1e-6, 5e-3
+TYPES = {
+    **dict.fromkeys(("int8", "int7", "int6_g32", "int5", "int8_channel", "int8_tensor"), "i8"),
+    **dict.fromkeys(("int4", "int3", "int4_g32", "int4_channel", "int4_bf16", "int4_g64_dq"), "i4"),
+    "int2": "u2",
+    **dict.fromkeys(("int4_asym", "int3_asym", "int2_asym_g32", "int4_fine", "int3_fine", "int2_fine"), "u4"),
+    **dict.fromkeys(("int8_asym", "int6_asym", "int5_fine", "int8_asym_channel"), "u8"),
+    **dict.fromkeys(("nf4", "nf4_g64_dq", "nf4_fp32"), "nf4"),
+    **dict.fromkeys(("fp4_e2m1", "mxfp4", "nvfp4"), "f4e2m1"),
+    "fp8_e4m3": "f8e4m3",
+    "fp8_e5m2": "f8e5m2",
+    "fp6": "i8",
+    **dict.fromkeys(("w8a8",), "i8"),
+    **dict.fromkeys(("q4_k", "q2_k", "q4_1"), "u4"),
+    **dict.fromkeys(("q5_k", "q5_1"), "u8"),
+    "q3_k": "i4",
+    "q6_k": "i8",
+}
+LOSSY = {"fp4": "i8", "nf3": "i8", "nf3_bigdl": "i8", "fp6_e3m2": "i8"}
+
+
+def packed(name: str, rows: int = 12, columns: int = 256) -> PackedTensor:
+    format = format_from_name(name)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
+    weight[0] = 0  # a row without a scale
+    return quantize_kquant(weight, format) if format.kind == "kquant" else grid.quantize(weight, format)
+
+
+def evaluated(weight: PackedTensor) -> np.ndarray:
+    """What the graph of a weight gives."""
+    with Arena() as arena:
+        node = arena.weight(weight, "w")
+        row = ops.parameter([], ov.Type.i64)
+        model = ov.Model([ops.gather(node, row, ops.constant(np.array(0)))], [row])
+        compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return np.stack([compiled(np.array(i))[0].copy() for i in range(weight.shape[0])])
+
+
+@pytest.mark.parametrize("name", [*TYPES, *LOSSY])
+def test_numbers_are_ours(name: str) -> None:
+    weight = packed(name)
+    held = hold(weight)
+    assert held.codes.type == (TYPES | LOSSY)[name]
+    ours = grid.unpack(weight).numpy()
+    assert bool(held.note) == (name in LOSSY)
+    assert np.abs(evaluated(weight) - ours).max() <= (ROUNDED if held.note else EXACT) * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_asym_g32", "int3", "nf4", "int8_g32", "int2", "mxfp4", "int4_fine"])
+@pytest.mark.parametrize("columns", [88, 60])
+def test_groups_that_do_not_divide_the_inputs(name: str, columns: int) -> None:
+    weight = packed(name, 9, columns)
+    ours = grid.unpack(weight).numpy()
+    assert np.abs(evaluated(weight) - ours).max() <= EXACT * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8", "int8_asym", "nf4", "mxfp4"])
+def test_codes_are_the_bits_of_the_source(name: str) -> None:
+    """Of 4 and 8 bits nothing is done to the stream but to turn the sign of symmetric integers."""
+    weight = packed(name)
+    format = weight.format
+    turned = {4: 0x88, 8: 0x80}[format.bits] if format.kind == "int" and format.symmetric else 0
+    stream = weight.codes.numpy().view(np.uint8).ravel()
+    assert np.array_equal(hold(weight).codes.array.ravel(), stream ^ np.uint8(turned))
+
+
+def test_arena_in_a_file_holds_the_same(tmp_path) -> None:
+    weight = packed("int4", 512, 1024)
+    codes = hold(weight).codes
+    with Arena(tmp_path) as arena, Arena() as memory:
+        assert np.array_equal(arena.constant(codes).data, memory.constant(codes).data)
+    assert not list(tmp_path.iterdir())
