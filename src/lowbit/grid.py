@@ -39,6 +39,7 @@ from lowbit.bits import pack_codes, spread_groups, unpack_codes
 from lowbit.errors import WeightError
 from lowbit.formats import SCALE_BITS, Format
 from lowbit.grid_core import core_quantize, core_unpack
+from lowbit.grid_points import code_values, nearest_codes, round_zeros
 from lowbit.kquants import dequantize_kquant, quantize_kquant
 from lowbit.packing import PackedTensor
 from lowbit.search import PLAIN, Search
@@ -47,11 +48,17 @@ SCALE_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "flo
 # fp16 cannot hold a scale below this; groups that small are stored as zeros.
 _TINY_SCALE = 6e-8
 _SUMMED_AT_ONCE = 1 << 22
+# Candidates of the search are tried together on a GPU, up to so many numbers; a CPU likes them one by one, in its cache.
+_TRIED_AT_ONCE = 1 << 23
 # How far the search moves a fine zero point at a time, in codes.
 FINE_MOVE = 0.25
 _E8M0_BIAS = 127
 # A code of a doubly quantised scale that means "the tensor's mean scale".
 _DQ_MIDPOINT = 128
+
+
+# A scale and a zero point of each group, [groups, 1].
+_Candidate = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,15 @@ def quantize(
         return quantize_kquant(weight, format, search.steps, importance)
     packed = core_quantize(weight, format, search, importance)
     return packed if packed is not None else pack(weight, format, fit_grid(weight, format, search, importance))
+
+
+def fit(weight: torch.Tensor, format: Format, search: Search, importance: torch.Tensor) -> Grid:
+    """The grid that `quantize` rounds a weight onto; the core finds it where it can."""
+    packed = core_quantize(weight, format, search, importance)
+    if packed is None:
+        return fit_grid(weight, format, search, importance)
+    stored = {name: tensor for name, tensor in packed.tensors().items() if name != "codes"}
+    return Grid(effective_scales(packed), effective_zeros(packed), stored)
 
 
 def fit_grid(
@@ -169,11 +185,6 @@ def effective_zeros(packed: PackedTensor) -> torch.Tensor | None:
         return None
     assert isinstance(zeros, torch.Tensor)
     return zeros.float() * packed.format.zero_step
-
-
-def round_zeros(zeros: torch.Tensor, format: Format) -> torch.Tensor:
-    """The nearest zero points, in codes, that can be stored."""
-    return ((zeros / format.zero_step).round() * format.zero_step).clamp(0, format.max_zero)
 
 
 def check_finite(weight: torch.Tensor, name: str) -> None:
@@ -283,36 +294,7 @@ def _fill_blanks(scales: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return torch.where(blank & (count > 0), mean, scales)
 
 
-def code_values(codes: torch.Tensor, zeros: torch.Tensor | None, format: Format) -> torch.Tensor:
-    """What codes stand for before the scale is applied, in fp32."""
-    if format.levels:
-        levels = torch.tensor(format.levels, dtype=torch.float32, device=codes.device)
-        return levels[codes.int()]
-    return codes.float() - (format.midpoint if zeros is None else zeros)
-
-
-def nearest_codes(w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, format: Format) -> torch.Tensor:
-    """The codes nearest to fp32 weights, under scales and zero points laid out beside them."""
-    if format.levels:
-        return _nearest_levels(w / step, format)
-    if format.fine_zeros and zero is not None:
-        return (w / step + zero.float()).round().clamp(0, format.max_code)
-    offset = format.midpoint if zero is None else zero.float()
-    return ((w / step).round() + offset).clamp(0, format.max_code)
-
-
-def _nearest_levels(x: torch.Tensor, format: Format) -> torch.Tensor:
-    """The code of the level nearest to each x; a tie goes to the lower level."""
-    pairs = sorted((value, code) for code, value in enumerate(format.levels) if value == value)
-    values = torch.tensor([p[0] for p in pairs], dtype=torch.float32, device=x.device)
-    codes = torch.tensor([p[1] for p in pairs], dtype=torch.uint8, device=x.device)
-    middles = (values[1:] + values[:-1]) / 2
-    return codes[torch.bucketize(x, middles)]
-
-
-def _candidates(
-    groups: torch.Tensor, format: Format, search: Search
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+def _candidates(groups: torch.Tensor, format: Format, search: Search) -> Iterator[_Candidate]:
     """Scales (and zero points) to try, before rounding to the stored type."""
     if format.kind == "int" and not format.symmetric:
         low = groups.amin(dim=-1, keepdim=True).clamp_max(0.0)
@@ -344,19 +326,27 @@ def _search_scales(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     best_scales, best_zeros = start
     best_error = torch.full_like(best_scales, torch.inf)
-    for scales, zeros in [start, *_candidates(groups, format, search)]:
+    tried = [start, *_candidates(groups, format, search)]
+    for together in _runs(tried, 1 if groups.device.type == "cpu" else max(_TRIED_AT_ONCE // groups.numel(), 1)):
+        scales = torch.stack([scale for scale, _ in together])
+        zeros = None if best_zeros is None else torch.stack([zero for _, zero in together if zero is not None])
         usable = torch.where(scales.abs() < _TINY_SCALE, torch.ones_like(scales), scales)
         values = code_values(nearest_codes(groups, usable, zeros, format), zeros, format)
         product = (weights * values * groups).sum(dim=-1, keepdim=True)
         square = (weights * values * values).sum(dim=-1, keepdim=True)
         refitted = rounder(torch.where(square > 0, product / square, usable))
-        error = (weights * (refitted * values - groups).square()).sum(dim=-1, keepdim=True)
+        error, first = (weights * (refitted * values - groups).square()).sum(dim=-1, keepdim=True).min(dim=0)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scales = torch.where(better, refitted, best_scales)
+        best_scales = torch.where(better, refitted.gather(0, first[None])[0], best_scales)
         if zeros is not None and best_zeros is not None:
-            best_zeros = torch.where(better, zeros, best_zeros)
+            best_zeros = torch.where(better, zeros.gather(0, first[None])[0], best_zeros)
     return best_scales, best_zeros
+
+
+def _runs(tried: list[_Candidate], count: int) -> Iterator[list[_Candidate]]:
+    """So many at a time."""
+    return (tried[i : i + count] for i in range(0, len(tried), count))
 
 
 def _stored_grid(scales: torch.Tensor, zeros: torch.Tensor | None, format: Format, unit: torch.Tensor | None) -> Grid:

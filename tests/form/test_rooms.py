@@ -18,7 +18,7 @@ ROWS = [
     {"formats", "machine", "progress", "report", "contents", "search", "options"},
     {"bits", "packing", "core", "recipe", "schemes"},
     {"small_blocks", "configs"},
-    {"kquants", "grid_core"},
+    {"kquants", "grid_core", "grid_points"},
     {"grid"},
     {"kernels", "models"},
     {"layers", "algorithms", "interop"},

@@ -3,10 +3,15 @@
 import pytest
 import torch
 
+from lowbit.algorithms.gptq import round_columns
+from lowbit.algorithms.replay import replayed
 from lowbit.calibration import Calibration
+from lowbit.formats import as_format
+from lowbit.grid import fit_grid
 from lowbit.options import GptqOptions
 from lowbit.quantize import quantize_
 from lowbit.recipe import recipe_named
+from lowbit.search import Search
 from lowbit_assets import tiny_model_in_memory
 
 pytestmark = [
@@ -34,3 +39,28 @@ def test_gptq_on_the_gpu_is_as_good_as_on_the_cpu(family: str, options: GptqOpti
         errors[name] = float((found - expected).norm() / expected.norm())
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.1)
     assert errors["cuda"] < errors["plain"]
+
+
+@pytest.mark.parametrize("name", ["int4_g64", "int3_asym_g64", "int4_fine_g64", "nf4_g64", "fp8_e4m3_g64"])
+def test_columns_are_rounded_in_a_recording_as_without_one(name: str) -> None:
+    format, generator = as_format(name), torch.Generator("cuda").manual_seed(0)
+    factor = torch.randn(64, 64, device="cuda", generator=generator).triu() * 0.1 + torch.eye(64, device="cuda")
+    for _ in range(3):
+        weight = torch.randn(64, 96, device="cuda", generator=generator)
+        grid = fit_grid(weight.t().contiguous(), format, Search())
+        zero = None if grid.zeros is None else grid.zeros.t().contiguous()
+        given = (weight, factor, grid.scales.t().contiguous(), zero)
+        for found, expected in zip(
+            replayed(round_columns, *given, fixed=format),
+            round_columns(*(None if part is None else part.clone() for part in given), format),
+            strict=True,
+        ):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["int4_g64", "int3_asym_g64", "int4_fine_g64", "nf4_g64", "mxfp4", "nvfp4"])
+def test_candidates_tried_together_are_judged_as_one_by_one(name: str) -> None:
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
+    format = as_format(name)
+    here, there = fit_grid(weight, format, Search()), fit_grid(weight.cuda(), format, Search())
+    assert (there.scales.cpu() - here.scales).abs().gt(here.scales.abs() * 1e-3).float().mean() < 0.01

@@ -36,7 +36,8 @@ from lowbit.algorithms.table import BlockWork, Rounded
 from lowbit.bits import pack_codes
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
-from lowbit.grid import fit_grid, group_weight, round_zeros, scale_rounder, store_grid
+from lowbit.grid import fit_grid, group_weight, scale_rounder, store_grid
+from lowbit.grid_points import round_zeros
 from lowbit.models.capture import Call, watch_calls
 from lowbit.models.walk import Target, stored_order
 from lowbit.options import AUTOROUND_RECIPES, AutoRoundOptions, RtnOptions

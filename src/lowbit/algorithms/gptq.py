@@ -4,8 +4,8 @@
     for each column i:   e = (w_i - w^_i) / U_ii        w_j -= e U_ij   for all j > i
 
 U comes from one Cholesky factor: with the columns reversed H = L L^T, and U is the inverse of L reversed back. A factor
-of H drops out of all this, so the sum of x x^T serves as it is. Columns are taken in blocks of whole groups; what a block
-owes to the columns behind it is one matrix product.
+of H drops out of all this, so the sum of x x^T serves as it is. Columns are taken in stretches, of one group or a part of
+it; what a stretch owes to the columns behind it is one matrix product.
 
 The scale of a group is fitted when its first column is reached, to the weights as they are by then, with the search of
 `search.Search` in which column i counts 1 / U_ii^2: that is what its error costs once the columns behind it have done
@@ -26,12 +26,14 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit.algorithms.replay import replayed
 from lowbit.algorithms.statistics import Statistics
 from lowbit.algorithms.table import Rounded
 from lowbit.bits import pack_codes
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
-from lowbit.grid import code_values, effective_scales, effective_zeros, nearest_codes, quantize
+from lowbit.grid import effective_scales, effective_zeros, fit, quantize
+from lowbit.grid_points import code_values, nearest_codes
 from lowbit.options import GptqOptions
 from lowbit.packing import PackedTensor, empty_buffers
 from lowbit.search import Search
@@ -72,8 +74,7 @@ def round_gptq(weight: torch.Tensor, format: Format, statistics: Statistics | No
         target,
         factor,
     )  # each as large as anything here: the factor of the widest linear is not held while codes are packed
-    for first, end in _blocks(columns.segments, options.block_columns):
-        rounding.round_block_(first, end)
+    rounding.round_(options.block_columns)
     return Rounded(rounding.packed(), note)
 
 
@@ -151,16 +152,6 @@ def order_columns(diagonal: torch.Tensor, format: Format, order: str, static: bo
     return Columns(torch.cat([inside[group] for group in visited]), segments)
 
 
-def _blocks(segments: list[tuple[int, int, int]], least: int) -> list[tuple[int, int]]:
-    """Runs of whole segments of at least so many columns: first and end of each."""
-    blocks, first = [], 0
-    for _, end, _ in segments:
-        if end - first >= least or end == segments[-1][1]:
-            blocks.append((first, end))
-            first = end
-    return blocks
-
-
 def _needs_static(format: Format) -> bool:
     """Whether the scale of one group depends on those of others."""
     return bool(format.scale_block) or format.has_global_scale or format.group_size == 0
@@ -168,7 +159,7 @@ def _needs_static(format: Format) -> bool:
 
 def _importance(values: torch.Tensor) -> torch.Tensor:
     """An importance without zeros: a group of inputs that were never seen is searched like any other."""
-    return values.clamp_min(float(values.mean()) * 1e-4 + 1e-20)
+    return values.clamp_min(values.mean() * 1e-4 + 1e-20)
 
 
 def _correct(
@@ -179,6 +170,21 @@ def _correct(
     corrected = torch.empty_like(moved)
     corrected[:, order] = moved
     return corrected
+
+
+def round_columns(
+    work: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, format: Format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of some columns [n, out], which become what was rounded, and e of each; scale and zero are [1 or n, out]."""
+    codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
+    last = len(scale) - 1
+    for i in range(len(work)):
+        column, step, origin = work[i], scale[min(i, last)], None if zero is None else zero[min(i, last)]
+        chosen = nearest_codes(column, step, origin, format)
+        codes[i] = chosen
+        torch.div(column - step * code_values(chosen, origin, format), factor[i, i], out=errors[i])
+        work[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+    return codes, errors
 
 
 class _Rounding:
@@ -197,38 +203,48 @@ class _Rounding:
         self.scales = effective_scales(grid) if grid else None
         self.zeros = effective_zeros(grid) if grid else None
 
-    def round_block_(self, first: int, end: int) -> None:
-        """Round the columns of some whole segments, and pass on what they lost."""
-        errors = torch.empty(end - first, self.shape[0], device=self.work.device)
-        factor = self.factor[first:end, first:end].contiguous()
-        diagonal = factor.diagonal().tolist()
-        block = self.work[first:end]
-        for start, stop, group in self.columns.segments:
-            if start < first or stop > end:
-                continue
-            scale, zero = self._grid_of(group, start, stop)
-            for i in range(start - first, stop - first):
-                column = block[i]
-                codes = nearest_codes(column, scale, zero, self.format)
-                self.codes[first + i] = codes.to(torch.uint8)
-                error = (column - scale * code_values(codes, zero, self.format)) / diagonal[i]
-                errors[i] = error
-                block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
-        self.work[end:].addmm_(self.factor[first:end, end:].t(), errors, alpha=-1)
+    def round_(self, most: int) -> None:
+        """Round the columns, at most so many at a time, and pass on what they lost to those behind them."""
+        for start, stop, groups in self._stretches(most):
+            scale, zero = self._grid_of(groups, start, stop)
+            for first in range(start, stop, most):
+                end = min(first + most, stop)
+                part = slice(first - start, end - start) if len(groups) > 1 else slice(None)
+                codes, errors = replayed(
+                    round_columns,
+                    self.work[first:end],
+                    self.factor[first:end, first:end],
+                    scale[part],
+                    None if zero is None else zero[part],
+                    fixed=self.format,
+                )
+                self.codes[first:end] = codes
+                self.work[end:].addmm_(self.factor[first:end, end:].t(), errors, alpha=-1)
 
-    def _grid_of(self, group: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The scale and zero point [out] of a group: as they were fixed, or fitted to its columns as they are now."""
+    def _stretches(self, most: int) -> list[tuple[int, int, list[int]]]:
+        """First and end of what is rounded under a grid that is known when its first column is reached, and the groups of it:
+        one, or where grids are fixed those of as many columns as are rounded at a time."""
+        segments = self.columns.segments
+        if self.scales is None:
+            return [(start, stop, [group]) for start, stop, group in segments]
+        groups = [group for start, stop, group in segments for _ in range(start, stop)]
+        return [(i, min(i + most, len(groups)), groups[i : i + most]) for i in range(0, len(groups), most)]
+
+    def _grid_of(self, groups: list[int], start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales and zero points of some columns, [1 or columns, out]: as they were fixed, or fitted to the columns as they are."""
         if self.scales is not None:
-            column = group if self.scales.shape[-1] > 1 else 0
-            return self.scales[:, column], None if self.zeros is None else self.zeros[:, column]
+            columns = groups if self.scales.shape[-1] > 1 else [0] * len(groups)
+            scales, zeros = (
+                None if part is None else part.expand(self.shape[0], -1)[:, columns].t().contiguous()
+                for part in (self.scales, self.zeros)
+            )
+            assert scales is not None
+            return scales, zeros
         cost = self.factor.diagonal()[start:stop].square().reciprocal()
-        weight = self.work[start:stop].t().contiguous()
-        fitted = quantize(weight, self.format, Search(), _importance(cost))
-        for name in ("scales", "zeros"):
-            if name in self.buffers:
-                self.buffers[name][:, group] = getattr(fitted, name)[:, 0]
-        zeros = effective_zeros(fitted)
-        return effective_scales(fitted)[:, 0], None if zeros is None else zeros[:, 0]
+        fitted = fit(self.work[start:stop].t().contiguous(), self.format, Search(), _importance(cost))
+        for name, stored in fitted.stored.items():
+            self.buffers[name][:, groups[0]] = stored[:, 0]
+        return fitted.scales.t().contiguous(), None if fitted.zeros is None else fitted.zeros.t().contiguous()
 
     def packed(self) -> PackedTensor:
         """The weight in its stored form, columns back where they were; the rounding ends here."""

@@ -51,11 +51,11 @@ from lowbit.grid import (
     from_codes,
     group_weight,
     pack,
-    round_zeros,
     scale_rounder,
     store_grid,
     to_codes,
 )
+from lowbit.grid_points import round_zeros
 from lowbit.options import HqqOptions
 from lowbit.packing import PackedTensor
 from lowbit.search import PLAIN, Search
