@@ -111,6 +111,17 @@ def hold(packed: PackedTensor) -> Held:
     )
 
 
+def plain_scales(packed: PackedTensor) -> PackedTensor:
+    """The same weight with doubly quantised scales multiplied out, which no longer hang together across rows."""
+    if not packed.format.scale_block:
+        return packed
+    arrays = {name: array_of(tensor) for name, tensor in packed.tensors().items()}
+    scales = effective_scales(packed.with_tensors(arrays))
+    kept = {name: arrays[name] for name in ("codes", "zeros", "order") if name in arrays}
+    format = packed.format.replace(scale_block=0, scale_dtype="float32")
+    return PackedTensor(format, packed.shape, scales=scales, **kept)
+
+
 def hold_dense(array: Array, dtype: str) -> Numbers:
     """Plain numbers: f16 where that holds them (f32 stays f32), bf16 from its bits."""
     return Numbers(np.ascontiguousarray(array), array.shape, {"bfloat16": "bf16", **_TYPES}[dtype])

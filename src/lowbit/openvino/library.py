@@ -20,6 +20,7 @@ try:
     import openvino as ov
     from openvino import opset6 as states
     from openvino import opset15 as ops
+    from openvino.utils.node_factory import NodeFactory
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "openvino":
         raise
@@ -27,10 +28,15 @@ except ModuleNotFoundError as error:
 
 Node = Any  # a node of a graph: the package has no types that mypy reads
 
-__all__ = ["Node", "core", "device", "devices", "ops", "ov", "release", "states"]
+__all__ = ["Node", "core", "device", "devices", "factory", "ops", "ov", "release", "states"]
 
 # These choose among the devices that are here, and are no devices themselves.
 _CHOOSERS = ("AUTO", "MULTI", "HETERO", "BATCH")
+
+
+def factory(operation: str, inputs: list[Any], attributes: dict[str, Any]) -> Any:
+    """A node of opset 13 by the name of its operation, for inputs that the functions of `ops` do not take."""
+    return NodeFactory("opset13").create(operation, inputs, attributes)
 
 
 @cache
