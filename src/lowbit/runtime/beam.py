@@ -76,15 +76,15 @@ def search(
                 continue
             rows = logits[at : at + len(group.running)]
             at += len(group.running)
-            _step(
+            next_tokens = _step(
                 group,
                 _scores(rows, group.running, seen, selector) - beams.diversity_penalty * chosen,
                 settings,
                 made == room,
             )
             group.done = made == room or _is_done(group, beams, made, room)
-            for beam in group.running:
-                chosen[beam.tokens[-1]] += 1
+            for token in next_tokens:
+                chosen[token] += 1
         if after_step is not None:
             after_step()
         if all(group.done for group in groups):
@@ -113,8 +113,8 @@ def _scores(logits: Floats, beams: Sequence[Beam], prompt: Tokens, selector: Sel
     return scores
 
 
-def _step(group: Group, log_probabilities: Floats, settings: Settings, at_the_end: bool) -> None:
-    """Choose the next tokens of a group, and sort its beams into finished and running."""
+def _step(group: Group, log_probabilities: Floats, settings: Settings, at_the_end: bool) -> list[int]:
+    """Choose the next tokens of a group, and sort its beams into finished and running; the tokens that end nothing."""
     ends, penalty = settings.ends, settings.beams.length_penalty
     total = log_probabilities + np.asarray([beam.score for beam in group.running], np.float32)[:, None]
     looked_at = min(max(2, 1 + len(ends)) * group.beams, total.size)
@@ -126,14 +126,14 @@ def _step(group: Group, log_probabilities: Floats, settings: Settings, at_the_en
         parent, token = divmod(int(index), total.shape[-1])
         source = group.running[parent]
         beam = Beam((*source.tokens, token), float(flat[index]), source.slot)
-        if token in ends or at_the_end:
-            if rank < group.beams:
-                length = len(beam.tokens)
-                group.finished.append(Beam(beam.tokens, beam.score / length**penalty, beam.slot))
-        elif len(running) < group.beams:
+        if (token in ends or at_the_end) and rank < group.beams:
+            length = len(beam.tokens)
+            group.finished.append(Beam(beam.tokens, beam.score / length**penalty, beam.slot))
+        if token not in ends and len(running) < group.beams:
             running.append(beam)
-    group.running = running
+    group.running = [] if at_the_end else running
     group.finished = sorted(group.finished, key=lambda beam: -beam.score)[: group.beams]
+    return [beam.tokens[-1] for beam in running]
 
 
 def _is_done(group: Group, settings: BeamSettings, made: int, room: int) -> bool:

@@ -144,13 +144,7 @@ class FolderFiles:
             file.check()
 
     def tokenizer(self) -> Tokenizer | None:
-        file = self.path / "tokenizer.json"
-        if not file.exists():
-            return None
-        config_file, template_file = self.path / "tokenizer_config.json", self.path / "chat_template.jinja"
-        config = read_json(config_file) if config_file.exists() else {}
-        template = read_text(template_file) if template_file.exists() else None
-        return Tokenizer.from_json(read_text(file), config, template)
+        return read_tokenizer(self.path)
 
     def read(self, name: str, columns: int, is_embedding: bool = False) -> Weight:
         if name in self.packed.paths:
@@ -168,6 +162,17 @@ class FolderFiles:
         parts = self.packed.parts(name).values() if name in self.packed.paths else [self.tensors[name]]
         for tensor in parts:
             tensor.release()
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a model folder, or None without a tokenizer.json."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return None
+    config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = read_json(config_file) if config_file.exists() else {}
+    template = read_text(template_file) if template_file.exists() else None
+    return Tokenizer.from_json(read_text(file), config, template)
 
 
 def read_spec(files: ModelFiles) -> DecoderSpec:

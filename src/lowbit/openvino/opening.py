@@ -1,0 +1,55 @@
+"""From a folder to a compiled model: the graph's two files, a device, and what OpenVINO says when it refuses.
+
+    model = read_model(folder)                                # openvino_model.xml and .bin, mapped, not read
+    compiled = compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+OpenVINO computes in bf16 and rounds activations to 8 bits where the processor gains by it. `EXACT` switches all of that off: the
+results are then those of float32, which is what a comparison needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowbit.contents import missing
+from lowbit.errors import CheckpointError, LowbitError, one_line
+from lowbit.openvino.library import core, device
+
+MODEL = "openvino_model.xml"
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
+
+
+def has_graph(folder: str | Path, name: str = MODEL) -> bool:
+    """Whether a folder holds a model in OpenVINO's form."""
+    return (Path(folder).expanduser() / name).is_file()
+
+
+def read_model(folder: str | Path, name: str = MODEL) -> Any:
+    """The `openvino.Model` of a folder; its weights stay in the file, which has to stay as it is."""
+    graph = Path(folder).expanduser() / name
+    if not graph.parent.is_dir():
+        raise CheckpointError(missing(graph.parent))
+    if not graph.is_file():
+        raise CheckpointError(
+            f"{graph.parent} has no {name}: `lowbit export openvino --model MODEL {graph.parent}` writes a model there"
+        )
+    weights = graph.with_suffix(".bin")
+    if not weights.is_file():
+        raise CheckpointError(
+            f"{graph.parent} has {name} without its weights {weights.name}: copy that file too, or export again"
+        )
+    try:
+        return core().read_model(graph, weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{graph} cannot be read ({one_line(str(error))}); export the model again") from None
+
+
+def compile_model(model: Any, name: str = "CPU", ov_config: Mapping[str, Any] | None = None) -> Any:
+    """A graph made ready on a device."""
+    chosen = device(name)
+    try:
+        return core().compile_model(model, chosen, {key: str(value) for key, value in (ov_config or {}).items()})
+    except RuntimeError as error:
+        raise LowbitError(f"OpenVINO refuses the model on {chosen}: {one_line(str(error))}") from None
