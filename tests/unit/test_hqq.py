@@ -133,3 +133,9 @@ def test_a_model_is_rounded_by_the_recipe() -> None:
     expected = round_hqq(weight, as_format("int3_asym_g32"), options)
     assert torch.equal(unpack(packed), unpack(expected))
     assert not torch.equal(unpack(packed), unpack(round_weight(weight, as_format("int3_asym_g32"))))
+
+
+def test_a_row_with_one_fine_zero_point_gets_a_whole_one() -> None:
+    weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(0))
+    fine, whole = (unpack(round_hqq(weight, as_format(f"int4_{zeros}_channel"))) for zeros in ("fine", "asym"))
+    assert torch.equal(fine, whole)

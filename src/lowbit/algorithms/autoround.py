@@ -9,8 +9,8 @@ v and f descend by the sign of their gradient, p -= rate sign(dloss/dp), the rou
 The rate falls linearly to nothing and starts at 1 / iterations, so that the way adds up to 1/2: any weight can reach
 its other neighbour, and none goes further. Kept are the parameters with the least loss met. A mini-batch is judged by
 its loss relative to that of the same rows at the start: some rows are harder than others, and by plain losses the kept
-parameters would be those that met the easiest rows. At the end they are measured on all rows beside the start, so the
-block is never left worse than round-to-nearest leaves it.
+parameters would be those that met the easiest rows. At the end they are measured on all rows, beside the last ones, which
+no lucky mini-batch chose, and the start: the block is never left worse than round-to-nearest leaves it.
 
 The start is the grid of `rtn`, weighed by the importance of the inputs where that is given. At 2 and 3 bits the
 thousandth part of a mini-batch with the largest errors is left out of the loss (SignRoundV2, arXiv 2512.04746): at that
@@ -70,13 +70,16 @@ def tune_block(
     tuned = {path: _Tuned(block, path, format, (importance or {}).get(path)) for path, format in linears.items()}
     text = _Rows(block, calls, targets)
     start = text.losses(tuned)
+    kept, least = _copy(tuned), float(start.sum())
     with torch.enable_grad():
         best = _descend(text, tuned, start, options)
-    _restore(tuned, best)
-    # Not a single mini-batch but all rows decide whether the tuning was worth it.
-    if float(text.losses(tuned).sum()) > float(start.sum()):
-        for weight in tuned.values():
-            weight.reset_()
+    # Not a single mini-batch but all rows decide which parameters are kept, and whether the tuning was worth it.
+    for parameters in (_copy(tuned), best):
+        _restore(tuned, parameters)
+        loss = float(text.losses(tuned).sum())
+        if loss <= least:
+            kept, least = parameters, loss
+    _restore(tuned, kept)
     return {path: weight.pack() for path, weight in tuned.items()}
 
 
@@ -138,11 +141,6 @@ class _Tuned:
     @property
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.votes, self.factors
-
-    def reset_(self) -> None:
-        with torch.no_grad():
-            self.votes.zero_()
-            self.factors.fill_(1.0)
 
     def step_(self, rate: float, range_rate: float) -> None:
         """One step against the signs of the gradients, and back into the limits."""

@@ -28,13 +28,15 @@ weight, by the power once more,
 from the zero point that covers the group and from the whole ones on both sides of it, with the scale that covers it. Mean
 KL of the reference model (4 windows of each text) of the same starts judged by the plain squared error and by m:
 int4_fine_channel 0.910 and 0.746, int4_fine_g64 0.299 and 0.279 (m to the power -1.5); from the covering zero point alone,
-judged plainly, int4_fine_channel has 1.356.
+judged plainly, int4_fine_channel has 1.356. Where one zero point serves a whole row, the whole ones that the turns above find
+are better yet, and are taken: over 48 windows 0.728 instead of 0.751.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -78,13 +80,13 @@ def round_hqq(weight: torch.Tensor, format: Format, options: HqqOptions = _DEFAU
         raise RecipeError(f"hqq cannot fit {format}, whose scales lie inside its blocks: take rtn, or an int format")
     groups, mask = group_weight(weight, format)
     rounder = scale_rounder(weight, format)
-    if format.fine_zeros:
+    if format.fine_zeros and format.group_size > 0:
         starts = [fit_grid(weight, format)]
         plain = _by_group(starts[0], len(groups))
         loss: Loss = partial(weighted_error, groups, near_zero(groups, mask, plain[0], options.power), format)
         best = _settle(groups, mask, rounder, plain, options)
     else:
-        starts = [fit_grid(weight, format, search) for search in (PLAIN, Search())]
+        starts = [fit_grid(weight, replace(format, fine_zeros=False), search) for search in (PLAIN, Search())]
         loss = partial(objective, groups, mask, format, power=options.power)
         found = [_descend(groups, mask, rounder, _by_group(start, len(groups)), options) for start in starts]
         best = _choose(loss(found[0]) < loss(found[1]), found[0], found[1])
