@@ -10,7 +10,19 @@ from typing import Any
 
 # Where each public name lives; one line for each module.
 _HOMES: dict[str, tuple[str, ...]] = {
+    "compress": ("compress_weights", "compression_report"),
     "library": ("devices",),
+    "modes": (
+        "AdvancedCompressionParameters",
+        "BackupMode",
+        "CompressWeightsMode",
+        "Dataset",
+        "GPTQParams",
+        "GroupSizeFallbackMode",
+        "IgnoredScope",
+        "SensitivityMetric",
+    ),
+    "tracing": ("Traced", "trace"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

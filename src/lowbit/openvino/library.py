@@ -20,6 +20,13 @@ try:
     import openvino as ov
     from openvino import opset6 as states
     from openvino import opset15 as ops
+    from openvino.frontend import (
+        GeneralFailure,
+        InitializationFailure,
+        NotImplementedFailure,
+        OpConversionFailure,
+        OpValidationFailure,
+    )
     from openvino.utils.node_factory import NodeFactory
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "openvino":
@@ -28,8 +35,16 @@ except ModuleNotFoundError as error:
 
 Node = Any  # a node of a graph: the package has no types that mypy reads
 
-__all__ = ["Node", "core", "device", "devices", "factory", "ops", "ov", "release", "states"]
+__all__ = ["CONVERSION_FAILURES", "Node", "core", "device", "devices", "factory", "ops", "ov", "release", "states"]
 
+# What the package raises while it converts a model, nothing narrower than Exception above them.
+CONVERSION_FAILURES = (
+    GeneralFailure,
+    InitializationFailure,
+    NotImplementedFailure,
+    OpConversionFailure,
+    OpValidationFailure,
+)
 # These choose among the devices that are here, and are no devices themselves.
 _CHOOSERS = ("AUTO", "MULTI", "HETERO", "BATCH")
 
