@@ -301,8 +301,11 @@ MIXTURES: dict[str, tuple[str, str, str]] = {
     "gguf_q4k_m": ("q4_k", "q6_k", "q6_k"),
     "gguf_q4k_s": ("q4_k", "q6_k", "q5_k"),
 }
-_IQ_TYPES = ("gguf_iq2_xxs", "gguf_iq2_xs", "gguf_iq1_s", "gguf_iq1_m", "iq2_xxs", "iq2_xs", "iq1_s", "iq1_m")
-NOT_YET = dict.fromkeys(_IQ_TYPES, "the iq types need their own grids and an importance matrix")
+# llama.cpp's types below 3 bits, by the bits of a weight: their numbers come from grids that lowbit does not have.
+_IQ_BITS = {"iq2_xxs": 2.06, "iq2_xs": 2.31, "iq1_s": 1.56, "iq1_m": 1.75}
+IQ_TYPES: dict[str, float] = _IQ_BITS | {f"gguf_{name}": bits for name, bits in _IQ_BITS.items()}
+# What stands in for them in a recipe: most layers, the head, the projections of values (which the old library raised as well).
+IQ_STAND_IN = ("q2_k", "q6_k", "q4_k")
 
 
 def _rename(format: Format) -> Format:
@@ -345,8 +348,10 @@ def _same_numbers(base: Format, format: Format) -> bool:
 def format_from_name(name: str) -> Format:
     """The format that a name spells: a base name with suffixes, or one of the old systems' names."""
     key = name.strip().lower()
-    if key in NOT_YET:
-        raise FormatError(f"format {name} is not supported yet: {NOT_YET[key]}; the nearest is q2_k")
+    if key in IQ_TYPES:
+        raise FormatError(
+            f"there is no format {name}: the iq types need grids that lowbit does not have; take {IQ_STAND_IN[0]}"
+        )
     key = ALIASES.get(key, key)
     base_name = max((b for b in _BASES if key == b or key.startswith(b + "_")), key=len, default="")
     match = _SUFFIX.fullmatch(key[len(base_name) :]) if base_name else None

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from lowbit.errors import FormatError, RecipeError, nearest
-from lowbit.formats import ALIASES, CASTS, MIXED, MIXTURES, Format, as_format
+from lowbit.formats import ALIASES, CASTS, IQ_STAND_IN, IQ_TYPES, MIXED, MIXTURES, Format, as_format
 from lowbit.options import ROUNDER_OPTIONS, SCALER_OPTIONS, Options, options_for, options_from
 
 
@@ -191,7 +192,20 @@ def recipe_named(name: str | Format | Recipe) -> Recipe:
     if key in MIXTURES:
         most, head, hurt = (as_format(f) for f in MIXTURES[key])
         return Recipe(most, head=head, overrides=((_HURT, hurt),), name=key)
+    if key in IQ_TYPES:
+        return _stand_in(key)
     if key in CASTS:
         raise FormatError(f"{name} packs nothing, it is a plain type: ask for dtype {CASTS[key]} instead of a format")
     format = as_format(key)
     return Recipe(format, head=format, name=key if key in ALIASES else format.name)
+
+
+def _stand_in(name: str) -> Recipe:
+    """What is made of a model where an iq type is asked for, and a warning that says so."""
+    most, head, values = (as_format(f) for f in IQ_STAND_IN)
+    warnings.warn(
+        f"{name} needs grids that lowbit does not have: {most} stands in for it, {most.bits_per_weight:.2f} bits a weight "
+        f"instead of {IQ_TYPES[name]:.2f}",
+        stacklevel=3,
+    )
+    return Recipe(most, head=head, overrides=((VALUES, values),))

@@ -17,10 +17,10 @@ from lowbit.compat.faces.ipex_llm import models
 from lowbit.compat.faces.ipex_llm.transformers import _NATIVE, _NEAREST
 from lowbit.compat.ignored import CompatWarning
 from lowbit.compat.missing import UnknownModuleError, UnknownNameError
-from lowbit.errors import LowbitError, RecipeError
+from lowbit.errors import RecipeError
 from lowbit.layers import LowBitLinear
 from unit.checkpoint_cases import logits
-from unit.test_compat_bigdl import PROMPT, dense, formats, load, old, old_names
+from unit.test_compat_bigdl import dense, formats, load, old, old_names
 
 __all__ = ["dense", "old_names"]  # fixtures
 pytestmark = pytest.mark.transformers
@@ -87,16 +87,22 @@ def test_keywords_of_load_low_bit(dense: Path, tmp_path: Path) -> None:
     model.save_low_bit(str(tmp_path / "models" / "small"))
     load_low_bit = old("transformers").AutoModelForCausalLM.load_low_bit
     assert torch.equal(logits(load_low_bit(str(tmp_path / "models"), subfolder="small")), logits(model))
-    for name, value in (("variant", "fp16"), ("offload_folder", "offload"), ("offload_state_dict", True)):
-        with pytest.warns(CompatWarning, match=f"{name} has no effect"):
+    idle = {
+        "variant": "fp16",
+        "offload_folder": "offload",
+        "offload_state_dict": True,
+        "disk_embedding": True,
+        "optimize_model": False,
+    }
+    said = {"cpu_embedding": True, "embedding_qtype": "q4_k", "modules_to_not_convert": ["lm_head"]}
+    for name, value in (idle | said).items():
+        with pytest.warns(UserWarning, match=f"{name} has no effect" if name in idle else f"{name}.* changes nothing"):
             again = load_low_bit(str(tmp_path / "models" / "small"), **{name: value})
         assert torch.equal(logits(again), logits(model))
-
-
-def test_pipeline_parallel_generate_is_refused(dense: Path) -> None:
-    model = load(dense, load_in_4bit=True)
-    with pytest.raises(LowbitError, match="lowbit runs a model in one: use generate"):
-        model.pipeline_parallel_generate(PROMPT, max_new_tokens=2)
+    small = load_low_bit(
+        str(tmp_path / "models" / "small"), optimize_model=True, trust_remote_code=True, torch_dtype=torch.bfloat16
+    )
+    assert small.model.norm.weight.dtype == torch.bfloat16 and formats(small) == formats(model)
 
 
 @pytest.mark.parametrize(
@@ -108,16 +114,12 @@ def test_pipeline_parallel_generate_is_refused(dense: Path) -> None:
         ("disable_optimize_pre", True),
         ("offload_folder", "offload"),
         ("offload_state_dict", True),
+        ("optimize_model", False),
     ],
 )
 def test_keywords_without_meaning_are_said_once(keyword: str, value: object, dense: Path) -> None:
     with pytest.warns(CompatWarning, match=f"{keyword} has no effect"):
         load(dense, load_in_4bit=True, **{keyword: value})
-
-
-def test_stages_are_refused(dense: Path) -> None:
-    with pytest.raises(RecipeError, match="pipeline_parallel_stages=2"):
-        load(dense, load_in_4bit=True, pipeline_parallel_stages=2)
 
 
 def test_from_gguf_gives_model_and_tokenizer(tmp_path: Path) -> None:
@@ -133,7 +135,8 @@ def test_from_gguf_gives_model_and_tokenizer(tmp_path: Path) -> None:
     tensors = llama_tensors()
     tensors["output.weight"] = tensors["token_embd.weight"][::-1].copy()
     untied = write_gguf(tmp_path / "untied.gguf", "llama", METADATA | byte_level_vocabulary(), tensors, "F32")
-    other, _ = load_gguf(str(untied), optimize_model=False, cpu_embedding=True, low_bit="sym_int8")
+    with pytest.warns(CompatWarning, match="from_gguf: optimize_model has no effect"):
+        other, _ = load_gguf(str(untied), optimize_model=False, cpu_embedding=True, low_bit="sym_int8")
     assert formats(other)["model.layers.0.mlp.up_proj"] == "int8" and type(other.model.embed_tokens) is nn.Embedding
 
 
@@ -200,15 +203,11 @@ REFUSED = {
     "import ipex_llm.serving": "lowbit chat",
     "import ipex_llm.vllm": "vLLM itself",
     "from ipex_llm.transformers import PPModelWorker": "lowbit chat",
-    "from ipex_llm.transformers import convert_model_hybrid": "experts are packed",
     "from ipex_llm.transformers import ggml_convert_low_bit": "optimize_model",
-    "from ipex_llm.transformers import init_pipeline_parallel": "one process",
-    "from ipex_llm.transformers.pipeline_parallel import PPModelWorker": "one process",
     "from ipex_llm.transformers.lisa import DynamicLayerActivationCallback": "Trainer",
     "from ipex_llm.transformers.loader import load_model": "from_pretrained",
     "from ipex_llm.transformers.npu_model import AutoModelForCausalLM": "no kernels for an NPU",
     "from ipex_llm.transformers.relora import ReLoRATrainer": "Trainer",
-    "from ipex_llm.transformers.xgrammar import create_json_logits_processor": "package xgrammar",
     "from ipex_llm.transformers.qlora import LoraBF16Linear": "peft.tuners.lora.Linear",
     "from ipex_llm.transformers.qlora import LoraLowBitLinear": "peft.tuners.lora.Linear",
     "from ipex_llm.transformers import AutoModelForCausalML": "did you mean AutoModelForCausalLM",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -143,11 +144,25 @@ def test_small_names(capsys: Any) -> None:
         assert ipex.xpu.is_available is torch.xpu.is_available
     model = pictures().eval()
     assert ipex.fast_bert(model, dtype=torch.float32)[0].weight.dtype == torch.float32
-    assert ipex._set_optimized_model_for_generation(model, optimized_model=None) is model
-    ipex._C.disable_jit_linear_repack()
-    ipex.enable_auto_channels_last()
     ipex.disable_auto_channels_last()
-    ipex.enable_onednn_fusion(True)
+
+
+def test_small_switches() -> None:
+    """Each says once that it turns nothing."""
+    model = pictures().eval()
+    switches: dict[str, Callable[[], Any]] = {
+        "disable_jit_linear_repack": lambda: ipex._C.disable_jit_linear_repack(),
+        "enable_jit_linear_repack": lambda: ipex._C.enable_jit_linear_repack(),
+        "enable_auto_channels_last": lambda: ipex.enable_auto_channels_last(),
+        "enable_onednn_fusion": lambda: ipex.enable_onednn_fusion(True),
+        "_set_optimized_model_for_generation": lambda: ipex._set_optimized_model_for_generation(
+            model, optimized_model=model
+        ),
+    }
+    for name, turn in switches.items():
+        with pytest.warns(CompatWarning, match=f"{name}.* has no effect"):
+            made = turn()
+        assert made is (model if name.startswith("_") else None)
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,9 @@ def test_low_bit_models_are_taken_as_they_are() -> None:
     ready = lowbit.optimize_model(tiny_model_in_memory("llama"), recipe=RtnConfig(bits=4).to_recipe())
     made = ipex.optimize_transformers(ready, dtype=torch.bfloat16, inplace=True)
     assert made is ready and made.dtype == torch.bfloat16 and made.generate.model_refusal() is None
+    assert ipex.optimize_transformers(ready, dtype=torch.float16, inplace=True, woq=True).dtype == torch.float16
+    with pytest.raises(AssertionError, match=r"woq=True\) takes a model whose weights are packed"):
+        ipex.optimize_transformers(original, woq=True)
     by_config = ipex.llm.optimize(original, quantization_config=RtnConfig(bits=4))
     assert error_of(by_config, original) < 0.3 and by_config.model.layers[0].mlp.up_proj.packed_weight.format.bits == 4
     with pytest.raises(AssertionError, match="a low-bit model and a quantization_config"):

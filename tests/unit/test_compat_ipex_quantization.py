@@ -277,10 +277,16 @@ def test_a_convolution_and_a_linear() -> None:
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)
     ).eval()
     x = torch.randn(4, 3, 8, 8)
-    prepared = prepare(original, ipex.quantization.default_static_qconfig_mapping, example_inputs=x, bn_folding=True)
+    both: list[Any] = []
+    for folding in (False, True):
+        configure = ipex.quantization.default_static_qconfig_mapping
+        prepared = prepare(original, configure, example_inputs=x, bn_folding=folding)
+        with torch.no_grad():
+            prepared(x)
+        both.append(convert(prepared))
+    made = both[1]
     with torch.no_grad():
-        prepared(x)
-    made: Any = convert(prepared)
+        assert torch.equal(both[0](x), made(x)) and isinstance(made[1], nn.BatchNorm2d)
     assert isinstance(made[0], LowBitConv) and made[0].packed_weight.format.bits == 8
     assert made[4].packed_weight.format.name == "w8a8_static" and error_of(made, original, x) < 0.05
 

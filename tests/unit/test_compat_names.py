@@ -22,6 +22,8 @@ from lowbit.errors import LowbitError
 
 ROOT = Path(__file__).parents[2]
 ROWS = [row for rows in collect().values() for row in rows]
+# Stands among the words of a test that asserts something.
+ASSERTED = "assert "
 DOTTED = re.compile(r"^([A-Za-z_][\w.]*?)(?:\((\w+)=\))?$")
 
 
@@ -73,6 +75,7 @@ def words_of(test: str) -> set[str]:
     if ast.get_docstring(function) is not None:
         function = ast.FunctionDef(**{**vars(function), "body": function.body[1:] or [ast.Pass()]})
     words = words_in(function)
+    words |= {ASSERTED} if any(isinstance(node, ast.Assert) for node in ast.walk(function)) else set()
     words |= words_in(*tables(tree, words))
     for node in tree.body:
         other = ROOT / "tests" / (node.module or "").replace(".", "/") if isinstance(node, ast.ImportFrom) else ROOT
@@ -97,6 +100,18 @@ def tables(tree: ast.Module, names: set[str]) -> list[ast.AST]:
     return found
 
 
+# What a test does about a name that works, that is ignored aloud, that is refused.
+SHOWN_BY = {
+    WORKS: {ASSERTED, "assert_close"},
+    IGNORED: {"warns"},
+    REFUSED: {
+        "raises",
+        "returncode",
+        "NotImplementedError",
+    },  # in this process, in a child, in one that tells what it met
+}
+
+
 def last_part(old: str) -> str:
     """The word that a test of a row cannot do without: its last option, the parameter in its brackets, or the last name before."""
     option, parameter = re.findall(r"--(\w+)", old), re.findall(r"\((\w+)=", old)
@@ -113,6 +128,7 @@ def test_a_row_is_true(row: Name) -> None:
     )
     assert words_of(row.test), f"{row.test} is no test"
     assert last_part(row.old) in words_of(row.test), f"{row.test} never says {last_part(row.old)}"
+    assert words_of(row.test) & SHOWN_BY[row.status], f"{row.test} does not show that {row.old} {row.status}"
     check_ours(row.ours)
     known = DOTTED.match(row.old)
     if known is None or face_of(known[1]) is None:

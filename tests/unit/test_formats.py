@@ -18,10 +18,10 @@ from lowbit.formats import (
     ALIASES,
     FINE_BITS,
     FORMATS,
+    IQ_TYPES,
     LEVELS,
     MIXED,
     MIXTURES,
-    NOT_YET,
     PER_CHANNEL,
     PER_TENSOR,
     SCALE_BITS,
@@ -29,6 +29,7 @@ from lowbit.formats import (
     as_format,
     format_from_name,
 )
+from lowbit.recipe import recipe_named
 
 # The sixteen values that bitsandbytes publishes for nf4, in the order of the codes.
 PUBLISHED_NF4 = [
@@ -134,10 +135,19 @@ def test_a_name_like_no_other_lists_all() -> None:
         format_from_name("%%%")
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-def test_types_that_are_not_there_yet_say_so(name: str) -> None:
-    with pytest.raises(FormatError, match="not supported yet"):
+@pytest.mark.parametrize("name", IQ_TYPES)
+def test_types_with_grids_of_their_own(name: str) -> None:
+    """No format, but a recipe: of blocks that lowbit has, and a warning says how many bits those take."""
+    with pytest.raises(FormatError, match=r"there is no format .*take q2_k"):
         format_from_name(name)
+    with pytest.warns(
+        UserWarning, match=f"{name} needs grids .* q2_k stands in for it, 2.6[23] bits .* of {IQ_TYPES[name]}"
+    ):
+        recipe = recipe_named(name)
+    assert (recipe.linear.name, recipe.choose("model.layers.0.self_attn.v_proj", "linear").formats[0].name) == (
+        "q2_k",
+        "q4_k",
+    )
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def became(source: str, device: str | None = None) -> str:
         ),
         (
             "import intel_extension_for_pytorch as ipex\nimport torch\nm = ipex.llm.optimize(m)\n",
-            "import lowbit\nimport torch\nm = lowbit.optimize_model(m, low_bit=None, torch_dtype=\"float32\")\n",
+            "import lowbit\nimport torch\nm = lowbit.optimize_model(m.eval(), low_bit=None, torch_dtype=\"float32\")\n",
         ),
         ("from transformers import LlamaTokenizer\n", "from transformers import AutoTokenizer as LlamaTokenizer\n"),
         (
@@ -256,13 +256,40 @@ def test_what_ipex_added_to_torch_is_marked_whatever_the_device() -> None:
         assert [note.reason for note in found.left] == [ADDED, ADDED] and "torch.cuda.optimize" not in found.source
 
 
-def test_what_says_xpu_in_other_ways_is_marked_where_a_device_is_given() -> None:
-    source = "import torch\nmodel = model.xpu()\nif x.is_xpu:\n    x.to(f'xpu:{i}')\n"
-    for device in ("cpu", "cuda"):
-        found = migrate(source, device)
-        assert [note.name for note in found.left] == [".xpu()", ".is_xpu", 'f"xpu:..."']
-        assert {note.reason for note in found.left} == {SAYS_XPU}
-    assert migrate(source).source == source
+def test_what_says_xpu_in_other_ways_is_exchanged_where_it_is_sure() -> None:
+    source = """\
+    import torch
+    model = model.xpu()
+    if x.is_xpu:
+        x.to(f'xpu:{i}').xpu(1, non_blocking=True)
+        y.xpu(non_blocking=True).to(f"xpu:{next(it)}")
+    print(f"xpu: {i}")
+    """
+    sure = ["model = model.cuda()", "if x.is_cuda:", "    x.to(f'cuda:{i}').cuda(1, non_blocking=True)"]
+    found = migrate(dedent(source), "cuda")
+    assert found.source.splitlines()[4:7] == sure and 'y.cuda(non_blocking=True).to(f"cuda:{next(it)}")' in found.source
+    assert [note.name for note in found.left] == ['f"xpu:..."'] and 'print(f"xpu: {i}")' in found.source
+    found = migrate(dedent(source), "cpu")
+    assert 'model = model.to("cpu")' in found.source and "x.to('cpu').xpu(1, non_blocking=True)" in found.source
+    assert 'y.to("cpu", non_blocking=True).to(f"xpu:{next(it)}")' in found.source
+    assert [note.name for note in found.left] == [".is_xpu", ".xpu()", 'f"xpu:..."', 'f"xpu:..."']
+    assert {note.reason for note in found.left} == {SAYS_XPU}
+    assert migrate(dedent(source)).source == dedent(source)
+    assert len(migrate(dedent(source), "cuda:1").left) == 7
+
+
+def test_a_model_that_ipex_left_evaluating_evaluates() -> None:
+    """What the calls of ipex.llm.optimize become puts the model to evaluating, as they did."""
+    source = "import intel_extension_for_pytorch as ipex\nm = ipex.llm.optimize(m, inplace=True)\n"
+    for first, now in (
+        ("m", "m.eval()"), ("m.eval()", "m.eval()"), ("load(p)", "load(p).eval()"), ("a or b", "(a or b).eval()"),
+        ("model=m", "model=m.eval()"),
+    ):  # fmt: skip
+        assert f"lowbit.optimize_model({now}, " in became(source.replace("(m,", f"({first},"))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout()).train()
+    scope = {"m": model}
+    exec(became(source), scope)
+    assert scope["m"] is model and not model.training
 
 
 def test_a_name_that_is_kept_once_is_kept_everywhere() -> None:

@@ -72,6 +72,20 @@ class Request:
         return int(self.seen.shape[1]) + self.settings.max_new_tokens
 
 
+def refuse_text(ids: Any) -> None:
+    """Refuse what no loop can take: a text, or tokens that are no tensor."""
+    if isinstance(ids, str | bytes):
+        raise LowbitError(
+            "generate takes token ids, not a text: model.generate(**tokenizer(text, return_tensors='pt')), and tokenizer.decode "
+            "makes a text of the answer"
+        )
+    if isinstance(ids, list | tuple):
+        raise LowbitError(
+            f"generate takes token ids as a tensor [prompts, tokens], not a {type(ids).__name__}: the tokenizer makes one with "
+            "return_tensors='pt'"
+        )
+
+
 def input_refusal(ids: Any, extra: dict[str, Any]) -> str | None:
     """Why the engine cannot take these inputs, or None."""
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():

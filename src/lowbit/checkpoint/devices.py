@@ -41,7 +41,10 @@ def check_device_map(device_map: Any) -> None:
         )
     for kind in sorted(kinds):
         if not _is_there(kind):
-            raise CheckpointError(f"torch sees no {kind} device here: use device_map='cpu', and see `lowbit doctor`")
+            other = ", LOWBIT_XPU=cpu (or cuda) under `python -m lowbit.compat`" if kind == "xpu" else ""
+            raise CheckpointError(
+                f"torch sees no {kind} device here: use device_map='cpu'{other}, and see `lowbit doctor`"
+            )
     if "cpu" in kinds and len(kinds) > 1:
         raise CheckpointError(
             f"device_map splits the model between cpu and {', '.join(sorted(kinds - {'cpu'}))}, and the part on the CPU would be "

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ def save_low_bit(
 
     `compact` stores every weight once, which only lowbit reads; else other readers' needs come first where they can be met.
     """
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise CheckpointError(f"save_low_bit({folder!r}): name the folder to save the model in")
     target = Path(folder).expanduser()
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise CheckpointError(f"tokenizer={tokenizer!r} cannot be saved: give the tokenizer or processor itself")

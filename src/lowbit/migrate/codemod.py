@@ -14,6 +14,7 @@ from lowbit.errors import LowbitError
 from lowbit.migrate import rules
 from lowbit.migrate.finding import Finder, Use
 from lowbit.migrate.rules import XPU, Migrated, Note, Rule
+from lowbit.migrate.saying_xpu import exchanges, moved_to
 from lowbit.migrate.trees import (
     MetadataWrapper,
     after_opening,
@@ -21,6 +22,7 @@ from lowbit.migrate.trees import (
     bound,
     cst,
     dotted,
+    evaluating,
     listed,
     literal,
     named,
@@ -70,8 +72,10 @@ class _Rewriter(cst.CSTTransformer):
                 self._leave(node, name, rules.ASKS)
         for node, name in finder.added.items():
             self._leave(node, name, rules.ADDED)
-        for node, name in finder.says_xpu.items() if device else ():
-            self._leave(node, name, rules.SAYS_XPU)
+        self.exchanged = exchanges(finder.says_xpu, device)
+        for node, said in finder.says_xpu.items() if device else ():
+            if node not in self.exchanged:
+                self._leave(node, said.name, rules.SAYS_XPU)
 
         for node, name in finder.older.items():
             self._leave(node, name, rules.OF_OLD)
@@ -187,10 +191,17 @@ class _Rewriter(cst.CSTTransformer):
 
     # --- expressions ---
 
+    def leave_FormattedString(
+        self, original_node: cst.FormattedString, updated_node: cst.FormattedString
+    ) -> cst.BaseExpression:
+        return self.exchanged.get(original_node, updated_node)
+
     def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.BaseExpression:
         use = self.finder.uses.get(original_node)
         if use is not None and use.decision.rule is not None and use.decision.rule.ours and not use.decision.reason:
             return self._renamed(use, use.decision.rule, original_node, updated_node)
+        if original_node in self.exchanged:
+            return updated_node.with_changes(attr=self.exchanged[original_node])
         name = self.finder.torch_names.get(original_node, "")
         if self.device in (None, "cpu") or not name.startswith(rules.TORCH_XPU):
             return updated_node
@@ -219,6 +230,8 @@ class _Rewriter(cst.CSTTransformer):
             if "device" in given or len(given) < len(updated_node.args):
                 return updated_node
             return updated_node.with_changes(args=[as_argument("device", repr(self.device)), *updated_node.args])
+        if original_node.func in self.exchanged:
+            return moved_to(updated_node, self.exchanged[original_node.func])
         guess = self.finder.guesses.get(original_node)
         if guess is not None:
             return self._guess(original_node, updated_node, guess)
@@ -252,9 +265,10 @@ class _Rewriter(cst.CSTTransformer):
                 self.dropped.append(Note(self.finder.lines[use.node], f"{use.name}({keyword}=)", reason))
             for name, new in (now or {}).items() if keyword else ():
                 same = new is value or new == value
-                yield argument.with_changes(keyword=cst.Name(name)) if same else as_argument(name, repr(new))
+                named_now = argument.with_changes(keyword=cst.Name(name)) if same else as_argument(name, repr(new))
+                yield evaluating(named_now) if rule.evaluates and name == "model" else named_now
             if not keyword:
-                yield argument
+                yield evaluating(argument) if rule.evaluates else argument
         made = {rule.rename.get(one.keyword.value, one.keyword.value) for one in given if one.keyword}
         if rule.device and use.decision.rest == "from_pretrained" and rule.device not in made:
             if self.device is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from lowbit.migrate import rules
 from lowbit.migrate.rules import XPU, Decision
+from lowbit.migrate.saying_xpu import Said
 from lowbit.migrate.trees import (
     ParentNodeProvider,
     PositionProvider,
@@ -66,7 +67,7 @@ class Finder(cst.CSTVisitor):
         self.accounted: set[cst.CSTNode] = set()
         # What IPEX added to torch.xpu, and what says xpu in other ways than a word of its own or a name of torch's.
         self.added: dict[cst.CSTNode, str] = {}
-        self.says_xpu: dict[cst.CSTNode, str] = {}
+        self.says_xpu: dict[cst.CSTNode, Said] = {}
         # What older transformers had.
         self.older: dict[cst.CSTNode, str] = {}
         # The words of the script that belong to the models of an old library.
@@ -101,7 +102,7 @@ class Finder(cst.CSTVisitor):
         first = node.parts[0] if node.parts else None
         if isinstance(first, cst.FormattedStringText) and first.value.startswith(f"{XPU}:"):
             self._place(node)
-            self.says_xpu[node] = f'f"{XPU}:..."'
+            self.says_xpu[node] = Said(f'f"{XPU}:..."')
 
     def visit_Call(self, node: cst.Call) -> None:
         if not isinstance(node.func, cst.Attribute) or node.func.attr.value not in _GUESSING:
@@ -130,10 +131,10 @@ class Finder(cst.CSTVisitor):
         if node.attr.value in rules.OLDER_ATTRIBUTES:
             self._mark(node, node.attr.value)
         parent = self._parent(node)
-        moves = node.attr.value == XPU and isinstance(parent, cst.Call) and parent.func is node
-        if moves or node.attr.value == f"is_{XPU}":
+        moves = parent if node.attr.value == XPU and isinstance(parent, cst.Call) and parent.func is node else None
+        if moves is not None or node.attr.value == f"is_{XPU}":
             self._place(node)
-            self.says_xpu[node] = f".{node.attr.value}" + ("()" if moves else "")
+            self.says_xpu[node] = Said(f".{node.attr.value}" + ("()" if moves else ""), moves)
         return not self._look_at(node)
 
     def visit_Name(self, node: cst.Name) -> None:

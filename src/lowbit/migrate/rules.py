@@ -21,7 +21,7 @@ from lowbit.compat.shims.pipelines import ANSWERS, RESULTS
 from lowbit.compat.shims.shim import Keyword
 from lowbit.compat.shims.tokenizers import LLAMA_CLASSES
 from lowbit.compat.shims.trainer import ARGUMENTS, OPTIMISERS
-from lowbit.formats import CASTS
+from lowbit.formats import CASTS, IQ_TYPES
 
 IPEX, IPEX_LLM, NEURAL_COMPRESSOR = "intel_extension_for_pytorch", "ipex_llm", "neural_compressor"
 XPU = "xpu"
@@ -45,6 +45,8 @@ class Rule:
     default: Mapping[str, str] = field(default_factory=dict)
     # The old name left its first argument as it was: the new one takes its place, where the script has no other use for it.
     copies: bool = False
+    # The old name left the model evaluating: the new one is given `model.eval()`.
+    evaluates: bool = False
     # Keywords that the table of shims translates.
     table: Mapping[str, Keyword] = field(default_factory=dict)
     # The keywords that are understood, where others leave the call as it is; None: all that are not named above go along.
@@ -113,7 +115,7 @@ class Migrated:
 
 
 # Formats with which that library packed the embedding too.
-BRINGING = ("q2_k", "gguf_q4k_s", "gguf_q4k_m")
+BRINGING = ("q2_k", "gguf_q4k_s", "gguf_q4k_m", *IQ_TYPES)
 # Every attribute of a class means the same.
 ANY = ("*",)
 # The value of a keyword that is no literal.
@@ -242,6 +244,7 @@ def _ipex() -> dict[str, Rule]:
         default={"torch_dtype": '"float32"'},
         only=("model",),
         copies=True,
+        evaluates=True,
         words=TIMES,
     )
     return {f"{IPEX}.{name}": dense for name in ("llm.optimize", "optimize_transformers")}

@@ -89,3 +89,14 @@ def as_argument(name: str, source: str) -> cst.Arg:
     equal = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
     value = cst.parse_expression(source.replace("'", '"') if source.startswith("'") else source)
     return cst.Arg(value, keyword=cst.Name(name), equal=equal)
+
+
+def evaluating(argument: cst.Arg) -> cst.Arg:
+    """An argument that is a model, put to evaluating."""
+    value = argument.value
+    method = value.func if isinstance(value, cst.Call) else None
+    if isinstance(method, cst.Attribute) and method.attr.value == "eval":
+        return argument
+    plain = isinstance(value, cst.Name | cst.Attribute | cst.Call | cst.Subscript)
+    owner = value if plain else value.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
+    return argument.with_changes(value=cst.Call(cst.Attribute(owner, cst.Name("eval"))))

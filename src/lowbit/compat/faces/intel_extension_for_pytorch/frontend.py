@@ -220,8 +220,10 @@ NAMES = (
     Name(f"{_PLACE}.OnDevice", "", WORKS, f"{_UNIT}test_small_names", "torch.device as a context"),
     Name(f"{_PLACE}.verbose", "", WORKS, f"{_UNIT}test_small_names", "torch.backends.mkldnn.verbose"),
     Name(f"{_PLACE}.version", "", WORKS, f"{_UNIT}test_small_names"),
-    Name(f"{_PLACE}._set_optimized_model_for_generation", "", IGNORED, f"{_UNIT}test_small_names", "nothing is traced"),
-    Name(f"{_PLACE}.enable_auto_channels_last", "", IGNORED, f"{_UNIT}test_small_names", _MEMORY_FORMAT),
-    Name(f"{_PLACE}.disable_auto_channels_last", "", IGNORED, f"{_UNIT}test_small_names", "it is never on"),
-    Name(f"{_PLACE}.enable_onednn_fusion", "", IGNORED, f"{_UNIT}test_small_names", "torch.compile fuses"),
+    Name(
+        f"{_PLACE}._set_optimized_model_for_generation", "", IGNORED, f"{_UNIT}test_small_switches", "nothing is traced"
+    ),
+    Name(f"{_PLACE}.enable_auto_channels_last", "", IGNORED, f"{_UNIT}test_small_switches", _MEMORY_FORMAT),
+    Name(f"{_PLACE}.disable_auto_channels_last", "", WORKS, f"{_UNIT}test_small_names", "it is never on"),
+    Name(f"{_PLACE}.enable_onednn_fusion", "", IGNORED, f"{_UNIT}test_small_switches", "torch.compile fuses"),
 )

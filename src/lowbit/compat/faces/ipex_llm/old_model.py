@@ -20,6 +20,7 @@ from lowbit.bridge import EngineGenerate
 from lowbit.bridge.clock import Clock
 from lowbit.bridge.guessing import Draft
 from lowbit.checkpoint.save import save_low_bit as _save_low_bit
+from lowbit.compat.faces.ipex_llm.transformers.pipeline_parallel import pipeline_parallel_generate
 from lowbit.compat.ignored import say_ignored, say_once
 from lowbit.errors import LowbitError
 from lowbit.formats import CASTS
@@ -54,14 +55,17 @@ def adopt(model: Any, low_bit: str | None, draft: Any = None) -> Any:
     now = getattr(model, "generate", None)
     cache = {"cache": now.cache} if isinstance(now, EngineGenerate) else {}
     model.generate = OldGenerate(model, draft=draft, **cache)
-    model.lookup_generate = partial(lookup_generate, model)
-    model.pipeline_parallel_generate = partial(pipeline_parallel_generate, model)
     if draft is not None:
         # Beside the module's own registry: a draft is no part of the model that is saved, moved or trained.
         object.__setattr__(model, "draft_model", draft)
-        model.speculative_generate = partial(speculative_generate, model)
-        model.clear_benchmarks = partial(clear_benchmarks, model)
         clear_benchmarks(model)
+    return offer_methods(model)
+
+
+def offer_methods(model: Any) -> Any:
+    """The ways to generate that every model of the old library had, one in full precision too."""
+    for method in (lookup_generate, speculative_generate, pipeline_parallel_generate, clear_benchmarks):
+        setattr(model, method.__name__, partial(method, model))
     return model
 
 
@@ -156,9 +160,10 @@ def lookup_generate(
     refusal = _lookup_refusal(inputs, sampling_kwargs)
     if refusal is not None:
         raise LowbitError(f"lookup_generate cannot run this call: {refusal}; use generate")
-    return model.generate(
-        inputs, generation_config, lookahead=num_output_tokens, max_new_tokens=max_new_tokens, **sampling_kwargs
-    )
+    # A model in full precision has transformers' own generate, which calls it otherwise.
+    word = "lookahead" if isinstance(model.generate, OldGenerate) else "prompt_lookup_num_tokens"
+    sampling_kwargs |= {word: num_output_tokens, "max_new_tokens": max_new_tokens}
+    return model.generate(inputs, generation_config, **sampling_kwargs)
 
 
 def speculative_generate(
@@ -175,17 +180,15 @@ def speculative_generate(
     named = {"streamer": streamer, "attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
     kwargs |= {name: value for name, value in named.items() if value is not None}
     generate = model.generate
+    if not isinstance(generate, OldGenerate) or (draft_model is None and generate.draft is None):
+        raise LowbitError(
+            "speculative_generate needs a model that guesses: load this one with from_pretrained(load_in_low_bit='bf16', "
+            "speculative=True), or pass draft_model=; lookup_generate guesses without one"
+        )
     if draft_model is None or draft_model is generate.draft:
         return generate(inputs, generation_config, **kwargs)
     asked = {name: kwargs.pop(name) for name in SPECULATIVE if name in kwargs}
     return generate._guessed(inputs, generation_config, kwargs | {"draft": draft_of(draft_model, asked)})
-
-
-def pipeline_parallel_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refused: several processes, each with a part of the model."""
-    raise LowbitError(
-        "pipeline_parallel_generate is for several processes, and lowbit runs a model in one: use generate"
-    )
 
 
 def clear_benchmarks(model: Any) -> None:

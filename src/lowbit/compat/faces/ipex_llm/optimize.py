@@ -11,6 +11,7 @@ from torch import nn
 from lowbit.checkpoint.load import load_low_bit as _load_low_bit
 from lowbit.checkpoint.load import low_memory_init
 from lowbit.compat.faces.ipex_llm.old_model import adopt, say_ignored_in
+from lowbit.compat.ignored import say_ignored
 from lowbit.compat.missing import refuse_unknown
 from lowbit.compat.names import IGNORED, WORKS, Name
 from lowbit.errors import LowbitError
@@ -21,6 +22,7 @@ __all__ = ["load_low_bit", "low_memory_init", "optimize_model"]
 _OWNER = "optimize_model"
 # The networks of a diffusers pipeline that do its work, one of which it has.
 _NETWORKS = ("unet", "transformer")
+KERNELS = "kernels are chosen per layer in any case"
 IDLE = {
     "disable_optimize_pre": "there is no separate first pass to leave out",
     "lightweight_bmm": "attention is left to the model",
@@ -38,6 +40,8 @@ def optimize_model(
     """Make a torch model low-bit in place, or the network of a diffusers pipeline; `low_bit=None` leaves the weights alone."""
     if not isinstance(model, nn.Module):
         return _optimize_pipeline(model, low_bit, modules_to_not_convert=modules_to_not_convert, **kwargs)
+    if not optimize_llm:
+        say_ignored(_OWNER, "optimize_llm", KERNELS)
     say_ignored_in(_OWNER, kwargs, IDLE)
     cpu_embedding = kwargs.pop("replace_embedding", False) or cpu_embedding
     if kwargs.get("torch_dtype") == "auto":
@@ -73,9 +77,7 @@ _ANY = f"{_UNIT}test_optimize_model_takes_any_module_and_pipeline"
 NAMES = (
     Name("ipex_llm.optimize.optimize_model", "lowbit.optimize_model", WORKS, _ANY),
     Name("ipex_llm.optimize.optimize_model(low_bit=)", "lowbit.optimize_model", WORKS, _ANY),
-    Name(
-        "ipex_llm.optimize.optimize_model(optimize_llm=)", "", IGNORED, _ANY, "kernels are chosen per layer in any case"
-    ),
+    Name("ipex_llm.optimize.optimize_model(optimize_llm=)", "", IGNORED, _IDLE_TEST, KERNELS),
     Name("ipex_llm.optimize.optimize_model(modules_to_not_convert=)", "lowbit.optimize_model", WORKS, _ANY),
     Name(
         "ipex_llm.optimize.optimize_model(cpu_embedding=)",

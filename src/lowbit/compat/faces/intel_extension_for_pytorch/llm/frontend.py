@@ -103,9 +103,14 @@ def optimize(
     return answer_as_traced_(time_tokens_(made), deployment_mode)
 
 
-def optimize_transformers(*args: Any, **kwargs: Any) -> nn.Module:
-    """`ipex.llm.optimize` under its first name."""
-    return optimize(*args, **kwargs)
+def optimize_transformers(model: nn.Module, *args: Any, woq: bool = False, **kwargs: Any) -> nn.Module:
+    """`ipex.llm.optimize` under its first name; `woq` says that the model is low-bit already."""
+    if woq and isinstance(model, nn.Module) and not held_weights(model) and kwargs.get("quantization_config") is None:
+        raise StageError(
+            "optimize_transformers(woq=True) takes a model whose weights are packed: load it with quantization_config=, or give "
+            "quantization_config= here"
+        )
+    return optimize(model, *args, **kwargs)
 
 
 def _quantise(
@@ -229,6 +234,13 @@ NAMES = (
         "lowbit.optimize_model",
         WORKS,
         f"{_TESTS}test_low_bit_models_are_taken_as_they_are",
+    ),
+    Name(
+        "intel_extension_for_pytorch.optimize_transformers(woq=)",
+        "",
+        WORKS,
+        f"{_TESTS}test_low_bit_models_are_taken_as_they_are",
+        "of a model that is low-bit",
     ),
     *(
         Name(f"{_PLACE}({name}=)", "", WORKS, f"{_TESTS}{test}", _REMARKS.get(name, ""))

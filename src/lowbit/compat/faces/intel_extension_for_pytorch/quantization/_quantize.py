@@ -25,7 +25,7 @@ from lowbit.compat.faces.intel_extension_for_pytorch.quantization import _qconfi
 from lowbit.compat.faces.intel_extension_for_pytorch.quantization._qconfig import StageError
 from lowbit.compat.faces.intel_extension_for_pytorch.quantization._weight_only import make_weight_only_
 from lowbit.compat.missing import refuse_unknown
-from lowbit.compat.names import IGNORED, WORKS, Name
+from lowbit.compat.names import WORKS, Name
 from lowbit.formats import as_format
 from lowbit.interop.qconf_summary import LinearSummary, read_summary, write_summary
 from lowbit.models.folding import ScalingGroup
@@ -223,7 +223,7 @@ NAMES = (
     Name(
         f"{_PLACE}.prepare(bn_folding=)",
         "",
-        IGNORED,
+        WORKS,
         f"{_UNIT}test_a_convolution_and_a_linear",
         "norms stay as they are; torch.compile folds them",
     ),

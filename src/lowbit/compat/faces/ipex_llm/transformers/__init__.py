@@ -16,26 +16,28 @@ _NATIVE = (
 )  # fmt: skip
 _NEAREST = {
     "npu_model": "ipex_llm.transformers: it runs on CPUs and GPUs, and has no kernels for an NPU",
-    "init_pipeline_parallel": "one process: a low-bit model of 4 bits needs a quarter of the memory",
     "PPModelWorker": "`lowbit chat`: it has no server of its own",
-    "pipeline_parallel": "one process: a low-bit model of 4 bits needs a quarter of the memory",
-    "convert_model_hybrid": "lowbit.optimize_model: experts are packed like the rest",
     "ggml_convert_low_bit": "lowbit.optimize_model",
-    "xgrammar": "a logits processor of the package xgrammar, passed to generate",
     "relora": "ipex_llm.transformers.qlora with transformers' Trainer",
     "lisa": "ipex_llm.transformers.qlora with transformers' Trainer",
     "loader": "lowbit.AutoModelForCausalLM.from_pretrained",
 }
 
-__all__ = [*_AUTO, *_NATIVE, "Qwen2VLForConditionalGeneration", "get_enable_ipex"]
+_ELSEWHERE = {
+    "Qwen2VLForConditionalGeneration": "vision",
+    "convert_model_hybrid": "convert",
+    "get_enable_ipex": "convert",
+    "init_pipeline_parallel": "pipeline_parallel",
+}
+
+__all__ = [*_AUTO, *_NATIVE, *_ELSEWHERE]
 __getattr__ = refuse_unknown(
     __name__,
     _NEAREST,
     {
         **dict.fromkeys(_AUTO, f"{__name__}.model"),
         **dict.fromkeys(_NATIVE, f"{__name__}.modelling_bigdl"),
-        "Qwen2VLForConditionalGeneration": f"{__name__}.vision",
-        "get_enable_ipex": f"{__name__}.convert",
+        **{name: f"{__name__}.{home}" for name, home in _ELSEWHERE.items()},
     },
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowbit.compat.missing import refuse_unknown
-from lowbit.formats import MIXED, MIXTURES, format_from_name
+from lowbit.formats import IQ_STAND_IN, IQ_TYPES, MIXED, MIXTURES, format_from_name
 from lowbit.layers import LowBitLinear, PackedWeight
 
 # The packed weight of a linear: `isinstance(layer.packed_weight, FP4Params)`.
@@ -13,8 +13,8 @@ FP4Params = PackedWeight
 def get_block_size(qtype: str) -> int:
     """How many weights share a scale, of an old name or one of ours."""
     key = qtype.strip().lower()
-    first = MIXED[key][0] if key in MIXED else MIXTURES[key][0] if key in MIXTURES else key
-    format = format_from_name(first)
+    mixed = MIXED | MIXTURES | dict.fromkeys(IQ_TYPES, IQ_STAND_IN)
+    format = format_from_name(mixed[key][0] if key in mixed else key)
     return format.block.weights if format.block is not None else format.group_size
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import transformers
 
 import lowbit
@@ -16,20 +17,22 @@ from lowbit.compat.faces.ipex_llm.old_model import (
     adopt,
     clear_benchmarks,
     lookup_generate,
-    pipeline_parallel_generate,
+    offer_methods,
     save_low_bit,
     say_ignored_in,
     speculative_generate,
 )
+from lowbit.compat.faces.ipex_llm.optimize import KERNELS
+from lowbit.compat.faces.ipex_llm.transformers.pipeline_parallel import check_stages, pipeline_parallel_generate
+from lowbit.compat.ignored import say_ignored
 from lowbit.compat.missing import refuse_unknown
-from lowbit.compat.names import IGNORED, REFUSED, WORKS, Name
+from lowbit.compat.names import IGNORED, WORKS, Name
 from lowbit.contents import CONFIG, read_config
-from lowbit.errors import RecipeError
-from lowbit.formats import CASTS
+from lowbit.formats import CASTS, IQ_TYPES
 
 _DRAFT = "sym_int4"
 # What the old library gave the embedding of a model where nothing was said.
-EMBEDDINGS = {"q2_k": "q2_k", "gguf_q4k_s": "q4_k", "gguf_q4k_m": "q4_k"}
+EMBEDDINGS = dict.fromkeys(("q2_k", *IQ_TYPES), "q2_k") | {"gguf_q4k_s": "q4_k", "gguf_q4k_m": "q4_k"}
 IDLE = {
     "disk_embedding": "weights stay mapped from their files until they are used",
     "lightweight_bmm": "attention is left to the model",
@@ -70,7 +73,7 @@ class _BaseAutoModelClass:
         speculative = kwargs.pop("speculative", False)
         model = cls.OURS.from_pretrained(*args, **kwargs)
         if low_bit is None and not speculative:
-            return model
+            return offer_methods(model)
         draft = None
         if speculative:
             for name in ("load_in_4bit", "embedding_qtype", "mixed_precision"):
@@ -109,6 +112,8 @@ class _BaseAutoModelClass:
         cls, fpath: str | Path, optimize_model: bool = True, cpu_embedding: bool = False, low_bit: str = "sym_int4"
     ) -> tuple[Any, Any]:
         """A GGUF file as a model made low-bit, and its tokenizer."""
+        if not optimize_model:
+            say_ignored("from_gguf", "optimize_model", KERNELS)
         model = cls.OURS.from_pretrained(fpath, load_in_low_bit=low_bit, cpu_embedding=cpu_embedding)
         return adopt(model, low_bit), gguf_tokenizer(Path(fpath).expanduser())
 
@@ -127,11 +132,10 @@ def _check_old(kwargs: dict[str, Any]) -> None:
     hub = kwargs.pop("model_hub", "huggingface")
     if hub != "huggingface":
         say_ignored_in(owner, {"model_hub": hub}, {"model_hub": "fetch the model first and pass its folder"})
-    stages = kwargs.pop("pipeline_parallel_stages", 1)
-    if stages not in (None, 1):
-        raise RecipeError(
-            f"pipeline_parallel_stages={stages}: lowbit runs a model in one process; leave it out, or set it to 1"
-        )
+    if check_stages(kwargs.pop("pipeline_parallel_stages", 1)) and torch.xpu.is_available():
+        kwargs.setdefault("device_map", "xpu")
+    if kwargs.pop("optimize_model", True) is False:
+        say_ignored(owner, "optimize_model", KERNELS)
     say_ignored_in(owner, kwargs, IDLE)
 
 
@@ -208,6 +212,11 @@ _CLASS = "ipex_llm.transformers.AutoModelForCausalLM"
 _LOADS = f"{_CLASS}.from_pretrained"
 _OURS = "lowbit.AutoModelForCausalLM"
 _DENSE = "the embedding stays dense, unless the head shares its weight"
+_SAVED = f"{_ONE_BY_ONE}test_keywords_of_load_low_bit"
+_IDLE_BOTH = ("disk_embedding", "offload_folder", "offload_state_dict")
+_TOO_LATE = {"optimize_model": KERNELS} | dict.fromkeys(
+    ("cpu_embedding", "embedding_qtype", "modules_to_not_convert"), "the folder says itself how each weight is stored"
+)
 _GGUF = f"{_ONE_BY_ONE}test_from_gguf_gives_model_and_tokenizer"
 _PACKED = f"{_UNIT}test_keywords_that_change_what_is_packed"
 _TESTS = {
@@ -239,7 +248,9 @@ NAMES = (
         f"{_GUESSES}test_speculative_generate_is_the_same_text",
         "an int4 copy guesses; in lowbit, generate(assistant_model=)",
     ),
-    Name(f"{_LOADS}(optimize_model=)", "", IGNORED, _TESTS["load_in_4bit"], "kernels are chosen per layer in any case"),
+    Name(
+        f"{_LOADS}(optimize_model=)", "", IGNORED, f"{_ONE_BY_ONE}test_keywords_without_meaning_are_said_once", KERNELS
+    ),
     *(
         Name(f"{_LOADS}({name}=)", "", IGNORED, f"{_ONE_BY_ONE}test_keywords_without_meaning_are_said_once", reason)
         for name, reason in IDLE.items()
@@ -250,13 +261,6 @@ NAMES = (
         IGNORED,
         f"{_ONE_BY_ONE}test_keywords_without_meaning_are_said_once",
         "fetch the model first and pass its folder",
-    ),
-    Name(
-        f"{_LOADS}(pipeline_parallel_stages=)",
-        "",
-        REFUSED,
-        f"{_ONE_BY_ONE}test_stages_are_refused",
-        "a model runs in one process",
     ),
     Name(
         f"{_CLASS}.load_convert",
@@ -299,27 +303,16 @@ NAMES = (
         f"{_GUESSES}test_speculative_generate_is_the_same_text",
         "the figures of the last call become 0",
     ),
-    Name(
-        f"{_CLASS}.pipeline_parallel_generate",
-        "",
-        REFUSED,
-        f"{_ONE_BY_ONE}test_pipeline_parallel_generate_is_refused",
-        "a model runs in one process: use generate",
-    ),
-    Name(
-        f"{_CLASS}.load_low_bit(subfolder=)",
-        f"{_OURS}.load_low_bit",
-        WORKS,
-        f"{_ONE_BY_ONE}test_keywords_of_load_low_bit",
+    *(
+        Name(f"{_CLASS}.load_low_bit({name}=)", f"{_OURS}.load_low_bit", WORKS, _SAVED)
+        for name in ("subfolder", "torch_dtype", "trust_remote_code")
     ),
     *(
-        Name(f"{_CLASS}.load_low_bit({name}=)", "", IGNORED, f"{_ONE_BY_ONE}test_keywords_of_load_low_bit", reason)
-        for name, reason in (
-            _IDLE_SAVED | {name: IDLE[name] for name in ("offload_folder", "offload_state_dict")}
-        ).items()
+        Name(f"{_CLASS}.load_low_bit({name}=)", "", IGNORED, _SAVED, reason)
+        for name, reason in (_IDLE_SAVED | _TOO_LATE | {name: IDLE[name] for name in _IDLE_BOTH}).items()
     ),
     Name(f"{_CLASS}.from_gguf", f"{_OURS}.from_pretrained", WORKS, _GGUF),
     Name(f"{_CLASS}.from_gguf(low_bit=)", f"{_OURS}.from_pretrained", WORKS, _GGUF),
     Name(f"{_CLASS}.from_gguf(cpu_embedding=)", f"{_OURS}.from_pretrained", WORKS, _GGUF, _DENSE),
-    Name(f"{_CLASS}.from_gguf(optimize_model=)", "", IGNORED, _GGUF, "kernels are chosen per layer in any case"),
+    Name(f"{_CLASS}.from_gguf(optimize_model=)", "", IGNORED, _GGUF, KERNELS),
 )

@@ -9,14 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.compat.missing import refuse_unknown
-from lowbit.compat.names import IGNORED, Name
+from lowbit.compat.names import REFUSED, Name
 from lowbit.errors import LowbitError
 
 __getattr__ = refuse_unknown(__name__, {})
 _UNIT = "tests/unit/test_compat_neural_compressor.py::test_loops_are_names_to_hand_on"
+_REMARK = "a name to hand on, which is not called; config.token_latency tells the times"
 NAMES = tuple(
     Name(
-        f"neural_compressor.transformers.generation.{name}", "", IGNORED, _UNIT, "config.token_latency tells the times"
+        f"neural_compressor.transformers.generation.{name}",
+        "",
+        REFUSED,
+        _UNIT,
+        "a name to hand on, which is not called; config.token_latency tells the times",
     )
     for name in ("_greedy_search", "_beam_search")
 )
