@@ -14,11 +14,9 @@ from lowbit.models.spec import DecoderSpec
 from lowbit.openvino.arena import Arena
 from lowbit.openvino.decoder import build
 from lowbit.openvino.library import core
+from lowbit.openvino.opening import EXACT
 from lowbit.runtime.files import open_files, read_spec, read_weights
 from unit.family_cases import CASES, TOLERANCE, prompt, reference_logits, tiny_model
-
-# Nothing rounded but to f32.
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "KV_CACHE_PRECISION": "f32"}
 
 
 class Running:

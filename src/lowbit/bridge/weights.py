@@ -25,7 +25,7 @@ from lowbit.runtime.weights import MATRIX_ROLES, EngineWeights, Floats, Matrix, 
 def model_weights(model: nn.Module) -> tuple[DecoderSpec, EngineWeights]:
     """What a transformers model is and where its weights lie. Raises a LowbitError that says why the engine cannot have it."""
     spec = spec_from_config(cast(Any, model).config.to_dict())
-    held = _held_weights(model)
+    held = held_weights(model)
     dense = dict(model.named_parameters(remove_duplicate=False))
     if any(p.device.type != "cpu" for p in dense.values()):
         raise LowbitError("the model is not on the CPU")
@@ -39,7 +39,7 @@ def model_weights(model: nn.Module) -> tuple[DecoderSpec, EngineWeights]:
     return spec, weights
 
 
-def _held_weights(model: nn.Module) -> dict[str, PackedWeight]:
+def held_weights(model: nn.Module) -> dict[str, PackedWeight]:
     """The packed weights under the names that dense ones would have."""
     held: dict[str, PackedWeight] = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -20,7 +20,6 @@ import copy
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from lowbit.checkpoint.companions import copy_companions, travels
 from lowbit.checkpoint.folder import replace_folder, unwritten
 from lowbit.checkpoint.form import ASIDE, Part, SavedForm, packed_aside, parts, saved_form
 from lowbit.checkpoint.hf_names import checkpoint_names, is_transformers_model
 from lowbit.checkpoint.hub import fetch_companions, home_of
 from lowbit.checkpoint.ranges import write_ranges
-from lowbit.configs.base import CONFIG_FILE, WeightOnlyConfig
-from lowbit.contents import ACTIVATIONS, CONFIG, GENERATION_CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
+from lowbit.configs.base import WeightOnlyConfig
+from lowbit.contents import CONFIG, INDEX, OWN_CONFIG, REPORT, WEIGHTS
 from lowbit.errors import CheckpointError, LowbitError
-from lowbit.interop.gguf import open_gguf
 from lowbit.progress import Advance, progress
-from lowbit.runtime.engine_file import ENGINE_FILE, write_engine_file
+from lowbit.runtime.engine_file import write_engine_file
 
 DEFAULT_SHARD = "5GB"
 _UNITS = {
@@ -55,22 +54,6 @@ _UNITS = {
     "TI": 1 << 40,
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?")
-# What travels along with a model: everything small that is not weights. These suffixes, and licences whatever they are
-# called.
-_COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
-_TEMPLATES = "additional_chat_templates"
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_WRITTEN = (
-    CONFIG,
-    OWN_CONFIG,
-    REPORT,
-    ACTIVATIONS,
-    INDEX,
-    ENGINE_FILE,
-    GENERATION_CONFIG,
-    "pytorch_model.bin.index.json",
-    CONFIG_FILE,
-)
 
 
 def save_low_bit(
@@ -104,7 +87,7 @@ def save_low_bit(
             raise CheckpointError(unwritten(target, error)) from error
         home = source or _home_on_hub(model)
         if home is not None:
-            _copy_companions(home, temporary)
+            copy_companions(home, temporary)
         if is_transformers_model(model):
             _write_config(model, form, temporary)
         else:
@@ -147,7 +130,7 @@ def _home_on_hub(model: nn.Module) -> Path | None:
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     home: Path | None = getattr(model, "lowbit_home", None) or home_of(name)
     if home is not None:
-        fetch_companions(name, home, _travels)
+        fetch_companions(name, home, travels)
     return home
 
 
@@ -238,25 +221,6 @@ def write_untied(folder: Path) -> None:
     if isinstance(fields.get("text_config"), dict):
         fields["text_config"] = fields["text_config"] | {"tie_word_embeddings": False}
     _write_json(folder / CONFIG, fields)
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, processor, remote code, templates and licences."""
-    if source.is_file():
-        open_gguf(source).write_tokenizer(folder)
-        return
-    for path in (*sorted(source.iterdir()), *sorted(source.glob(f"{_TEMPLATES}/*"))):
-        name = path.relative_to(source)
-        if path.is_file() and _travels(str(name)):
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / name)
-
-
-def _travels(name: str) -> bool:
-    """Whether a file of a model goes along when it is saved low-bit: everything small that is not weights."""
-    if name in _WRITTEN or name.endswith(".safetensors.index.json") or Path(name).parent.name not in ("", _TEMPLATES):
-        return False
-    return Path(name).suffix in _COMPANIONS or name.upper().startswith(_LICENCES)
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 # Where each public name lives; one line for each module.
 _HOMES: dict[str, tuple[str, ...]] = {
     "compress": ("compress_weights", "compression_report"),
+    "export": ("Written", "write_decoder"),
     "library": ("devices",),
     "modes": (
         "AdvancedCompressionParameters",

@@ -256,7 +256,7 @@ def _of_blocks(packed: PackedTensor) -> _Grid:
     rows, format = packed.shape[:-1], packed.format
     block = format.block
     assert block is not None
-    data = torch.from_numpy(np.ascontiguousarray(packed.codes)).reshape(-1, block.bytes)
+    data = torch.from_numpy(np.array(packed.codes)).reshape(-1, block.bytes)
     if format.name in LAYOUTS:
         layout = LAYOUTS[format.name]
         found = read_blocks(data, layout)

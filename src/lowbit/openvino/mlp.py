@@ -3,8 +3,11 @@
 A plugin computes only the experts that were chosen where it recognises the graph of all of them:
 
     tokens [T, in] -> tile, reshape [E, T, in] -> gate and up [E, T, width] -> swish * up -> down [E, T, out]
-    router scores -> top k -> scattered into zeros [T, E] -> transpose, reshape [E, T, 1]
-    the product of both, summed over E
+    router scores -> top k -> scattered into zeros [T, E] -> transpose
+    both reshaped to [E, batch, tokens, ...], their product summed over E
+
+The sizes of that reshape are computed and not written down: one of constants is merged with its neighbours before
+plugins look for it.
 
 (`gate_up` with biases in one product where families clamp them, GPT-OSS). So the graph says what all experts would
 give, times zero for those that were not chosen, and what runs is k products a token.
@@ -93,9 +96,10 @@ def mix_experts(
     else:
         fused = _biased(_product(tiled, gate_up.nodes[0], gate_up.names[0]), biases[0])
         inner = gated(spec.expert, *split_gate(spec.expert, fused))
-    answers = reshape(_biased(_product(inner, down.nodes[0], down.names[0]), biases[1]), spec.count, -1, width)
-    summed = ops.reduce_sum(ops.multiply(answers, _shares(spec, scores)), ints(0), False)
-    return ops.reshape(summed, ops.shape_of(x, "i64"), False)
+    answers = _biased(_product(inner, down.nodes[0], down.names[0]), biases[1])
+    rows = ops.concat([ints(spec.count), size(x, 0), size(x, 1)], 0)
+    answers = ops.reshape(answers, ops.concat([rows, ints(width)], 0), False)
+    return ops.reduce_sum(ops.multiply(answers, _shares(spec, scores, rows)), ints(0), False)
 
 
 def _product(x: Node, weight: Node, name: str) -> Node:
@@ -108,8 +112,8 @@ def _biased(x: Node, bias: Floats | None) -> Node:
     return x if bias is None else ops.add(x, floats(np.expand_dims(bias, 1)))
 
 
-def _shares(spec: ExpertsSpec, scores: Node) -> Node:
-    """What each expert's answer counts for each token, [E, T, 1]."""
+def _shares(spec: ExpertsSpec, scores: Node, rows: Node) -> Node:
+    """What each expert's answer counts for each token, [E, batch, tokens, 1]; `rows` are the first three sizes."""
     probabilities = ops.softmax(reshape(scores, -1, spec.count), -1)
     chosen = ops.topk(probabilities, index(spec.top_k), -1, "max", "value", "i64")
     shares, experts = chosen.output(0), chosen.output(1)
@@ -117,4 +121,4 @@ def _shares(spec: ExpertsSpec, scores: Node) -> Node:
         shares = ops.divide(shares, ops.reduce_sum(shares, ints(-1), True))
     none = ops.broadcast(floats(0.0), ops.concat([size(shares, 0), ints(spec.count)], 0), broadcast_spec="NUMPY")
     spread = ops.scatter_elements_update(none, experts, shares, index(1))
-    return ops.unsqueeze(reshape(ops.transpose(spread, ints(1, 0)), spec.count, -1), index(-1))
+    return ops.unsqueeze(ops.reshape(ops.transpose(spread, ints(1, 0)), rows, False), index(-1))

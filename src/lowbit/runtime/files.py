@@ -49,7 +49,7 @@ _LAYER = re.compile(r"(.*?\.)(\d+)\.")
 # Tables that older files hold beside the weights, and that models make themselves.
 _MASK = re.compile(r"\.(inv_freq|masked_bias|(attn|attention)\.bias)$")
 # Roles that a recipe packs, and what it calls them; routers, positions and vectors stay as they are.
-_RECIPE_ROLES = {
+RECIPE_ROLES = {
     **dict.fromkeys(("q", "k", "v", "qkv", "o", "gate", "up", "down", "gate_up", "embedding_in", "head_in"), "linear"),
     **dict.fromkeys(("shared_gate", "shared_up", "shared_down"), "linear"),
     **dict.fromkeys(("experts_gate_up", "experts_down"), "experts"),
@@ -202,7 +202,7 @@ def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = N
     with progress("packing" if recipe else "loading", len(places)) as advance:
         for (role, layer), located in places.items():
             weight = _assemble(files, located)
-            if recipe is not None and role in _RECIPE_ROLES:
+            if recipe is not None and role in RECIPE_ROLES:
                 weight = _round(weight, _formats(recipe, located, spec), SEARCHES[recipe.rounder])
             yield Loaded(role, layer, weight, _bias(files, located.bias))
             for name in (name for names in located.names for name in names):
@@ -256,7 +256,7 @@ def _assemble(files: ModelFiles, located: Located) -> Weight:
 
 def _formats(recipe: Recipe, located: Located, spec: DecoderSpec) -> tuple[Format, ...]:
     """What a recipe makes of a weight; a tied embedding is the head, and has its format."""
-    role = _RECIPE_ROLES[located.weight.role]
+    role = RECIPE_ROLES[located.weight.role]
     path = located.weight.name.format(layer=located.layer).removesuffix(".weight")
     choice = recipe.choose(path, "head" if role == "embedding" and spec.head.tied else role)
     for format in choice.formats:

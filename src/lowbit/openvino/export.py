@@ -1,0 +1,180 @@
+"""A model as a folder of OpenVINO's: what `openvino_genai.LLMPipeline` and `OVModelForCausalLM` read.
+
+    written = write_decoder("model or folder or file.gguf", "out", format="int4")
+
+    openvino_model.xml .bin          the graph with its memory inside, and its weights, under the names that others use too
+    openvino_tokenizer.xml ...       tokenizer and detokenizer, where openvino-tokenizers is installed
+    config.json, generation_config.json, tokenizer files, chat template, licences: as they came with the model
+    lowbit_report.json               the format of every weight
+
+Weights that are low-bit already keep their codes; plain ones are rounded where a format is asked for. One weight is in
+memory at a time beside what is written: an export takes the room of its result and of one weight.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.companions import copy_companions
+from lowbit.checkpoint.folder import replace_folder
+from lowbit.contents import CONFIG, GENERATION_CONFIG, REPORT
+from lowbit.errors import RecipeError
+from lowbit.formats import Format
+from lowbit.models.spec import DecoderSpec
+from lowbit.openvino.arena import Arena
+from lowbit.openvino.constants import WIDENED
+from lowbit.openvino.decoder import build
+from lowbit.openvino.library import Node, ov, release
+from lowbit.openvino.opening import MODEL
+from lowbit.openvino.recipes import LARGE, export_recipe, with_ratio
+from lowbit.openvino.sources import needs_torch, open_source, rounded
+from lowbit.packing import PackedTensor
+from lowbit.progress import progress
+from lowbit.recipe import Recipe
+from lowbit.report import LayerReport, Report, Skipped
+from lowbit.runtime.files import RECIPE_ROLES, Loaded, ModelFiles, read_spec, read_weights
+
+OV_CONFIG = "openvino_config.json"
+_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export made. `recipe` is what plain weights were rounded by, None where none was."""
+
+    folder: Path
+    spec: DecoderSpec
+    report: Report
+    notes: tuple[str, ...]
+    recipe: Recipe | None = None
+
+
+def write_decoder(
+    source: Any,
+    out: str | Path,
+    format: str | Format | Recipe | None = None,
+    *,
+    ratio: float | None = None,
+    tokenizer: bool = True,
+    large_in_8_bits: bool = True,
+) -> Written:
+    """Export a decoder. Without a format weights stay as they are; plain ones of a model above 1e9 weights become 8 bits.
+
+    Raises a RecipeError for a model that lowbit has no spec of.
+    """
+    started = time.perf_counter()
+    files = open_source(source)
+    spec = read_spec(files)
+    notes: list[str] = []
+    recipe = None if format is None else export_recipe(format)
+    if recipe is None and large_in_8_bits and not files.is_packed:
+        recipe = recipe_by_size(spec)
+        if recipe is not None:
+            notes.append(
+                f"the model has {weight_count(spec) / 1e9:.1f} billion weights and is written in 8 bits; "
+                "ask for a format, or for large_in_8_bits=False (--weight-format fp16), to have another"
+            )
+    if recipe is not None and needs_torch(recipe):
+        files, recipe = rounded(source, recipe), None
+    if ratio is not None and ratio < 1:
+        if recipe is None or recipe.linear.bits == 8:
+            raise RecipeError(
+                "a ratio is the share of weights in fewer than 8 bits: ask for such a format too, int4 for one"
+            )
+        recipe = with_ratio(files, spec, recipe, ratio)
+    report = Report(recipe=recipe.name if recipe else str(format or "as it was"))
+    with replace_folder(Path(out).expanduser()) as folder:
+        with Arena(folder) as arena:
+            model = build(spec, _reported(read_weights(files, spec, recipe), spec, report), arena)
+            files.check()
+            describe_(model, report)
+            save_graph(model, folder / MODEL)
+            notes += [*files.notes, *arena.notes, *_remarks(report)]
+        _write_texts(files, folder, report)
+        if tokenizer:
+            notes += _write_tokenizer(folder)
+        report.seconds = time.perf_counter() - started
+        (folder / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
+    return Written(Path(out).expanduser(), spec, report, tuple(notes), recipe)
+
+
+def recipe_by_size(spec: DecoderSpec) -> Recipe | None:
+    """8 bits for a large model, nothing for others."""
+    return export_recipe("int8") if weight_count(spec) > LARGE else None
+
+
+def weight_count(spec: DecoderSpec) -> int:
+    """The numbers in all weights of a model."""
+    inner = (weight for i in range(len(spec.layers)) for weight in spec.layer_weights(i))
+    return sum(math.prod(weight.shape) for weights in (spec.outer_weights(), inner) for weight in weights)
+
+
+def save_graph(model: Node, path: Path) -> None:
+    """Write a graph and its weights; every constant has the type already that it is to have."""
+    with progress("writing"):
+        ov.save_model(model, path, compress_to_fp16=False)
+
+
+def describe_(model: Node, report: Report) -> None:
+    """Say in the graph what made it."""
+    model.set_rt_info("lowbit", ["lowbit", "writer"])
+    model.set_rt_info(report.recipe, ["lowbit", "recipe"])
+    model.set_rt_info(json.dumps(report.formats()), ["lowbit", "formats"])
+
+
+def _reported(weights: Iterable[Loaded], spec: DecoderSpec, report: Report) -> Iterator[Loaded]:
+    """The weights as they come, with a line for each."""
+    for loaded in weights:
+        described, weight = spec.weight(loaded.role), loaded.weight
+        assert described is not None
+        path = described.name.format(layer=loaded.layer).removesuffix(".weight")
+        count = math.prod(weight.shape)
+        if isinstance(weight, PackedTensor):
+            role, name = RECIPE_ROLES.get(loaded.role, loaded.role), weight.format.name
+            report.layers.append(LayerReport(path, role, name, list(weight.shape), 2 * count, weight.nbytes, math.nan))
+        elif loaded.role in RECIPE_ROLES:
+            report.skipped.append(Skipped(path, f"it stays {weight.dtype}", count * _ITEM[weight.dtype]))
+        else:
+            report.other_weights += 1
+            report.other_bytes += weight.array.nbytes
+        yield loaded
+
+
+def _remarks(report: Report) -> list[str]:
+    """What the formats mean for speed."""
+    wide = sorted(name for name in report.formats() if any(name.startswith(kind) for kind in _WIDENED_FORMATS))
+    if not wide:
+        return []
+    return [
+        f"{', '.join(wide)} is kept bit for bit, and widened by OpenVINO's plugins at every inference: int8 is faster there"
+    ]
+
+
+_WIDENED_FORMATS = tuple(f"fp8_{kind.removeprefix('f8')}" for kind in WIDENED)
+
+
+def _write_texts(files: ModelFiles, folder: Path, report: Report) -> None:
+    if files.path.exists():
+        copy_companions(files.path, folder)
+    _write_json(folder / CONFIG, files.config)
+    if files.generation_config:
+        _write_json(folder / GENERATION_CONFIG, files.generation_config)
+    _write_json(
+        folder / OV_CONFIG, {"lowbit": {"recipe": report.recipe, "formats": report.formats()}, "openvino": release()}
+    )
+
+
+def _write_tokenizer(folder: Path) -> list[str]:
+    from lowbit.openvino.tokenizer import write_tokenizers
+
+    return write_tokenizers(folder)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

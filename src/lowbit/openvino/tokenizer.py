@@ -1,0 +1,108 @@
+"""Tokenizer and detokenizer as graphs, by openvino-tokenizers; the one door to that package.
+
+The converter knows most tokenizers and not all of them exactly, so the numbers of a few texts are compared with those of
+tokenizer.json, which stays the truth. It reads the tokenizer through transformers. A tokenizer that cannot be converted
+is a remark and no failure: everything but OpenVINO's own pipelines reads tokenizer.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import LowbitError, MissingPackageError, one_line
+from lowbit.openvino.library import ov, release
+from lowbit.runtime.files import read_tokenizer
+
+TOKENIZER, DETOKENIZER = "openvino_tokenizer.xml", "openvino_detokenizer.xml"
+# Words, numbers, code, accents, another script, an emoji, spaces and lines.
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "In 1969, 3.14159 of 1,000 people didn't know it!",
+    "def add(a, b):\n    return a + b  # comment\n",
+    "Füße, naïve café, año",
+    "你好，世界",
+    "A smile 🙂 at the end",
+    "  spaces   and\ttabs\n\nand lines ",
+)
+
+
+def write_tokenizers(folder: Path) -> list[str]:
+    """Write both graphs beside the tokenizer's files; returns remarks."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return ["the model has no tokenizer, so none is written"]
+    try:
+        _check_release()
+        tokenizer, detokenizer = _convert(folder)
+    except MissingPackageError as error:
+        return [f"no tokenizer for OpenVINO's own pipelines is written: {error}"]
+    except LowbitError as error:
+        return [str(error)]
+    ov.save_model(tokenizer, folder / TOKENIZER, compress_to_fp16=False)
+    ov.save_model(detokenizer, folder / DETOKENIZER, compress_to_fp16=False)
+    return differences(folder)
+
+
+def differences(folder: Path) -> list[str]:
+    """The texts that the graph cuts otherwise than tokenizer.json, in a sentence; nothing where all are alike."""
+    truth = read_tokenizer(folder)
+    if truth is None:
+        return []
+    cut = compiled_tokenizer(folder)
+    odd = [text for text in SAMPLES if cut(text) != truth.encode(text)]
+    if not odd:
+        return []
+    return [
+        f"{len(odd)} of {len(SAMPLES)} sample texts get other token numbers from {TOKENIZER} than from tokenizer.json "
+        f"({odd[0]!r} for one): OpenVINO's own pipelines read the former"
+    ]
+
+
+def compiled_tokenizer(folder: Path) -> Any:
+    """A function from a text to its numbers, by the graph."""
+    request = _core().compile_model(str(folder / TOKENIZER), "CPU").create_infer_request()
+
+    def cut(text: str) -> list[int]:
+        return [int(number) for number in request.infer([ov.Tensor([text])])["input_ids"][0]]
+
+    return cut
+
+
+def _core() -> Any:
+    """A Core that knows the operations of these graphs."""
+    import openvino_tokenizers
+
+    found = ov.Core()
+    found.add_extension(str(openvino_tokenizers._ext_path))
+    return found
+
+
+def _check_release() -> None:
+    """Both packages call each other's compiled code: another release ends in a crash."""
+    try:
+        import openvino_tokenizers
+    except ModuleNotFoundError as error:
+        raise MissingPackageError("openvino-tokenizers", "OpenVINO's form of a tokenizer", "openvino") from error
+    found = str(openvino_tokenizers.__version__)
+    if not found.startswith(release()):
+        raise LowbitError(
+            f"openvino-tokenizers {found} does not belong to openvino {release()}, so no tokenizer is written: "
+            "pip install 'lowbit[openvino]' installs one release of both"
+        )
+
+
+def _convert(folder: Path) -> tuple[Any, Any]:
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise MissingPackageError("transformers", "converting a tokenizer", "torch") from error
+    from openvino_tokenizers import convert_tokenizer
+
+    try:
+        found: tuple[Any, Any] = convert_tokenizer(AutoTokenizer.from_pretrained(folder), with_detokenizer=True)
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+        raise LowbitError(
+            f"openvino-tokenizers cannot convert this tokenizer ({one_line(str(error))}), which OpenVINO's own pipelines need; "
+            "tokenizer.json is there for everything else"
+        ) from error
+    return found
