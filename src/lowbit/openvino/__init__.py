@@ -10,7 +10,9 @@ from typing import Any
 
 # Where each public name lives; one line for each module.
 _HOMES: dict[str, tuple[str, ...]] = {
+    "causal_lm": ("OVModelForCausalLM",),
     "compress": ("compress_weights", "compression_report"),
+    "configs": ("OVConfig", "OVQuantizationMethod", "OVWeightQuantizationConfig"),
     "export": ("Written", "write_decoder"),
     "library": ("devices",),
     "modes": (

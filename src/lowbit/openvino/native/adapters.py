@@ -27,6 +27,8 @@ from lowbit.openvino.native.graph import parameter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Matrix = NDArray[np.float32]
+# The last axis of [rows, tokens, channels].
+_LAST = 2
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
 # What peft can put into an adapter beside two matrices, with the value that leaves it out.
 _PLAIN = {
@@ -174,11 +176,25 @@ def _put_beside(model: Any, product: Any, module: str, pair: tuple[Matrix, Matri
             "it is the adapter of another model"
         )
     readers = list(product.output(0).get_target_inputs())
+    source = _unordered(product.input_value(0))
     a = parameter(f"{module}.lora_A", [-1, width], ov.Type.f32)
     b = parameter(f"{module}.lora_B", [height, -1], ov.Type.f32)
-    low = ops.matmul(product.input_value(0), a, False, True)
+    low = ops.matmul(source, a, False, True)
     total = ops.add(product, ops.matmul(low, b, False, True))
     for reader in readers:
         reader.replace_source_output(total.output(0))
     model.add_parameters([a, b])
     return width, height
+
+
+def _unordered(source: Any) -> Any:
+    """What comes into a module: a weight whose inputs were put in another order is given them in that order."""
+    node = source.get_node()
+    if node.get_type_name() != "Gather" or not _is_constant(node.input_value(1)) or _is_constant(node.input_value(0)):
+        return source
+    axis = node.input_value(2).get_node().get_data().item() if _is_constant(node.input_value(2)) else None
+    return node.input_value(0) if axis in (-1, _LAST) else source
+
+
+def _is_constant(port: Any) -> bool:
+    return bool(port.get_node().get_type_name() == "Constant")

@@ -20,7 +20,7 @@ from lowbit.openvino.native.engine import IrEngine, check_vocabulary
 from lowbit.openvino.native.graph import ask_for_logits
 from lowbit.openvino.native.model import AdaptedModel
 from lowbit.openvino.native.rows import LOGITS, Decoder, check_graph
-from lowbit.openvino.opening import read_model
+from lowbit.openvino.opening import compile_model, read_model
 from lowbit.runtime.files import read_tokenizer
 from lowbit.runtime.loading import LONGEST_DEFAULT_CONTEXT
 from lowbit.runtime.settings import settings_from
@@ -48,7 +48,7 @@ def load(
     ask_for_logits(graph)
     named = {Path(adapters).name: adapters} if isinstance(adapters, str | Path) else dict(adapters or {})
     put = Adapters(graph, {name: read_adapter(path) for name, path in named.items()})
-    engine = IrEngine(Decoder.compile(graph, device, ov_config), spec, _context(spec, context), slots)
+    engine = IrEngine(Decoder.of(graph, compile_model(graph, device, ov_config)), spec, _context(spec, context), slots)
     settings = settings_from(read_generation_config(folder), spec.tokens.eos)
     return AdaptedModel(engine, put, read_tokenizer(folder), settings)
 

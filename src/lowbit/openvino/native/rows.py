@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from lowbit.errors import LowbitError
 from lowbit.openvino.library import ov
-from lowbit.openvino.opening import compile_model
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -54,12 +53,12 @@ class Decoder:
     empty: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def compile(cls, model: Any, device: str, ov_config: Mapping[str, Any] | None = None) -> Decoder:
+    def of(cls, model: Any, compiled: Any) -> Decoder:
         infos = [variable.info for variable in model.get_variables()]
         empty = {
             info.variable_id: tuple(map(_at_first, range(len(info.data_shape)), info.data_shape)) for info in infos
         }
-        return cls(compile_model(model, device, ov_config), empty)
+        return cls(compiled, empty)
 
 
 def _at_first(axis: int, size: Any) -> int:

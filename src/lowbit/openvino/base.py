@@ -1,0 +1,170 @@
+"""What every `OVModelFor...` shares: a graph, a device, and a folder that both come from.
+
+    model.model                      the openvino.Model; a changed one may be put in its place
+    model.to("GPU"), model.compile() where it runs, and making it ready, which the first call does otherwise
+    model.save_pretrained(folder)    graph, configuration, and what lay beside them: the tokenizer in both forms
+
+The class is a `PreTrainedModel` without parameters, so that pipelines and `generate` of transformers take it for what it is. Its
+tensors of torch lie on the CPU, wherever the graph runs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import transformers
+
+from lowbit.contents import CONFIG, GENERATION_CONFIG
+from lowbit.errors import CheckpointError, LowbitError
+from lowbit.openvino.export import save_graph
+from lowbit.openvino.library import device as find_device
+from lowbit.openvino.library import ov
+from lowbit.openvino.opening import MODEL, compile_model, read_model
+
+# What a graph's folder holds beside the graph and what transformers writes: copied on to the next folder.
+_BESIDE = (
+    "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "chat_template*", "spiece.model",
+    "preprocessor_config.json", "processor_config.json", "openvino_tokenizer.*", "openvino_detokenizer.*", "openvino_config.json",
+)  # fmt: skip
+
+
+class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transformers is not typed
+    """A graph of OpenVINO that transformers takes for one of its models."""
+
+    config_class = transformers.PreTrainedConfig
+    _supports_sdpa = True
+    # The file of the graph, and transformers' class that gives its configuration.
+    graph_name: ClassVar[str] = MODEL
+
+    def __init__(
+        self,
+        model: Any,
+        config: Any,
+        *,
+        device: str | torch.device = "CPU",
+        ov_config: Mapping[str, Any] | None = None,
+        compile: bool = True,
+        folder: str | Path | None = None,
+    ) -> None:
+        super().__init__(config)
+        self._graph, self._compiled = model, None
+        self._device_name = _device_name(device)
+        self.ov_config = dict(ov_config or {})
+        self.folder = None if folder is None else Path(folder)
+        # What the graph was written to by `from_pretrained(export=True)`: it is read from there as long as the model lives.
+        self._kept: tempfile.TemporaryDirectory[str] | None = None
+        if compile:
+            self.compile()
+
+    @property
+    def model(self) -> Any:
+        """The graph, an `openvino.Model`."""
+        return self._graph
+
+    @model.setter
+    def model(self, graph: Any) -> None:
+        if not isinstance(graph, ov.Model):
+            raise LowbitError(f"model.model is an openvino.Model, and {type(graph).__name__} is none")
+        self._graph, self._compiled = graph, None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would take a module for a part of this one, and never ask the property.
+        if name == "model":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def compiled(self) -> Any:
+        """The graph, ready on its device."""
+        if self._compiled is None:
+            self._compiled = compile_model(self._to_compile(), self._device_name, self.ov_config)
+        return self._compiled
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Make the graph ready on its device."""
+        _ = self.compiled
+
+    def to(self, *places: Any, **named: Any) -> Self:
+        """Run on another of OpenVINO's devices from the next call on: "CPU", "GPU", "GPU.1", "NPU", "AUTO:GPU,CPU"."""
+        places = (*places, *(named[name] for name in ("device",) if named.get(name) is not None))
+        for place in places:
+            if isinstance(place, torch.dtype):
+                raise LowbitError(
+                    f"a graph computes in the type that its device is asked for: ov_config={{'INFERENCE_PRECISION_HINT': ...}} "
+                    f"takes the place of to({place})"
+                )
+            name = _device_name(place)
+            if name != self._device_name:
+                self._device_name, self._compiled = name, None
+        return self
+
+    def clear_requests(self) -> None:
+        """Give back what the device holds; the next call makes it ready again."""
+        self._compiled = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors go in and come out."""
+        return torch.device("cpu")
+
+    @property
+    def ov_device(self) -> str:
+        """OpenVINO's device."""
+        return self._device_name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of what comes out."""
+        return torch.float32
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write the graph and everything beside it, readable by `from_pretrained` and by OpenVINO's own tools."""
+        folder = Path(save_directory).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_graph(self._graph, folder / self.graph_name)
+        self.config.save_pretrained(folder)
+        if self.can_generate() and self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+        if self.folder is not None and self.folder.resolve() != folder.resolve():
+            for pattern in _BESIDE:
+                for file in self.folder.glob(pattern):
+                    shutil.copy(file, folder / file.name)
+
+    def _to_compile(self) -> Any:
+        """The graph as it is compiled, where that differs from the one that is saved."""
+        return self._graph
+
+    @classmethod
+    def _open(cls, folder: Path, config: Any = None, trust_remote_code: bool = False, **keywords: Any) -> Self:
+        """The model of a folder that holds a graph."""
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(
+                f"{folder} has no {CONFIG}: copy the one of the original model beside {cls.graph_name}"
+            )
+        if config is None:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        made = cls(read_model(folder, cls.graph_name), config, folder=folder, **keywords)
+        if made.can_generate() and (folder / GENERATION_CONFIG).is_file():
+            made.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        return made
+
+
+def replace_graph(model: Any, path: Path) -> None:
+    """Write a graph's two files. It may be reading its weights from the very files that it replaces."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing") as beside:
+        save_graph(model, Path(beside) / path.name)
+        for written in Path(beside).iterdir():
+            written.replace(path.parent / written.name)
+
+
+def _device_name(place: Any) -> str:
+    """A device as OpenVINO spells it; a torch device of the CPU is that."""
+    if isinstance(place, torch.device) and place.type != "cpu":
+        raise LowbitError(f'{place} is a device of torch: name one of OpenVINO\'s, such as model.to("GPU")')
+    return find_device(str(place))

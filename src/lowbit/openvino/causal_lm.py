@@ -1,0 +1,184 @@
+"""A language model in OpenVINO's form with the whole `generate` of transformers.
+
+    model = OVModelForCausalLM.from_pretrained("folder or model", export=True, load_in_8bit=True)
+    model.generate(**tokenizer("Once upon a time", return_tensors="pt"), num_beams=4)
+
+`generate` calls `forward` step by step and owns everything else: drawing, beams, streamers, criteria, processors, scores, guesses
+by a smaller model. The past stays in the graph's state, and `StateCache` says to generate that it does.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import transformers
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lowbit.errors import LowbitError
+from lowbit.openvino.base import OVModel
+from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
+from lowbit.openvino.exporting import compress, export_decoder, quantization_asked
+from lowbit.openvino.native.graph import ask_for_logits
+from lowbit.openvino.native.rows import Decoder, Integers, Rows, check_graph
+from lowbit.openvino.opening import has_graph, read_model
+from lowbit.openvino.state_cache import StateCache
+
+_OWN_CACHES = (None, "dynamic", "hybrid")
+
+
+class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore[misc]  # transformers is not typed
+    """A decoder in OpenVINO's form."""
+
+    auto_model_class = transformers.AutoModelForCausalLM
+    main_input_name = "input_ids"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | Path,
+        *,
+        export: bool | None = None,
+        load_in_8bit: bool | None = None,
+        load_in_4bit: bool | None = None,
+        quantization_config: Any = None,
+        device: str = "CPU",
+        ov_config: Mapping[str, Any] | None = None,
+        compile: bool = True,
+        config: Any = None,
+        **keywords: Any,
+    ) -> Self:
+        """A model from a folder in OpenVINO's form, or from any other that lowbit reads, which is exported first.
+
+        Without a word about bits a model above 1e9 weights is exported in 8, and says so; load_in_8bit=False keeps its own type.
+        `keywords` are those of transformers that say whose copy of a model is meant, and trust_remote_code.
+        """
+        asked = quantization_asked(load_in_8bit, load_in_4bit, quantization_config)
+        idle = {"use_cache": True, "stateful": True, "use_safetensors": True, "library_name": "transformers"}
+        for name, usual in idle.items():
+            if keywords.pop(name, usual) not in (usual, None):
+                raise LowbitError(f"{name}={not usual!r} is not what an exported language model has here: leave it out")
+        source = Path(model_id).expanduser()
+        opened = {"device": device, "ov_config": ov_config, "config": config}
+        if has_graph(source) and not (export and (source / "model.safetensors").is_file()):
+            made = cls._open(source, compile=compile and asked is None, **opened, **_trust(keywords))
+            if asked is not None:
+                made.model = compress(made.model, _of_graphs(asked), source, keywords)
+                if compile:
+                    made.compile()
+            return made
+        if export is False and source.is_dir():
+            read_model(source)  # says what the folder lacks
+        kept = tempfile.TemporaryDirectory(prefix="lowbit-openvino-")
+        out = Path(kept.name) / "model"
+        export_decoder(model_id, out, asked, large_in_8_bits=load_in_8bit is None, keywords=keywords)
+        made = cls._open(out, compile=compile, **opened, **_trust(keywords))
+        made._kept = kept
+        return made
+
+    def _to_compile(self) -> Any:
+        check_graph(self.model)
+        graph = self.model.clone()
+        ask_for_logits(graph)
+        return graph
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """The logits after each token, or after those that `logits_to_keep` names, and the past to go on from."""
+        if input_ids is None or inputs_embeds is not None:
+            raise LowbitError("the graph takes tokens: give input_ids= instead of inputs_embeds=")
+        if output_attentions or output_hidden_states:
+            raise LowbitError(
+                "the graph gives logits alone: leave out output_attentions= and output_hidden_states=, or ask the original model"
+            )
+        cache = self._cache() if past_key_values is None else past_key_values
+        tokens = input_ids.cpu().numpy()
+        mask = _whole_mask(attention_mask, tokens.shape, cache.rows.length)
+        positions = None if position_ids is None else position_ids.cpu().numpy()
+        if positions is None and mask is not None:
+            positions = _count(mask)[:, -tokens.shape[1] :]
+        wanted = _kept(logits_to_keep, tokens.shape[1])
+        found = cache.rows.read(tokens, cache.take_order(len(tokens)), mask, positions, wanted)
+        logits = torch.from_numpy(found)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.get_text_config().vocab_size)
+        past = None if use_cache is False else cache
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
+        return output.to_tuple() if return_dict is False else output
+
+    def _cache(self) -> StateCache:
+        return StateCache(Rows(Decoder.of(self.model, self.compiled)))
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
+        """Called by generate before its first step: the past is a state, so a cache of another kind would stay empty."""
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in _OWN_CACHES:
+                raise LowbitError(
+                    f"the graph keeps what it has read itself: leave out cache_implementation="
+                    f"{generation_config.cache_implementation!r}"
+                )
+            model_kwargs["past_key_values"] = self._cache()
+        elif given is not None and not isinstance(given, StateCache):
+            raise LowbitError(
+                f"the graph keeps what it has read itself and takes no {type(given).__name__}: pass the past_key_values that "
+                "this model returned, or none"
+            )
+
+
+def _trust(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    return {"trust_remote_code": bool(keywords.get("trust_remote_code"))}
+
+
+def _of_graphs(asked: Quantization) -> OVWeightQuantizationConfig:
+    if not isinstance(asked, OVWeightQuantizationConfig) or asked.of_torch is not None:
+        raise LowbitError(
+            "this configuration quantises a torch model, and the folder holds a graph: start from the original"
+        )
+    return asked
+
+
+def _whole_mask(mask: torch.Tensor | None, shape: tuple[int, ...], length: int) -> Integers | None:
+    """The mask over what was read and what is read now; one for the new tokens alone has nothing hidden before them."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise LowbitError(f"attention_mask has {mask.dim()} axes, and the graph takes [rows, tokens]")
+    whole: Integers = mask.cpu().numpy().astype(np.int64)
+    if whole.shape[1] == shape[1] and length:
+        whole = np.concatenate([np.ones((shape[0], length), np.int64), whole], axis=1)
+    if whole.shape != (shape[0], length + shape[1]):
+        raise LowbitError(
+            f"attention_mask has the shape {list(whole.shape)}, and {length} tokens read before with {shape[1]} new ones in "
+            f"{shape[0]} rows need {[shape[0], length + shape[1]]}"
+        )
+    return whole
+
+
+def _count(mask: Integers) -> Integers:
+    """Positions counted over what is no padding."""
+    counted: Integers = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    return counted
+
+
+def _kept(wanted: int | torch.Tensor, count: int) -> Integers:
+    """Which of the new positions are asked for; 0 means all."""
+    if isinstance(wanted, torch.Tensor):
+        kept: Integers = np.arange(count)[wanted.cpu().numpy()]
+        return kept
+    return np.arange(count)[-wanted:] if wanted else np.arange(count)

@@ -1,0 +1,120 @@
+"""From a model and what is asked of its weights to a folder of OpenVINO's: the way of `from_pretrained(export=True)` and of
+`optimum-cli export openvino`.
+
+    nothing, or what weights say of themselves     written as they are read, one at a time (export.write_decoder)
+    what needs the torch model (AWQ, GPTQ, TEQ, AutoRound)     quantised by lowbit first, whose codes are then written
+    what needs the whole graph (a dataset, exceptions, other metrics)     written in its own type, then compress_weights
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowbit.calibration import Calibration, calibration_from
+from lowbit.checkpoint.auto import AutoModelForCausalLM
+from lowbit.configs.base import PILE, WeightOnlyConfig
+from lowbit.errors import RecipeError
+from lowbit.openvino.base import replace_graph
+from lowbit.openvino.compress import compress_weights
+from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization, read_config
+from lowbit.openvino.export import Written, write_decoder
+from lowbit.openvino.opening import MODEL, read_model
+
+_WINDOWS, _LENGTH = 32, 256
+_DYNAMIC_QUANTIZATION = ("runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+
+
+def quantization_asked(load_in_8bit: bool | None, load_in_4bit: bool | None, config: Any) -> Quantization | None:
+    """What the keywords of a `from_pretrained` ask for; None for nothing."""
+    asked = [
+        name for name, given in (("load_in_8bit", load_in_8bit), ("load_in_4bit", load_in_4bit), ("quantization_config", config))
+        if given
+    ]  # fmt: skip
+    if len(asked) > 1:
+        raise RecipeError(f"{' and '.join(asked)} ask for two things: leave one out")
+    if load_in_8bit:
+        return OVWeightQuantizationConfig(bits=8)
+    if load_in_4bit:
+        return OVWeightQuantizationConfig(bits=4)
+    return None if config is None else read_config(config)
+
+
+def export_decoder(
+    source: str | Path,
+    out: str | Path,
+    quantization: Quantization | None = None,
+    *,
+    large_in_8_bits: bool = True,
+    tokenizer: bool = True,
+    keywords: Mapping[str, Any] | None = None,
+) -> Written:
+    """Write a language model; what was decided on the way is printed. `keywords` are those of transformers' from_pretrained."""
+    config = quantization.of_torch if isinstance(quantization, OVWeightQuantizationConfig) else quantization
+    if isinstance(config, WeightOnlyConfig):
+        named = getattr(config, "tokenizer", None)
+        if config.to_recipe().asks_for_data and (named is None or isinstance(named, str)):
+            config = copy.copy(config)
+            vars(config)["tokenizer"] = _tokenizer(named or source, keywords)
+        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **(keywords or {}))
+        return _told(write_decoder(model, out, tokenizer=tokenizer))
+    held = AutoModelForCausalLM.from_pretrained(source, **keywords) if keywords else source
+    if not isinstance(quantization, OVWeightQuantizationConfig):
+        return _told(write_decoder(held, out, tokenizer=tokenizer, large_in_8_bits=large_in_8_bits))
+    if quantization.recipe is not None:
+        ratio = quantization.ratio if quantization.ratio < 1 else None
+        written = write_decoder(held, out, format=quantization.recipe, ratio=ratio, tokenizer=tokenizer)
+    else:
+        written = write_decoder(held, out, tokenizer=tokenizer, large_in_8_bits=False)
+        replace_graph(compress(read_model(out), quantization, source, keywords), Path(out) / MODEL)
+    if quantization.dq_group_size is not None:
+        graph = read_model(out)
+        graph.set_rt_info(str(quantization.dq_group_size), list(_DYNAMIC_QUANTIZATION))
+        replace_graph(graph, Path(out) / MODEL)
+    return _told(written)
+
+
+def compress(
+    graph: Any, config: OVWeightQuantizationConfig, source: str | Path, keywords: Mapping[str, Any] | None = None
+) -> Any:
+    """A graph with the weights that a configuration asks for; `source` has the tokenizer of its text."""
+    if config.dataset is None and not config.gptq and not config.scale_estimation:
+        return compress_weights(graph, **config.arguments)
+    named = isinstance(config.dataset, str) and not Path(config.dataset).expanduser().is_file()
+    tokenizer = config.tokenizer if config.tokenizer is not None else _tokenizer(source, keywords)
+    if isinstance(tokenizer, str | Path):
+        tokenizer = _tokenizer(tokenizer, keywords)
+    text = PILE if named or config.dataset is None else config.dataset  # data sets of the hub: lowbit's default text
+    calibration = calibration_from(text, tokenizer, config.num_samples or _WINDOWS, _LENGTH)
+    return compress_weights(graph, dataset=list(_inputs(calibration)), **config.arguments)
+
+
+def _inputs(calibration: Calibration) -> Iterator[dict[str, Any]]:
+    """The windows as inputs of the graph."""
+    for window in calibration.tokens.numpy():
+        tokens = window[None].astype(np.int64)
+        positions = np.arange(tokens.shape[1])[None]
+        yield {
+            "input_ids": tokens,
+            "attention_mask": np.ones_like(tokens),
+            "position_ids": positions,
+            "beam_idx": np.zeros(1, np.int32),
+        }
+
+
+def _tokenizer(source: str | Path, keywords: Mapping[str, Any] | None) -> Any:
+    import transformers  # its tokenizers are asked for by few configurations
+
+    trusted = bool((keywords or {}).get("trust_remote_code"))
+    return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+
+
+def _told(written: Written) -> Written:
+    for note in written.notes:
+        print(f"lowbit: {note}", file=sys.stderr)
+    return written
