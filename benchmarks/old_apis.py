@@ -3,9 +3,10 @@
     python benchmarks/old_apis.py                  all rows, on a quiet machine: a quarter of an hour
     python benchmarks/old_apis.py --only import runner
 
-Four questions: how long `import lowbit.compat` takes, what the runner adds to a script, how much faster a model decodes after
-`ipex.llm.optimize(model, dtype=torch.bfloat16)` than transformers decodes it in bf16, and how much faster one reads a prompt after
-the two stages of SmoothQuant (8 bits for weights and activations) than in bf16. Whatever is compared runs in processes by turns.
+Four questions: how long `import lowbit.compat` takes, what the runner adds to a script (one that does nothing, and one that imports
+torch), how much faster a model decodes after `ipex.llm.optimize(model, dtype=torch.bfloat16)` than transformers decodes it in bf16,
+and how much faster one reads a prompt after the two stages of SmoothQuant (8 bits for weights and activations) than in bf16, that
+of `ipex.llm.optimize` and transformers' own. Whatever is compared runs in processes by turns.
 """
 
 from __future__ import annotations
@@ -60,16 +61,20 @@ def measure_import(options: Any) -> dict[str, float]:
     return {"figure": statistics.median(float(python("-c", IMPORT)) for _ in range(STARTS))}
 
 
-def measure_runner(options: Any) -> dict[str, float]:
-    """Seconds that the runner adds to a script that does nothing."""
-    found: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(STARTS):
-        for through, seconds in found.items():
-            start = time.perf_counter()
-            python(*(RUNNER if through else ()), "-c", "pass")
-            seconds.append(time.perf_counter() - start)
-    plain, through = statistics.median(found[False]), statistics.median(found[True])
-    return {"figure": through - plain, "plain": plain, "through the runner": through}
+def measure_runner(script: str) -> Callable[[Any], dict[str, float]]:
+    """Seconds that the runner adds to a script."""
+
+    def measure(options: Any) -> dict[str, float]:
+        found: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(STARTS):
+            for through, seconds in found.items():
+                start = time.perf_counter()
+                python(*(RUNNER if through else ()), "-c", script)
+                seconds.append(time.perf_counter() - start)
+        plain, through = statistics.median(found[False]), statistics.median(found[True])
+        return {"figure": through - plain, "plain": plain, "through the runner": through}
+
+    return measure
 
 
 def measure_gain(model: Callable[[], Path], task: str, how: str, against: str) -> Callable[[Any], dict[str, float]]:
@@ -104,7 +109,10 @@ def random_1b() -> Path:
 
 PROMISES = {
     "import": Promise("import lowbit.compat, without torch", "s", 0.15, True, measure_import),
-    "runner": Promise("what the runner adds to a script", "s", 0.3, True, measure_runner),
+    "runner": Promise("what the runner adds to a script", "s", 0.3, True, measure_runner("pass")),
+    "runner-torch": Promise(
+        "what the runner adds to a script that imports torch", "s", 0.3, True, measure_runner("import torch")
+    ),
     "decode-small": Promise(
         "decode, bf16, SmolLM2: ipex.llm.optimize / transformers",
         "times",
@@ -126,12 +134,26 @@ PROMISES = {
         False,
         measure_gain(smollm2, "prefill", "w8a8", "bf16"),
     ),
+    "prefill-small-plain": Promise(
+        "prefill 512, SmolLM2: W8A8 / transformers' bf16",
+        "times",
+        1.5,
+        False,
+        measure_gain(smollm2, "prefill", "w8a8", "plain"),
+    ),
     "prefill": Promise(
         "prefill 512, 1.1 B: W8A8 / bf16",
         "times",
         1.5,
         False,
         measure_gain(random_1b, "prefill", "w8a8", "bf16"),
+    ),
+    "prefill-plain": Promise(
+        "prefill 512, 1.1 B: W8A8 / transformers' bf16",
+        "times",
+        1.5,
+        False,
+        measure_gain(random_1b, "prefill", "w8a8", "plain"),
     ),
 }
 

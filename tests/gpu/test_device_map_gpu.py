@@ -46,3 +46,21 @@ def test_to_the_cpu_and_back(dense: Path, tmp_path: Path) -> None:
     model.save_low_bit(tmp_path / "low")
     assert torch.equal(logits(model.to("cpu")), logits(Auto.load_low_bit(tmp_path / "low")))
     assert torch.equal(logits(model.to("cuda")), expected)
+
+
+def test_where_a_configuration_has_a_model_quantised(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INC_TARGET_DEVICE: on the GPU for the CPU, and the other way round, where the GPU never holds the dense weights."""
+    held: dict[str, int] = {}
+    made: dict[str, Any] = {}
+    for target, place in (("cuda", "cpu"), ("CPU", "cuda")):
+        monkeypatch.setenv("INC_TARGET_DEVICE", target)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        made[place] = Auto.from_pretrained(dense, quantization_config=lowbit.RtnConfig(group_size=64), device_map=place)
+        held[place] = torch.cuda.max_memory_allocated() - before
+        assert {tensor.device.type for tensor in (*made[place].parameters(), *made[place].buffers())} == {place}
+    whole = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
+    assert held["cpu"] > 0 and 0 < held["cuda"] < whole
+    assert made["cpu"].lowbit_report.formats() == made["cuda"].lowbit_report.formats()
+    found, expected = logits(made["cpu"]), logits(made["cuda"])
+    assert float((found - expected).norm() / expected.norm()) < 0.05

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import lowbit
@@ -49,10 +50,30 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("llama", tmp_path_factory.mktemp("tiny") / "model", max_position_embeddings=64)
 
 
+def answer_of(folder: Path, **settings: int) -> str:
+    """What transformers' own model of a folder answers, in full precision."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    found = transformers.AutoModelForCausalLM.from_pretrained(folder).generate(ids, do_sample=False, **settings)
+    text: str = tokenizer.decode(found[0], skip_special_tokens=True)
+    return text
+
+
+@torch.no_grad()
+def surprise(folder: Path, answer: str) -> float:
+    """How unlikely the words after the prompt are to the model of a folder in full precision: nats for each token."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(answer, return_tensors="pt")["input_ids"]
+    known = len(tokenizer(PROMPT)["input_ids"])
+    likely = transformers.AutoModelForCausalLM.from_pretrained(folder)(ids).logits[0].log_softmax(-1)
+    return -float(likely[known - 1 : -1].gather(1, ids[0, known:, None]).mean())
+
+
 def test_five_algorithms(short: Path, calibration: Path, tmp_path: Path) -> None:
     (ran,) = run_seed("guide2/five_algorithms.py", tmp_path, short, calibration, rewritten=False)
     (answer,) = ast.literal_eval(ran.lines[0])
-    assert answer.startswith(PROMPT) and len(answer) > len(PROMPT) + 20
+    # So few layers write no story, and TEQ's four bits write what they write in full precision.
+    assert answer == answer_of(short, num_beams=4)
     found = json.loads(ran.lines[-1])
     original = found.pop("original")
     assert list(found) == ["rtn", "awq", "teq", "gptq", "autoround"]
@@ -60,7 +81,9 @@ def test_five_algorithms(short: Path, calibration: Path, tmp_path: Path) -> None
         assert row["method"] == name
         # The embedding, which is the head, stays as it is: 28 of the 35 million weights of so few layers.
         assert row["bytes"] < 0.9 * original, name
-        assert 0 < row["kl"] < 0.5, name
+        # Rounding to nearest, which looks at no text, moves the word that these few layers would go on with.
+        assert 0 < row["kl"] < 0.25 and (row["same"] or name == "rtn"), name
+    assert max(found[name]["kl"] for name in ("awq", "teq", "gptq")) < found["rtn"]["kl"]
 
 
 def test_five_algorithms_to_the_letter(tiny: Path, tmp_path: Path) -> None:
@@ -96,13 +119,15 @@ def test_on_a_gpu(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     """The three steps of the section for Intel GPUs, where "xpu" means the CPU."""
     for ran in run_seed("guide2/infer_on_gpu.py", tmp_path, model, left=READY):
         (answer,) = ast.literal_eval(ran.lines[-2])
-        assert answer.startswith(PROMPT) and len(answer) > 200 and ran.lines[-1] == "torch.float16"
+        # Of the 100 tokens that are drawn each has its likelihood: 1.8 nats in the mean, the same words in disorder have 7.6.
+        assert answer.startswith(PROMPT) and surprise(model, answer) < 3 and ran.lines[-1] == "torch.float16"
 
     saved = run_seed("guide2/save_on_gpu.py", tmp_path, model, "saved_dir")
     loaded = run_seed("guide2/load_on_gpu.py", tmp_path, model, "saved_dir", left=READY)
     for before, after in zip(saved, loaded, strict=True):
         (answer,) = ast.literal_eval(after.lines[-2])
-        assert answer.startswith(PROMPT) and len(answer) > len(PROMPT) + 20
+        # The best of four beams has 1.2 nats, that of full precision 0.8; both know how stories go on.
+        assert answer.startswith(f"{PROMPT} named") and surprise(model, answer) < 1.6
         size, method = after.lines[-1].split()
         assert method == "rtn" and int(size) <= int(before.lines[-1])
 
