@@ -50,6 +50,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command("lowbit.cli.demo", "the whole way once, on a small model that comes as a package"),
     "quantize": Command("lowbit.cli.quantize", "make a model low-bit and save it, with a report of every layer"),
+    "export": Command("lowbit.cli.export", "write a model in OpenVINO's form, compared with its source"),
     "generate": Command("lowbit.cli.generate", "answer one prompt, word by word"),
     "chat": Command("lowbit.cli.chat", "talk with a model"),
     "inspect": Command("lowbit.cli.inspect", "what lies in a checkpoint: layers, formats, sizes"),

@@ -26,6 +26,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "SensitivityMetric",
     ),
     "tracing": ("Traced", "trace"),
+    "verify": ("Verification", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -46,12 +46,13 @@ _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Written:
-    """What an export made. `recipe` is what plain weights were rounded by, None where none was."""
+    """What an export made, and of what. `recipe` is what plain weights were rounded by, None where none was."""
 
     folder: Path
     spec: DecoderSpec
     report: Report
     notes: tuple[str, ...]
+    files: ModelFiles
     recipe: Recipe | None = None
 
 
@@ -78,7 +79,7 @@ def write_decoder(
         if recipe is not None:
             notes.append(
                 f"the model has {weight_count(spec) / 1e9:.1f} billion weights and is written in 8 bits; "
-                "ask for a format, or for large_in_8_bits=False (--weight-format fp16), to have another"
+                "ask for a format, or for large_in_8_bits=False (--format none), to have another"
             )
     if recipe is not None and needs_torch(recipe):
         files, recipe = rounded(source, recipe), None
@@ -101,7 +102,7 @@ def write_decoder(
             notes += _write_tokenizer(folder)
         report.seconds = time.perf_counter() - started
         (folder / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
-    return Written(Path(out).expanduser(), spec, report, tuple(notes), recipe)
+    return Written(Path(out).expanduser(), spec, report, tuple(notes), files, recipe)
 
 
 def recipe_by_size(spec: DecoderSpec) -> Recipe | None:

@@ -18,9 +18,10 @@ import numpy as np
 
 from lowbit.contents import quantization_config, read_config, read_generation_config, weight_files
 from lowbit.core import calls
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, RecipeError, nearest
 from lowbit.formats import Format
 from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
+from lowbit.models.families import FAMILIES, TEXT_PARTS
 from lowbit.openvino.constants import array_of
 from lowbit.packing import PackedTensor
 from lowbit.recipe import Recipe
@@ -45,7 +46,9 @@ def open_source(source: Any) -> ModelFiles:
         return cast(ModelFiles, HeldModel(_load(str(source))))
     method = None
     if (path / "config.json").is_file():
-        method = (quantization_config(read_config(path)) or {}).get("quant_method")
+        stored = read_config(path)
+        check_has_spec(stored)
+        method = (quantization_config(stored) or {}).get("quant_method")
     if method in _READ_BY_THE_ENGINE:
         return open_files(path)
     from lowbit.checkpoint.ready_made import METHODS
@@ -53,6 +56,16 @@ def open_source(source: Any) -> ModelFiles:
     if method in METHODS:
         return cast(ModelFiles, ReadyMadeFiles(path))
     return cast(ModelFiles, HeldModel(_load(str(path))))
+
+
+def check_has_spec(config: dict[str, Any]) -> None:
+    """Refuse a model whose parts lowbit does not know by name, with the way that is open to it."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES and kind not in TEXT_PARTS:
+        raise RecipeError(
+            f"lowbit has no graph for models of type {kind!r} ({nearest(str(kind), FAMILIES)}): lowbit.openvino.trace follows "
+            "one call of any torch module, without a memory between calls"
+        )
 
 
 def needs_torch(recipe: Recipe) -> bool:
@@ -87,6 +100,7 @@ class HeldModel:
         self._held = held_weights(model)
         self._dense = dict(model.named_parameters(remove_duplicate=False))
         self.config: dict[str, Any] = model.config.to_dict()
+        check_has_spec(self.config)
         self.config.pop("quantization_config", None)
         self.config.setdefault("architectures", [type(model).__name__])
         generation = getattr(model, "generation_config", None)

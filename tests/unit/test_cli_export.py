@@ -1,0 +1,109 @@
+"""`lowbit export openvino`: what is written is compared with its source, and what cannot be is one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lowbit
+from lowbit.cli import main
+from lowbit.errors import LowbitError
+from lowbit.openvino import verify, write_decoder
+from lowbit.openvino.verify import Row, divergence
+from lowbit_assets import tiny_model, tiny_model_in_memory
+from lowbit_assets.tiny import write_byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_model("llama", tmp_path_factory.mktemp("plain"))
+    write_byte_tokenizer(folder)
+    return folder
+
+
+def test_the_command_writes_and_compares(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", "openvino", "--model", str(plain), "--int4", "--group-size", "32", "--ratio", "0.5"]
+    assert main([*words, str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["formats"]) == {"int4_g32", "int8_channel"} and found["rounding"] > 0
+    exact, default = found["verification"]
+    assert exact["device"] == "CPU" and exact["setting"] == "exact" and exact["passed"]
+    assert exact["difference"] < 1e-4 and exact["same"] == exact["tokens"] == 32
+    assert default["setting"] == "default" and default["passed"]
+    names = {"openvino_model.xml", "openvino_model.bin", "openvino_tokenizer.xml", "openvino_detokenizer.xml"}
+    assert names | {"config.json", "tokenizer.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert main([*words, str(tmp_path / "out")]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "out"), "--force", "--no-verify"]) == 0
+    assert "divergence" not in capsys.readouterr().out
+
+
+def test_a_low_bit_folder_keeps_its_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lowbit.optimize_model(tiny_model_in_memory("qwen3"), low_bit="int4_fine_g32").save_low_bit(tmp_path / "small")
+    assert main(["export", "openvino", "--model", str(tmp_path / "small"), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "int4_fine_g32" in said.out and "as the source" in said.out and "FAILED" not in said.out
+    assert "rounding" not in said.out and "no tokenizer" in said.err
+
+
+def test_a_folder_that_answers_otherwise_is_found_out(plain: Path, tmp_path: Path) -> None:
+    written = write_decoder(plain, tmp_path / "out", "int8")
+    assert verify(written).passed
+    other = write_decoder(tiny_model("llama", tmp_path / "other", seed=1), tmp_path / "other-out", "int8")
+    assert not verify(dataclasses.replace(written, folder=other.folder)).passed
+    (other.folder / "openvino_model.bin").unlink()
+    broken = verify(dataclasses.replace(written, folder=other.folder))
+    assert not broken.passed and "without its weights" in broken.rows[0].error
+
+
+def test_what_counts_as_the_same() -> None:
+    logits = np.random.default_rng(0).standard_normal((5, 40)).astype(np.float32)
+    assert divergence(logits, logits) == 0 and divergence(logits, logits + 3) < 1e-9 < divergence(logits, 2 * logits)
+    row = Row("CPU", "exact", 1e-5, 0, same=32, tokens=32)
+    assert row.passed and not dataclasses.replace(row, same=3).passed
+    assert dataclasses.replace(row, same=3, tie=True).passed and not dataclasses.replace(row, difference=0.1).passed
+    assert not dataclasses.replace(row, setting="default", difference=float("nan")).passed
+    assert not dataclasses.replace(row, setting="default", divergence=1.0).passed
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--int4", "--device", "NPU.3"], "there is no device 'NPU.3' here: OpenVINO 2026"),
+        (["--group-size", "32"], "belong to a format"),
+        (["--int8", "--ratio", "0.5"], "share of weights"),
+        (["--format", "int9"], "int9"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    words: list[str], sentence: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "openvino", "--model", str(plain), *words, str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert sentence in said.err and said.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_architecture_without_a_graph_of_ours_is_said(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "odd")
+    config = json.loads((plain / "config.json").read_text()) | {"model_type": "bamba"}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LowbitError, match=r"lowbit\.openvino\.trace"):
+        write_decoder(tmp_path / "odd", tmp_path / "out")
+
+
+def test_without_the_package_there_is_a_line_that_installs_it(plain: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['openvino'] = None\n"
+        "from lowbit.cli import main\n"
+        f"sys.exit(main(['export', 'openvino', '--model', {str(plain)!r}, '--int4', {str(tmp_path / 'out')!r}]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "needs the package 'openvino'" in result.stderr and "pip install 'lowbit[openvino]'" in result.stderr
