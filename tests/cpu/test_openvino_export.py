@@ -185,10 +185,14 @@ def test_the_plugin_keeps_weights_packed_and_attention_whole(format: str, type: 
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_experts_answer_as_the_engine_does(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("format", "type"), [("int4_g32", "i4"), ("int4_asym_g32", "u4"), ("int8", "i8"), (None, "bf16")]
+)
+def test_only_the_chosen_experts_are_computed(family: str, format: str | None, type: str, tmp_path: Path) -> None:
     plain = tiny_model(family, tmp_path / "plain")
-    write_decoder(plain, tmp_path / "out", "int4_g32", tokenizer=False)
-    expected = load(plain, export_recipe("int4_g32"), **PLAIN).logits(IDS)
+    written = write_decoder(plain, tmp_path / "out", format, tokenizer=False)
+    assert kinds(tmp_path / "out")[f"GatherMatmul {type}"] == 3 * len(written.spec.layers)
+    expected = load(plain, format and export_recipe(format), **PLAIN).logits(IDS)
     assert np.abs(logits(tmp_path / "out") - expected).max() <= 1e-4
 
 

@@ -71,6 +71,18 @@ def test_groups_that_do_not_divide_the_inputs(name: str, columns: int) -> None:
     assert np.abs(evaluated(weight) - ours).max() <= EXACT * np.abs(ours).max()
 
 
+@pytest.mark.parametrize(
+    ("name", "type"), [("mxfp4", "i8"), ("nvfp4", "i8"), ("int2", "i4"), ("int4", "i4"), ("nf4", "nf4")]
+)
+def test_experts_are_held_in_types_that_are_read_packed(name: str, type: str) -> None:
+    format = format_from_name(name)
+    weight = grid.quantize(torch.randn(3, 8, 128, generator=torch.Generator().manual_seed(3)), format)
+    held = hold(weight)
+    assert held.codes.type == type and bool(held.note) == (type == "nf4")
+    ours = grid.unpack(weight).numpy()
+    assert np.abs(evaluated(weight) - ours).max() <= EXACT * np.abs(ours).max()
+
+
 @pytest.mark.parametrize("name", ["int4", "int4_asym", "int8", "int8_asym", "nf4", "mxfp4"])
 def test_codes_are_the_bits_of_the_source(name: str) -> None:
     """Of 4 and 8 bits nothing is done to the stream but to turn the sign of symmetric integers."""

@@ -21,6 +21,9 @@ which the plugins fold into the product: the weight stays as small in memory as 
     q3_k, q6_k                i4, i8     -                codes; the products of their scales in f32
     fp4, nf3, fp6_e3m2        i8         -                levels rounded to 120 or 127 steps: a note says so
 
+Experts lie in one constant, which the CPU plugin reads packed in 4 and 8 bits of integers alone: there int2 is i4, and
+fp4_e2m1, mxfp4 and nvfp4 are i8, whose levels doubled are whole numbers: the numbers stay the same.
+
 Types without a place here would be wider in memory (u3), and u2 with a zero for each group is refused by the CPU plugin
 when it rounds activations. Scales are f16 where f16 holds them exactly, and f32 otherwise (bf16, double quantisation).
 A group size that does not divide the inputs becomes one that does, with scales repeated: the numbers stay the same.
@@ -36,14 +39,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit.core import calls
+from lowbit.formats import LEVELS
 from lowbit.packing import PackedTensor
 
 Array = NDArray[Any]
 _DIRECT = {"nf4": "nf4", "e2m1": "f4e2m1", "e4m3": "f8e4m3", "e5m2": "f8e5m2"}
 # Steps from zero to the largest level: 120 for fp4, whose levels are then whole but for one (1/192 as 0.6 of a step).
 _STEPS = {"fp4_bnb": 120, "nf3": 127, "nf3_bigdl": 127, "e3m2": 127}
+_E8M0_BIAS = np.float32(127)
 _SCALE_MIDPOINT = np.float32(128)  # doubly quantised scales are signed around it
-_EIGHTHS = 8  # e2m3: every level is a multiple of an eighth
+# Tables whose levels are whole numbers once they are multiplied.
+_WHOLE = {"e2m3": 8, "e2m1": 2}
+_MATRIX = 2  # axes; a stack of experts has another
 _WIDTHS = {"u2": 2, "u4": 4, "i4": 4, "nf4": 4, "f4e2m1": 4}
 WIDENED = ("f8e4m3", "f8e5m2")
 
@@ -212,7 +219,7 @@ def _of_integers(packed: PackedTensor) -> _Grid:
         zeros = packed.zeros * step if format.fine_zeros else packed.zeros
         codes = stream if stream is not None and bits in (4, 8) else _unpacked(packed)
         return _Grid("u8" if bits > 4 else "u4", codes, format.group_size, scales, zeros)
-    if bits == 2:
+    if bits == 2 and len(packed.shape) == _MATRIX:
         codes = _unpacked(packed) if stream is None else stream
         return _Grid("u2", codes, format.group_size, scales, np.array(format.midpoint))
     flip = {4: np.uint8(0x88), 8: np.uint8(0x80)}.get(bits)  # two's complement is the code with its top bit turned
@@ -227,23 +234,20 @@ def _of_integers(packed: PackedTensor) -> _Grid:
 
 
 def _of_levels(packed: PackedTensor) -> _Grid:
-    format, table = packed.format, packed.format.table
-    scales: Array = packed.scales
-    kind, factor = {"e8m0": "f8e8m0", "e4m3": "f8e4m3"}.get(format.scale_dtype, ""), None
-    if format.has_global_scale:
-        factor = float(packed.scale_scales[0])
-    if not kind:
-        scales = effective_scales(packed)
-    if table in _DIRECT:
+    format, table, stacked = packed.format, packed.format.table, len(packed.shape) > _MATRIX
+    if table in _DIRECT and not (stacked and table in _WHOLE):
+        kind = {"e8m0": "f8e8m0", "e4m3": "f8e4m3"}.get(format.scale_dtype, "")
+        scales = packed.scales if kind else effective_scales(packed)
+        factor = float(packed.scale_scales[0]) if format.has_global_scale else None
         stream = _stream(packed)
         codes = _unpacked(packed) if stream is None else stream
-        return _Grid(_DIRECT[table], codes, format.group_size, scales, None, kind, factor)
-    levels = np.array(format.levels)
-    unit = _EIGHTHS if table == "e2m3" else _STEPS[table] / format.max_level
-    steps = np.rint(levels * unit).astype(np.int8).view(np.uint8)
-    note = "" if table == "e2m3" else f"{format} has no type in OpenVINO: its levels are rounded to steps of 8 bits"
-    exact = scales.astype(np.float64) / unit
-    return _Grid("i8", steps[_unpacked(packed)], format.group_size, exact.astype(np.float32), note=note)
+        note = f"experts in {format} are widened at every inference: int4 is faster" if stacked else ""
+        return _Grid(_DIRECT[table], codes, format.group_size, scales, None, kind, factor, note)
+    unit = _WHOLE.get(table) or _STEPS[table] / format.max_level
+    steps = np.rint(np.array(format.levels) * unit).astype(np.int8).view(np.uint8)
+    note = "" if table in _WHOLE else f"{format} has no type in OpenVINO: its levels are rounded to steps of 8 bits"
+    scales = (effective_scales(packed).astype(np.float64) / unit).astype(np.float32)
+    return _Grid("i8", steps[_unpacked(packed)], format.group_size, scales, note=note)
 
 
 def _of_blocks(packed: PackedTensor) -> _Grid:
@@ -282,8 +286,12 @@ def _of_blocks(packed: PackedTensor) -> _Grid:
 
 
 def effective_scales(packed: PackedTensor) -> Array:
-    """The scales as numbers, f16 or f32; doubly quantised ones multiplied out."""
+    """The scales as numbers, f16 or f32; doubly quantised ones multiplied out, 8-bit floats with their factor."""
     format, scales = packed.format, packed.scales
+    if format.scale_dtype == "e8m0":
+        return np.asarray(np.exp2(scales.astype(np.float32) - _E8M0_BIAS), np.float32)
+    if format.has_global_scale:
+        return np.asarray(np.array(LEVELS["e4m3"], np.float32)[scales] * packed.scale_scales[0], np.float32)
     if format.scale_block:
         blocks = np.repeat(packed.scale_scales, format.scale_block)[: scales.size].reshape(scales.shape)
         return np.asarray((scales.astype(np.float32) - _SCALE_MIDPOINT) * blocks + packed.scale_offset, np.float32)

@@ -50,8 +50,8 @@ def soft_cap(x: Node, cap: float | None) -> Node:
 
 
 def activate(x: Node, activation: Activation) -> Node:
-    if activation == "silu":
-        return ops.swish(x)
+    if activation == "silu":  # not ops.swish, which has a second input: only this is recognised among experts
+        return ops.multiply(x, ops.sigmoid(x))
     if activation == "relu":
         return ops.relu(x)
     return ops.gelu(x, "tanh" if activation == "gelu_tanh" else "erf")
