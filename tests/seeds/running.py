@@ -29,6 +29,8 @@ OLD = {
     "ipex_llm": "ipex_llm",
     "intel_extension_for_pytorch": "intel_extension_for_pytorch",
     "neural_compressor": "neural_compressor",
+    "nncf": "nncf",
+    "optimum": "optimum",
 }
 _TIMES = re.compile(r"runtime|per_second|seconds|latency")
 

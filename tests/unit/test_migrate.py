@@ -57,6 +57,16 @@ def became(source: str, device: str | None = None) -> str:
         ("import torch, ipex_llm\ntorch.ones(1)\n", "import torch\ntorch.ones(1)\n"),
         ("# why\nimport intel_extension_for_pytorch as ipex\nimport torch\n", "# why\nimport torch\n"),
         (
+            "from optimum.intel import OVModelForCausalLM\nm = OVModelForCausalLM.from_pretrained('x', export=True)\n",
+            "from lowbit.openvino import OVModelForCausalLM\nm = OVModelForCausalLM.from_pretrained('x', export=True)\n",
+        ),
+        (
+            "import nncf\nm.model = nncf.compress_weights(m.model, mode=nncf.CompressWeightsMode.INT4_SYM, ratio=0.8)\n",
+            "import lowbit.openvino\n"
+            "m.model = lowbit.openvino.compress_weights(m.model, mode=lowbit.openvino.CompressWeightsMode.INT4_SYM, ratio=0.8)\n",
+        ),
+        ("from optimum.onnxruntime import ORTModel\n", "from optimum.onnxruntime import ORTModel\n"),
+        (
             "import intel_extension_for_pytorch as ipex\nif x:\n    ipex.set_logging_level(1)\n",
             "if x:\n    pass\n",
         ),

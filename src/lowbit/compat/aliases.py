@@ -31,7 +31,13 @@ ALIASES = {
     "ipex_llm": f"{FACES}.ipex_llm",
     "intel_extension_for_pytorch": f"{FACES}.intel_extension_for_pytorch",
     "neural_compressor": f"{FACES}.neural_compressor",
+    "nncf": f"{FACES}.nncf",
+    "optimum": f"{FACES}.optimum",
+    "optimum.exporters.openvino": f"{FACES}.optimum.exporters.openvino",
+    "optimum.intel": f"{FACES}.optimum.intel",
 }
+# Packages that may be there for more than what lowbit answers: they stay, and only the deeper names above are answered in them.
+SHARED = ("bigdl", "optimum")
 
 
 def face_of(name: str) -> str | None:
@@ -68,13 +74,21 @@ class AliasFinder(MetaPathFinder):
         if fullname.startswith(FACES + "."):
             return _find_face(fullname, path, target)
         face = face_of(fullname)
-        if face is None or (fullname == "bigdl" and PathFinder.find_spec(fullname) is not None):
+        if face is None or _stays(fullname):
             return None
         found = importlib.util.find_spec(face)
         if found is None:
             raise refuse_module(fullname, face)
         is_package = found.submodule_search_locations is not None
         return ModuleSpec(fullname, AliasLoader(face), origin=found.origin, is_package=is_package)
+
+
+def _stays(name: str) -> bool:
+    """Whether a name belongs to a package that is there and stays."""
+    top = name.partition(".")[0]
+    deeper = (old for old in ALIASES if old.startswith(f"{top}."))
+    answered = any(name == old or name.startswith(f"{old}.") for old in deeper)
+    return top in SHARED and not answered and PathFinder.find_spec(top) is not None
 
 
 def _find_face(fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
@@ -88,5 +102,6 @@ def remove(finder: AliasFinder) -> None:
     """Take the finder away, and the old names that it entered."""
     if finder in sys.meta_path:
         sys.meta_path.remove(finder)
-    for name in [name for name in sys.modules if face_of(name) is not None]:
-        del sys.modules[name]
+    for name, module in list(sys.modules.items()):
+        if face_of(name) is not None and getattr(module, "__name__", FACES).startswith(FACES):
+            del sys.modules[name]

@@ -57,6 +57,11 @@ SYSTEMS = {
     "ipex_llm": ("BigDL-LLM and ipex-llm", "Each name is answered under `bigdl.llm` and under `ipex_llm`."),
     "intel_extension_for_pytorch": ("Intel Extension for PyTorch", "`import intel_extension_for_pytorch as ipex`."),
     "neural_compressor": ("Neural Compressor", "Its transformers-like API, and the script that came with it."),
+    "optimum": (
+        "Optimum Intel",
+        "Needs `lowbit[openvino]`. An `optimum` of your own stays what it is beside `optimum.intel`.",
+    ),
+    "nncf": ("NNCF", "The compression of weights. Needs `lowbit[openvino]`."),
     "torch.xpu": (
         "PyTorch on Intel GPU",
         "On a machine where torch sees an Intel GPU these are torch's own. Elsewhere `LOWBIT_XPU=cuda` or `LOWBIT_XPU=cpu` lets "
@@ -69,7 +74,8 @@ SYSTEMS = {
 }
 _HEAD = """# Old scripts
 
-Scripts written for BigDL-LLM, ipex-llm, Intel Extension for PyTorch, Neural Compressor and PyTorch on Intel GPU run as they are:
+Scripts written for BigDL-LLM, ipex-llm, Intel Extension for PyTorch, Neural Compressor, Optimum Intel and PyTorch on Intel GPU
+run as they are:
 
 ```text
 python -m lowbit.compat script.py --its --own arguments

@@ -1,8 +1,9 @@
-"""The command line programs of BigDL-LLM and ipex-llm, answered by the runner:
+"""The command line programs of BigDL-LLM, ipex-llm and Optimum Intel, answered by the runner:
 
     python -m lowbit.compat llm-convert ./model -o converted -x llama -t int4
     python -m lowbit.compat llm-cli -x llama -m converted/bigdl_llm_llama_q4_0.bin -t 4 -n 32 -p "Once upon a time"
     python -m lowbit.compat llm-chat -x llama -m converted/bigdl_llm_llama_q4_0.bin
+    python -m lowbit.compat optimum-cli export openvino --model ./model out
 
 llm-convert and llm-cli do what the classes of those names do; llm-chat is `lowbit chat`. `ipex-llm-init` (`bigdl-llm-init`) was
 sourced by a shell to choose an allocator and threads: there is nothing to choose, and that is what it says.
@@ -75,6 +76,12 @@ def _chat(arguments: list[str]) -> int:
     return become([sys.executable, "-m", "lowbit", "chat", asked.model, *threads], os.environ)
 
 
+def _optimum(arguments: list[str]) -> int:
+    from lowbit.compat.optimum_export import run
+
+    return run(arguments)
+
+
 def _init(arguments: list[str]) -> int:
     print(
         "ipex-llm-init has nothing to set here: lowbit chooses threads and memory itself (lowbit doctor shows how); "
@@ -99,6 +106,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "llm-convert": _convert,
     "llm-cli": _cli,
     "llm-chat": _chat,
+    "optimum-cli": _optimum,
     "ipex-llm-init": _init,
     "bigdl-llm-init": _init,
 }

@@ -21,10 +21,10 @@ from lowbit.errors import LowbitError
 USAGE = """\
 usage: python -m lowbit.compat script.py [arguments of the script]
        python -m lowbit.compat -m module [arguments of the module]
-       python -m lowbit.compat llm-convert|llm-cli|llm-chat [arguments of that program]
+       python -m lowbit.compat llm-convert|llm-cli|llm-chat|optimum-cli [arguments of that program]
 
-Runs a script written for BigDL-LLM, ipex-llm, Intel Extension for PyTorch or Neural Compressor, as it is:
-its imports (bigdl.llm, ipex_llm, intel_extension_for_pytorch, neural_compressor) are answered by lowbit.
+Runs a script written for BigDL-LLM, ipex-llm, Intel Extension for PyTorch, Neural Compressor or Optimum Intel, as it is: its
+imports (bigdl.llm, ipex_llm, intel_extension_for_pytorch, neural_compressor, optimum.intel, nncf) are answered by lowbit.
 
 examples:
   python -m lowbit.compat generate.py --repo-id-or-model-path ./model --prompt "What is AI?"

@@ -13,7 +13,8 @@ from typing import Any
 from lowbit.errors import LowbitError
 from lowbit.migrate import rules
 from lowbit.migrate.finding import Finder, Use
-from lowbit.migrate.rules import XPU, Migrated, Note, Rule
+from lowbit.migrate.rule import Guess, Migrated, Note, Rule
+from lowbit.migrate.rules import XPU
 from lowbit.migrate.saying_xpu import exchanges, moved_to
 from lowbit.migrate.trees import (
     MetadataWrapper,
@@ -237,7 +238,7 @@ class _Rewriter(cst.CSTTransformer):
             return self._guess(original_node, updated_node, guess)
         return self._template(original_node, updated_node, given)
 
-    def _guess(self, original: cst.Call, updated: cst.Call, guess: rules.Guess) -> cst.Call:
+    def _guess(self, original: cst.Call, updated: cst.Call, guess: Guess) -> cst.Call:
         """A `generate` whose guesses have other names today."""
         self.dropped.append(Note(self.finder.lines[original], guess.name, guess.remark))
         kept = [one for one in updated.args if not one.keyword or one.keyword.value not in guess.gone]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lowbit.migrate import rules
-from lowbit.migrate.rules import XPU, Decision
+from lowbit.migrate.rule import Called, Decision, Guess
+from lowbit.migrate.rules import XPU
 from lowbit.migrate.saying_xpu import Said
 from lowbit.migrate.trees import (
     ParentNodeProvider,
@@ -63,7 +64,7 @@ class Finder(cst.CSTVisitor):
         self.lines: dict[cst.CSTNode, int] = {}
         self.statements: dict[cst.CSTNode, cst.CSTNode] = {}
         # Calls of `generate` in other words of today, and the words that these calls account for.
-        self.guesses: dict[cst.CSTNode, rules.Guess] = {}
+        self.guesses: dict[cst.CSTNode, Guess] = {}
         self.accounted: set[cst.CSTNode] = set()
         # What IPEX added to torch.xpu, and what says xpu in other ways than a word of its own or a name of torch's.
         self.added: dict[cst.CSTNode, str] = {}
@@ -158,7 +159,7 @@ class Finder(cst.CSTVisitor):
         name = names[0] if names else ""
         if rules.is_old(name) or rules.rule_for(name) is not None:
             self._place(node)
-            called = rules.Called({}, rebinds=True) if self._is_only_named(node) else self._called(call)
+            called = Called({}, rebinds=True) if self._is_only_named(node) else self._called(call)
             self.uses[node] = Use(node, name, call, rules.decide(name, called))
         elif any(name == added or name.startswith(f"{added}.") for added in rules.ADDED_NAMES):
             self._place(node)
@@ -192,7 +193,7 @@ class Finder(cst.CSTVisitor):
             return isinstance(call, cst.Call) and isinstance(call.func, cst.Name) and call.func.value == "isinstance"
         return isinstance(parent, cst.Annotation)
 
-    def _called(self, call: cst.Call | None) -> rules.Called | None:
+    def _called(self, call: cst.Call | None) -> Called | None:
         if call is None:
             return None
         keywords = {argument.keyword.value: literal(argument) for argument in call.args if argument.keyword}
@@ -206,7 +207,7 @@ class Finder(cst.CSTVisitor):
         alone = isinstance(first, cst.Name) and first.value not in self.shared
         unread = any(argument.star == "**" for argument in call.args)
         opening = literal(positional[0]) if positional else None
-        return rules.Called(keywords, len(positional), rebinds and alone, unread, opening)
+        return Called(keywords, len(positional), rebinds and alone, unread, opening)
 
     def _parent(self, node: cst.CSTNode) -> cst.CSTNode | None:
         found: cst.CSTNode | None = self.get_metadata(ParentNodeProvider, node, None)

@@ -7,11 +7,11 @@ dropped, one that has another name is renamed; one that asks for what only `lowb
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import lowbit
+import lowbit.openvino
 from lowbit.compat.missing import refusal_of
 from lowbit.compat.names import REFUSED, Name, collect
 from lowbit.compat.shims.generating import FORCED
@@ -22,96 +22,14 @@ from lowbit.compat.shims.shim import Keyword
 from lowbit.compat.shims.tokenizers import LLAMA_CLASSES
 from lowbit.compat.shims.trainer import ARGUMENTS, OPTIMISERS
 from lowbit.formats import CASTS, IQ_TYPES
+from lowbit.migrate.rule import LOADING, Called, Decision, Guess, Rule
 
 IPEX, IPEX_LLM, NEURAL_COMPRESSOR = "intel_extension_for_pytorch", "ipex_llm", "neural_compressor"
 XPU = "xpu"
-OLD_TOPS = (IPEX, IPEX_LLM, NEURAL_COMPRESSOR, "bigdl")
+OPTIMUM, NNCF = ("optimum.intel", "optimum.exporters.openvino"), "nncf"
+OLD_PLACES = (IPEX, IPEX_LLM, NEURAL_COMPRESSOR, "bigdl", NNCF, *OPTIMUM)
 # What BigDL-LLM called ipex-llm.
 OLDER = "bigdl.llm"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`ours` is the new name. `members` are the attributes of a class that mean the same there."""
-
-    ours: str
-    members: tuple[str, ...] = ()
-    rename: Mapping[str, str] = field(default_factory=dict)
-    # Keywords that change nothing, and keywords with which the call keeps its old name; each with its reason.
-    drop: Mapping[str, str] = field(default_factory=dict)
-    stay: Mapping[str, str] = field(default_factory=dict)
-    # Keywords that the new name needs, as source: in any case, and where the call has not said its own.
-    add: Mapping[str, str] = field(default_factory=dict)
-    default: Mapping[str, str] = field(default_factory=dict)
-    # The old name left its first argument as it was: the new one takes its place, where the script has no other use for it.
-    copies: bool = False
-    # The old name left the model evaluating: the new one is given `model.eval()`.
-    evaluates: bool = False
-    # Keywords that the table of shims translates.
-    table: Mapping[str, Keyword] = field(default_factory=dict)
-    # The keywords that are understood, where others leave the call as it is; None: all that are not named above go along.
-    only: tuple[str, ...] | None = None
-    # The keyword for a device without which the old name took the Intel GPU where there is one.
-    device: str = ""
-    # The words of a script that go with the models made by the old name alone, and with which it stays.
-    words: tuple[str, ...] = ()
-
-    @property
-    def reads_calls(self) -> bool:
-        """Whether what becomes of a call depends on its keywords."""
-        keywords = self.rename or self.stay or self.table or self.add or self.default or self.only or self.words
-        return bool(keywords or (self.drop and self.members == _LOADING))
-
-
-@dataclass(frozen=True)
-class Called:
-    """A call as the rules see it: keywords with their values as far as they can be read, how many arguments have none,
-    whether its result takes the name of its first argument, and whether it has keywords that cannot be read, `**more`."""
-
-    keywords: Mapping[str, Any]
-    positional: int = 0
-    rebinds: bool = False
-    unread: bool = False
-    first: Any = None  # the value of the first argument, as far as it can be read
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of a use of an old name: the rule, the attributes behind the name that it stands for, or why it stays."""
-
-    rule: Rule | None
-    rest: str = ""
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Guess:
-    """A call of `generate` in which an old library looked ahead: the keywords that go, and those that stand for them."""
-
-    name: str
-    gone: tuple[str, ...]
-    now: Mapping[str, int]
-    remark: str = (
-        "prompt_lookup_num_tokens= is the same, but refuses several prompts and beams, with which that guessed nothing"
-    )
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something about a line of the script that its user should know."""
-
-    line: int
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Migrated:
-    """The new source, what was left as it was, and what was dropped."""
-
-    source: str
-    left: list[Note]
-    dropped: list[Note]
 
 
 # Formats with which that library packed the embedding too.
@@ -120,7 +38,6 @@ BRINGING = ("q2_k", "gguf_q4k_s", "gguf_q4k_m", *IQ_TYPES)
 ANY = ("*",)
 # The value of a keyword that is no literal.
 UNKNOWN = object()
-_LOADING = ("from_pretrained", "load_low_bit", "from_config")
 _ONE_ENGINE = "there is one engine, and it runs what is low-bit"
 _BLOCKS = "one block is in memory at a time in any case"
 _KERNELS = "kernels are chosen per layer in any case"
@@ -202,7 +119,7 @@ def _neural_compressor() -> dict[str, Rule]:
     found = {f"{home}.{name}": Rule(f"lowbit.{name}", members=("from_dict", "from_json_file"), drop={"use_layer_wise": _BLOCKS})
              for name in _CONFIGS for home in (place, f"{place}.utils", f"{place}.utils.quantization_config")}  # fmt: skip
     for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
-        found[f"{place}.{name}"] = Rule(f"lowbit.{name}", members=_LOADING, drop=drop, device="device_map")
+        found[f"{place}.{name}"] = Rule(f"lowbit.{name}", members=LOADING, drop=drop, device="device_map")
     return found
 
 
@@ -214,7 +131,7 @@ def _ipex_llm() -> dict[str, Rule]:
     for name in AUTO_CLASSES:
         found[f"{IPEX_LLM}.transformers.{name}"] = Rule(
             f"lowbit.{name}",
-            members=_LOADING,
+            members=LOADING,
             drop=_IPEX_LLM_DROP,
             stay=_IPEX_LLM_STAY,
             table={"load_in_low_bit": low_bit},
@@ -250,6 +167,19 @@ def _ipex() -> dict[str, Rule]:
     return {f"{IPEX}.{name}": dense for name in ("llm.optimize", "optimize_transformers")}
 
 
+def _openvino() -> dict[str, Rule]:
+    """The same names in lowbit's own room."""
+    found: dict[str, Rule] = {}
+    for name in lowbit.openvino.__all__:
+        homes = (
+            (f"{OPTIMUM[0]}.", f"{OPTIMUM[0]}.openvino.")
+            if name.startswith("OV")
+            else (f"{NNCF}.", f"{NNCF}.parameters.")
+        )
+        found |= {f"{home}{name}": Rule(f"lowbit.openvino.{name}", members=ANY) for home in homes}
+    return found
+
+
 def _transformers() -> dict[str, Rule]:
     """What the runner's shims do for a call of transformers 4, where it can be read off the call."""
     optimiser = Keyword("optim", "has another name today", lambda name: {"optim": OPTIMISERS.get(name, name)})
@@ -266,7 +196,7 @@ def _transformers() -> dict[str, Rule]:
     return found
 
 
-RULES: dict[str, Rule] = _neural_compressor() | _ipex_llm() | _ipex() | _transformers()
+RULES: dict[str, Rule] = _neural_compressor() | _ipex_llm() | _ipex() | _openvino() | _transformers()
 NO_DEVICE = 'the model went to an Intel GPU where there is one: device_map="xpu" says so'
 # What only set a process up.
 IDLE_CALLS = (f"{IPEX}.set_logging_level",)
@@ -298,7 +228,7 @@ def canonical(name: str) -> str:
 
 
 def is_old(name: str) -> bool:
-    return name.partition(".")[0] in OLD_TOPS
+    return any(name == place or name.startswith(f"{place}.") for place in OLD_PLACES)
 
 
 def rule_for(name: str) -> tuple[Rule, str] | None:

@@ -38,7 +38,7 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
 
     config_class = transformers.PreTrainedConfig
     _supports_sdpa = True
-    # The file of the graph, and transformers' class that gives its configuration.
+    # The file of the graph.
     graph_name: ClassVar[str] = MODEL
 
     def __init__(
@@ -55,6 +55,8 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
         self._graph, self._compiled = model, None
         self._device_name = _device_name(device)
         self.ov_config = dict(ov_config or {})
+        # Where pipelines put their tensors: without it they take the first GPU that torch sees, and send the model there.
+        self.hf_device_map = {"": "cpu"}
         self.folder = None if folder is None else Path(folder)
         # What the graph was written to by `from_pretrained(export=True)`: it is read from there as long as the model lives.
         self._kept: tempfile.TemporaryDirectory[str] | None = None

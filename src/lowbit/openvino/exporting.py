@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from lowbit.calibration import Calibration, calibration_from
 from lowbit.checkpoint.auto import AutoModelForCausalLM
-from lowbit.configs.base import PILE, WeightOnlyConfig
+from lowbit.configs.base import WeightOnlyConfig
 from lowbit.errors import RecipeError
 from lowbit.openvino.base import replace_graph
 from lowbit.openvino.compress import compress_weights
@@ -26,6 +27,7 @@ from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization, re
 from lowbit.openvino.export import Written, write_decoder
 from lowbit.openvino.opening import MODEL, read_model
 
+_ANY_TEXT, _DEFAULT_TEXT = "auto", "default"
 _WINDOWS, _LENGTH = 32, 256
 _DYNAMIC_QUANTIZATION = ("runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
 
@@ -89,7 +91,13 @@ def compress(
     tokenizer = config.tokenizer if config.tokenizer is not None else _tokenizer(source, keywords)
     if isinstance(tokenizer, str | Path):
         tokenizer = _tokenizer(tokenizer, keywords)
-    text = PILE if named or config.dataset is None else config.dataset  # data sets of the hub: lowbit's default text
+    if named and config.dataset not in (_ANY_TEXT, _DEFAULT_TEXT):
+        warnings.warn(
+            f"the data set {config.dataset} lies on the hub and is not fetched: calibrated on lowbit's default text instead; "
+            "give a text file or a list of texts like what the model will read",
+            stacklevel=3,
+        )
+    text = _DEFAULT_TEXT if named or config.dataset is None else config.dataset
     calibration = calibration_from(text, tokenizer, config.num_samples or _WINDOWS, _LENGTH)
     return compress_weights(graph, dataset=list(_inputs(calibration)), **config.arguments)
 

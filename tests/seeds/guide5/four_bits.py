@@ -1,0 +1,18 @@
+"""The graph of an exported model is compressed to 4 bits. At the top: the model and the folder."""
+
+import sys
+
+from optimum.intel import OVModelForCausalLM
+from transformers import AutoTokenizer
+
+model_id, model_dir = sys.argv[1:]
+
+from nncf import compress_weights, CompressWeightsMode
+
+model = OVModelForCausalLM.from_pretrained(model_id, export=True, load_in_8bit=False)
+model.model = compress_weights(model.model, mode=CompressWeightsMode.INT4_SYM, group_size=128, ratio=0.8)
+
+tokenizer = AutoTokenizer.from_pretrained(model_id)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=16, do_sample=False)[0]))
+model.save_pretrained(model_dir)
