@@ -25,6 +25,17 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "IgnoredScope",
         "SensitivityMetric",
     ),
+    "seq2seq": ("OVModelForSeq2SeqLM", "OVModelForSpeechSeq2Seq"),
+    "traced": (
+        "OVModelForAudioClassification",
+        "OVModelForCTC",
+        "OVModelForFeatureExtraction",
+        "OVModelForImageClassification",
+        "OVModelForMaskedLM",
+        "OVModelForQuestionAnswering",
+        "OVModelForSequenceClassification",
+        "OVModelForTokenClassification",
+    ),
     "tracing": ("Traced", "trace"),
     "verify": ("Verification", "verify"),
 }

@@ -1,0 +1,264 @@
+"""Models that are one call from inputs to outputs: encoders of text and of pictures, with the heads that tasks have.
+
+    model = OVModelForSequenceClassification.from_pretrained("folder or model", export=True, load_in_8bit=True)
+    model(**tokenizer("Good.", return_tensors="pt")).logits
+
+The graph comes of a trace of transformers' own module, whose outputs it gives under their names; a class here says no more than
+which module that is, and which output class. Low-bit folders arrive with their codes; `load_in_8bit`, `load_in_4bit` and
+`quantization_config` round what is in 16 or 32 bits.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+import transformers
+from transformers import modeling_outputs
+
+from lowbit.checkpoint import auto, hub
+from lowbit.checkpoint.companions import copy_companions, travels
+from lowbit.configs.base import WeightOnlyConfig
+from lowbit.errors import LowbitError, RecipeError
+from lowbit.openvino.base import OVModel
+from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
+from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of
+from lowbit.openvino.exporting import compress, quantization_asked
+from lowbit.openvino.library import ov
+from lowbit.openvino.opening import has_graph, read_model
+from lowbit.openvino.recipes import LARGE
+from lowbit.openvino.tracing import Traced, trace
+
+# What a call may name though the graph does not take it: it changes nothing, or names what is always so here.
+_IDLE = {"token_type_ids", "use_cache", "past_key_values", "interpolate_pos_encoding"}
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class OVTraced(OVModel):
+    """A graph that was traced from one module of transformers."""
+
+    auto_model_class: ClassVar[Any] = transformers.AutoModel
+    output_class: ClassVar[Any] = modeling_outputs.BaseModelOutput
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | Path,
+        *,
+        export: bool | None = None,
+        load_in_8bit: bool | None = None,
+        load_in_4bit: bool | None = None,
+        quantization_config: Any = None,
+        device: str = "CPU",
+        ov_config: Mapping[str, Any] | None = None,
+        compile: bool = True,
+        config: Any = None,
+        **keywords: Any,
+    ) -> Self:
+        """A model from a folder in OpenVINO's form, or from any other that transformers or lowbit read, which is exported first.
+
+        Without a word about bits a model above 1e9 weights is exported in 8, and says so; load_in_8bit=False keeps its own type.
+        """
+        asked = quantization_asked(load_in_8bit, load_in_4bit, quantization_config)
+        source = Path(model_id).expanduser()
+        opened = {"device": device, "ov_config": ov_config, "config": config}
+        if "trust_remote_code" in keywords:
+            opened["trust_remote_code"] = keywords["trust_remote_code"]
+        if has_graph(source, cls.graph_name) and not (export and any((source / name).is_file() for name in _WEIGHTS)):
+            made = cls._open(source, compile=compile and asked is None, **opened)
+            if asked is not None:
+                made._compress_(asked, source, keywords)
+                if compile:
+                    made.compile()
+            return made
+        if export is False and source.is_dir():
+            read_model(source, cls.graph_name)  # says what the folder lacks
+        kept = tempfile.TemporaryDirectory(prefix="lowbit-openvino-")
+        out = Path(kept.name)
+        cls.export(model_id, out, asked, large_in_8_bits=load_in_8bit is None, **keywords)
+        made = cls._open(out, compile=compile, **opened)
+        made._kept = kept
+        return made
+
+    @classmethod
+    def export(
+        cls,
+        source: str | Path,
+        out: Path,
+        quantization: Quantization | None = None,
+        *,
+        large_in_8_bits: bool = True,
+        **keywords: Any,
+    ) -> None:
+        """Write the graph of a model, and everything beside it, into a folder."""
+        module = load_module(cls.auto_model_class, source, quantization, keywords)
+        if quantization is None and large_in_8_bits and count_weights(module) >= LARGE:
+            print("lowbit: above 1e9 weights, exported in 8 bits; load_in_8bit=False keeps their type", file=sys.stderr)
+            quantization = OVWeightQuantizationConfig(bits=8)
+        cls._write(module, out, quantization, source, keywords)
+        module.config.save_pretrained(out)
+        if module.can_generate() and module.generation_config is not None:
+            module.generation_config.save_pretrained(out)
+        copy_beside(source, out)
+
+    @classmethod
+    def _write(
+        cls, module: Any, out: Path, quantization: Quantization | None, source: Any, keywords: Mapping[str, Any]
+    ) -> None:
+        traced = trace_model(module)
+        graph = traced.model
+        if isinstance(quantization, OVWeightQuantizationConfig):
+            graph = compress(graph, quantization, source, keywords)
+        ov.save_model(graph, out / cls.graph_name, compress_to_fp16=module.dtype == torch.float16)
+
+    def _compress_(self, asked: Quantization, source: Path, keywords: Mapping[str, Any]) -> None:
+        if not isinstance(asked, OVWeightQuantizationConfig):
+            raise RecipeError(
+                f"{type(asked).__name__} quantises the original model and this folder holds its graph alone: take "
+                "OVWeightQuantizationConfig, or export the original again"
+            )
+        self.model = compress(self.model, asked, source, keywords)
+
+    def forward(self, *values: Any, return_dict: bool | None = None, **named: Any) -> Any:
+        """What the module of torch gives, under the same names."""
+        names = [port.get_any_name() for port in self.model.inputs]
+        given = dict(zip(names, values, strict=False)) | {n: v for n, v in named.items() if v is not None}
+        if "labels" in given:
+            raise LowbitError("the graph gives no loss: call it without labels, or train the original model")
+        odd = [name for name in given if name not in names and not (name in _IDLE or given[name] is False)]
+        if odd:
+            raise LowbitError(f"{odd[0]} is no input of the graph, which takes {', '.join(names)}")
+        arrays = {name: np.asarray(given[name]) for name in names if name in given}
+        found = self.compiled(_completed(arrays, names))
+        tensors = {port.get_any_name(): torch.from_numpy(found[port].copy()) for port in self.compiled.outputs}
+        return tuple(tensors.values()) if return_dict is False else self._answer(tensors)
+
+    def _answer(self, tensors: dict[str, torch.Tensor]) -> Any:
+        return self.output_class(**tensors)
+
+
+def _completed(arrays: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Inputs of text that were left out: nothing is hidden, all of it is one sentence."""
+    ids = arrays.get("input_ids")
+    for name in names:
+        if name in arrays:
+            continue
+        if ids is None or name not in ("attention_mask", "token_type_ids", "position_ids"):
+            raise LowbitError(f"the graph needs {name}, and takes {', '.join(names)}")
+        mask = arrays.get("attention_mask", np.ones_like(ids))
+        made = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        arrays[name] = made[name] if name in made else np.maximum(mask.cumsum(-1) - 1, 0)
+    return arrays
+
+
+def load_module(kind: Any, source: Any, quantization: Quantization | None, keywords: Mapping[str, Any]) -> Any:
+    """The module of torch: dense, low-bit as its folder has it, or quantised by a configuration of lowbit's own."""
+    if isinstance(source, torch.nn.Module):
+        return source
+    config = quantization.of_torch if isinstance(quantization, OVWeightQuantizationConfig) else quantization
+    if not isinstance(config, WeightOnlyConfig):
+        return kind.from_pretrained(source, **keywords).eval()
+    own = getattr(auto, kind.__name__, None)
+    if own is None:
+        raise RecipeError(
+            f"{type(config).__name__} quantises models of text and speech; for {kind.__name__} take OVWeightQuantizationConfig, "
+            "or quantise the module with lowbit.optimize_model and trace it"
+        )
+    return own.from_pretrained(source, quantization_config=config, **keywords).eval()
+
+
+def trace_model(module: Any) -> Traced:
+    """A module of transformers as a graph, compared with it at another size."""
+    inputs, fixed = example_of(module), fixed_for(module)
+    outputs = outputs_of(module, inputs, fixed)
+    traced = trace(module, inputs, outputs, fixed)
+    other = example_of(module, rows=3, tokens=10)
+    wrong = differs(traced.model, module, other, fixed, bool(traced.packed))
+    if wrong:
+        raise LowbitError(
+            f"{type(module).__name__} decides by the sizes of its inputs, so that its trace is not the model ({wrong}): "
+            "use it through lowbit.optimize_model"
+        )
+    return traced
+
+
+def count_weights(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.is_floating_point())
+
+
+def copy_beside(source: Any, out: Path) -> None:
+    """Tokenizers, processors, code and licences, from a folder or the copy of a model of the hub that was just fetched."""
+    home = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if home is not None and not home.is_dir():
+        home = hub.home_of(str(source))
+        if home is not None:
+            hub.fetch_companions(str(source), home, travels)
+    if home is not None:
+        copy_companions(home, out)
+
+
+class OVModelForFeatureExtraction(OVTraced):
+    """Vectors of what goes in."""
+
+    def _answer(self, tensors: dict[str, torch.Tensor]) -> Any:
+        pooled = "pooler_output" in tensors
+        kind = modeling_outputs.BaseModelOutputWithPooling if pooled else modeling_outputs.BaseModelOutput
+        return kind(**{name: value for name, value in tensors.items() if name in {f.name for f in fields(kind)}})
+
+
+class OVModelForSequenceClassification(OVTraced):
+    """A class for each text."""
+
+    auto_model_class = transformers.AutoModelForSequenceClassification
+    output_class = modeling_outputs.SequenceClassifierOutput
+
+
+class OVModelForTokenClassification(OVTraced):
+    """A class for each token."""
+
+    auto_model_class = transformers.AutoModelForTokenClassification
+    output_class = modeling_outputs.TokenClassifierOutput
+
+
+class OVModelForQuestionAnswering(OVTraced):
+    """Where in a text the answer begins and ends."""
+
+    auto_model_class = transformers.AutoModelForQuestionAnswering
+    output_class = modeling_outputs.QuestionAnsweringModelOutput
+
+
+class OVModelForMaskedLM(OVTraced):
+    """The words behind masks."""
+
+    auto_model_class = transformers.AutoModelForMaskedLM
+    output_class = modeling_outputs.MaskedLMOutput
+
+
+class OVModelForImageClassification(OVTraced):
+    """A class for each picture."""
+
+    auto_model_class = transformers.AutoModelForImageClassification
+    output_class = modeling_outputs.ImageClassifierOutputWithNoAttention
+    main_input_name = "pixel_values"
+
+
+class OVModelForAudioClassification(OVTraced):
+    """A class for each sound."""
+
+    auto_model_class = transformers.AutoModelForAudioClassification
+    output_class = modeling_outputs.SequenceClassifierOutput
+    main_input_name = "input_values"
+
+
+class OVModelForCTC(OVTraced):
+    """A letter for each moment of speech."""
+
+    auto_model_class = transformers.AutoModelForCTC
+    output_class = modeling_outputs.CausalLMOutput
+    main_input_name = "input_values"
