@@ -7,7 +7,8 @@
 from. Keys and values of the memory are read (`read_value`), put in the order of the beams (`gather`), lengthened
 (`concat`) and written back (`assign`). Plugins fuse these with the product of attention where nothing else reads them
 and where a key head is repeated for its query heads by unsqueeze, two-way broadcast and reshape: 0.4 ms a token on a
-tiny model, and 1.8 to 3.7 ms where one of these is written in another way.
+tiny model, and 1.8 to 3.7 ms where one of these is written in another way. openvino_genai replaces all of it by paged
+attention, which reads windows and slopes out of the graph around the mask: they are written as it knows them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lowbit.openvino.library import Node, factory, ops, ov, states
 # What a score is lowered by where a query must not look: the largest that f16 holds. A row that sees nothing (padding
 # before a shorter prompt) is then even, and not a NaN.
 _HIDDEN = -65504.0
+_END = 1 << 62
 
 
 class Inputs:
@@ -53,19 +55,32 @@ class Inputs:
 
     def _make_mask(self, window: int | None, alibi: tuple[float, ...]) -> Node:
         length, count = (ops.squeeze(n, index(0)) for n in (self.length, self.count))
-        keys = ops.unsqueeze(ops.range(index(0), length, index(1), "i64"), index(0))
-        queries = ops.unsqueeze(ops.range(ops.subtract(length, count), length, index(1), "i64"), index(1))
+        keys = ops.unsqueeze(ops.range(index(0), length, index(1), "i64"), ints(0, 1, 2))
+        queries = ops.range(ops.subtract(length, count), length, index(1), "i64")
+        queries = ops.unsqueeze(ops.unsqueeze(queries, ints(0, 1)), index(-1))
+        kept = ops.not_equal(ops.unsqueeze(self.attention_mask, ints(1, 2)), index(0))
         seen = ops.less_equal(keys, queries)
         if window is not None:
-            seen = ops.logical_and(seen, ops.greater(keys, ops.subtract(queries, index(window))))
-        kept = ops.not_equal(ops.unsqueeze(self.attention_mask, ints(1, 2)), index(0))
-        seen = ops.logical_and(ops.unsqueeze(seen, ints(0, 1)), kept)
-        mask = ops.select(seen, floats(0.0), floats(_HIDDEN))
-        if alibi:
-            distance = ops.convert(ops.subtract(keys, queries), "f32")
-            slopes = floats(np.array(alibi, np.float32).reshape(1, -1, 1, 1))
-            mask = ops.add(mask, ops.multiply(ops.unsqueeze(distance, ints(0, 1)), slopes))
-        return mask
+            return self._windowed(seen, kept, ops.greater(keys, ops.add(queries, index(-window))))
+        mask = ops.select(ops.logical_and(seen, kept), floats(0.0), floats(_HIDDEN))
+        return mask if not alibi else ops.add(mask, self._sloped(keys, queries, alibi))
+
+    def _windowed(self, seen: Node, kept: Node, near: Node) -> Node:
+        """A mask with a window in the one form from which paged attention takes the window: others it drops unsaid."""
+        both = ops.bitwise_and(ops.bitwise_and(seen, near), seen)
+        both = ops.bitwise_and(ops.bitwise_and(seen, both), kept)
+        whole = ops.broadcast(
+            both, ops.concat([self.batch, ints(1), self.count, self.length], 0), broadcast_spec="NUMPY"
+        )
+        return part(ops.select(whole, floats(0.0), floats(_HIDDEN)), 0, _END)
+
+    def _sloped(self, keys: Node, queries: Node, alibi: tuple[float, ...]) -> Node:
+        """What ALiBi adds, [1, heads, tokens, tokens so far], in the form from which paged attention takes the slopes."""
+        distance = ops.abs(ops.convert(ops.squeeze(ops.subtract(keys, queries), ints(0, 1)), "f32"))
+        slopes = floats(-np.array(alibi, np.float32).reshape(-1, 1, 1))
+        shape = ops.concat([ints(len(alibi)), self.count, self.length], 0)
+        sloped = ops.multiply(slopes, ops.unsqueeze(distance, index(0)))
+        return ops.unsqueeze(ops.broadcast(sloped, shape, broadcast_spec="NUMPY"), index(0))
 
     def turns(self, rope: RopeSpec) -> tuple[Node, Node]:
         """Cosine and sine of every pair of channels, [batch, 1, tokens, pairs]."""
