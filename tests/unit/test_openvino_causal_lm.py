@@ -14,6 +14,8 @@ import transformers
 
 import lowbit
 import lowbit.runtime
+from cpu.test_openvino_export import ready_made
+from interop.packed_linears import gptq_linear
 from lowbit.errors import CheckpointError, LowbitError, RecipeError
 from lowbit.openvino import (
     CompressWeightsMode,
@@ -25,7 +27,7 @@ from lowbit.openvino import (
 )
 from lowbit.openvino.configs import read_config
 from lowbit.openvino.opening import EXACT
-from lowbit_assets import tiny_model
+from lowbit_assets import reference_model, tiny_model, tiny_model_in_memory
 
 pytestmark = pytest.mark.transformers
 PROMPT = [1, 50, 60, 70, 80]
@@ -385,3 +387,47 @@ def test_adapters_are_those_of_peft(tiny: Path, folder: Path, tmp_path: Path) ->
     model.set_adapter("default")
     fused = model.generate(tokens, max_new_tokens=12, do_sample=False)[0, len(PROMPT) :].tolist()
     assert list(light.generate(PROMPT, adapters="one", max_new_tokens=12).tokens) == fused
+
+
+@torch.no_grad()
+def test_an_adapter_over_weights_whose_inputs_are_in_another_order(tmp_path: Path) -> None:
+    """GPTQ with its columns ordered by activation: the adapter takes the inputs as they come."""
+    source = ready_made(tmp_path / "gptq", "gptq", lambda w: gptq_linear(w, act_order=True), desc_act=True)
+    lowbit.openvino.write_decoder(source, tmp_path / "ir", tokenizer=False)
+    base = tiny_model_in_memory("llama")
+    for name, parameter in base.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter.data = gptq_linear(parameter.data, act_order=True)[1]
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    tuned = peft.get_peft_model(base, config)
+    tuned.save_pretrained(tmp_path / "adapter")
+    light = native.load(tmp_path / "ir", ov_config=EXACT, adapters=tmp_path / "adapter")
+    expected = tuned(torch.tensor([PROMPT])).logits[0]
+    np.testing.assert_allclose(light.logits(PROMPT), expected, rtol=1e-3, atol=1e-3)
+    assert np.abs(light.logits(PROMPT, adapters=()) - expected.numpy()).max() > 0.1
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_word_for_word(tmp_path: Path) -> None:
+    """SmolLM2 in float32: greedy, by beams and in a conversation, as transformers' own."""
+    source = reference_model("plain")
+    lowbit.openvino.write_decoder(source, tmp_path / "ir", tokenizer=False)
+    light = native.load(tmp_path / "ir", ov_config=EXACT, slots=4)
+    heavy = OVModelForCausalLM.from_pretrained(tmp_path / "ir", ov_config=EXACT)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    talk = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+    for settings in ({}, {"num_beams": 4, "length_penalty": 0.7}):
+        expected = model.generate(ids, max_new_tokens=24, do_sample=False, **settings)[0, ids.shape[1] :]
+        assert (
+            heavy.generate(ids, max_new_tokens=24, do_sample=False, **settings)[0, ids.shape[1] :].tolist()
+            == expected.tolist()
+        )
+        answer = light.chat(talk, max_new_tokens=24, **settings)
+        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True) and "Paris" in answer.text

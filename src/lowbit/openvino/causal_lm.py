@@ -28,7 +28,8 @@ from lowbit.openvino.native.rows import Decoder, Integers, Rows, check_graph
 from lowbit.openvino.opening import has_graph, read_model
 from lowbit.openvino.state_cache import StateCache
 
-_OWN_CACHES = (None, "dynamic", "hybrid")
+# What generate asks for by itself, in one of its releases or another.
+_OWN_CACHES = (None, "dynamic", "dynamic_full", "hybrid")
 
 
 class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore[misc]  # transformers is not typed
