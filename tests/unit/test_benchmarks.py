@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -203,3 +204,28 @@ def test_promises_of_old_names_are_judged_either_way(load: object) -> None:
         "at least 2",
         "no",
     )
+
+
+def test_an_export_beside_optimum_intels_is_held_to_its_bounds(tmp_path: Path) -> None:
+    """By its path: under its own name it would be found where a script asks for the package."""
+    before = list(sys.path)
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("openvino_benchmark", BENCHMARKS / "openvino.py")
+        assert spec is not None and spec.loader is not None
+        script = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = script
+        spec.loader.exec_module(script)
+    finally:
+        sys.path[:] = before
+        sys.modules.pop("openvino_benchmark", None)
+    sides = {"theirs": (100.0, 4000.0), "ours": (40.0, 2100.0), script.VERIFIED: (50.0, 1000.0)}
+    figures = {side: dict(zip(("seconds", "megabytes"), pair, strict=True)) for side, pair in sides.items()}
+    kept = [promise.row()[-1] for promise in script.promises("export", figures)]
+    assert kept == ["yes", "**no**", "yes", "yes"]
+    assert script.promises("decode", {"ours": 20.0, "theirs": 21.0})[0].row()[-1] == "**no**"
+    nats = {side: {"nats": dict.fromkeys(script.TEXTS, value)} for side, value in (("ours", 3.0), ("theirs", 3.1))}
+    rows = [promise.row() for promise in script.promises("perplexity-sym", nats)]
+    assert [row[3:] for row in rows] == [("0.905", "at most 1", "yes")] * 2
+    seconds, peak = script.timed([sys.executable, "-c", "x = bytes(60_000_000)"], threads=1)
+    assert seconds > 0 and 60_000_000 < peak < 400_000_000
