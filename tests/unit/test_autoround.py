@@ -163,10 +163,13 @@ def test_what_cannot_be_tuned_is_refused() -> None:
         AutoRoundOptions(iterations=0)
 
 
-def test_recipes_have_the_rates_of_the_project() -> None:
-    rates = {(name, bits): first_rate(options, bits) for name, options in AUTOROUND_RECIPES.items() for bits in (2, 4)}
-    assert rates["light", 4] == 5e-3 and rates["default", 4] == rates["default", 2] == 1 / 200
-    assert rates["best", 4] == 1 / 1000 and rates["best", 2] == 2 / 1000
+def test_the_rates_of_recipes() -> None:
+    rates = {
+        (name, bits): first_rate(options, bits) for name, options in AUTOROUND_RECIPES.items() for bits in (2, 4, 8)
+    }
+    assert rates["light", 4] == rates["light", 8] == 5e-3
+    assert rates["default", 2] == rates["default", 4] == 2 / 200 and rates["default", 8] == 1 / 200
+    assert rates["best", 4] == 2 / 1000 and rates["best", 8] == 1 / 1000
     assert AUTOROUND_RECIPES["best"].samples == 512
 
 
