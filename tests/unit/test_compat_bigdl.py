@@ -109,7 +109,7 @@ def test_every_low_bit_name_packs(name: str) -> None:
     assert set(NAMES_OF_TYPES) >= set(quantize.ggml_tensor_qtype) | set(quantize.gguf_mixed_qtype)
     model = nn.Sequential(nn.Linear(256, 64))
     with pytest.warns(UserWarning, match="q2_k stands in") if name in IQ_TYPES else nullcontext():
-        made = old("optimize").optimize_model(model, name)
+        made = old("optimize").optimize_model(model, low_bit=name)
     assert isinstance(made[0], LowBitLinear) == (name not in CASTS)
     assert torch.isfinite(made(torch.ones(1, 256, dtype=next(iter(made.parameters())).dtype))).all()
 

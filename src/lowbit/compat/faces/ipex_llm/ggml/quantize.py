@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from lowbit.compat.missing import refuse_unknown
+from lowbit.compat.names import REFUSED, WORKS, Name
+from lowbit.formats import CASTS, IQ_STAND_IN, IQ_TYPES, MIXED, MIXTURES, format_from_name
+from lowbit.interop.ipex_blocks import UNREADABLE
+from lowbit.recipe import RECIPES
 
 ggml_tensor_qtype = {
     "sym_int4": 2, "asym_int4": 3, "sym_int5": 6, "asym_int5": 7, "sym_int8": 8, "nf4": 10, "nf3": 11, "fp16": 12,
@@ -13,4 +17,35 @@ ggml_tensor_qtype = {
 }  # fmt: skip
 gguf_mixed_qtype = {"gguf_q4k_s": 101, "gguf_q4k_m": 102}
 
+_PACKS = "tests/unit/test_compat_bigdl.py::test_every_low_bit_name_packs"
+_READS = "tests/unit/test_old_saves.py::test_a_type_that_cannot_be_read_says_why"
+
 __getattr__ = refuse_unknown(__name__, {"quantize": "lowbit.save_low_bit after lowbit.optimize_model"})
+
+
+def _became(name: str) -> str:
+    """What a weight of an old name is packed as."""
+    if name in CASTS:
+        return f"a cast to {CASTS[name]}, nothing is packed"
+    if name in MIXED:
+        return f"{' or '.join(MIXED[name])}, whichever is nearer to the weight"
+    if name in MIXTURES:
+        most, head, hurt = MIXTURES[name]
+        return f"{most}, with {head} for the head and {hurt} for values and down projections"
+    if name in IQ_TYPES:
+        return f"{IQ_STAND_IN[0]} stands in for it, and a warning says so"
+    if name in RECIPES:
+        return f"the recipe {RECIPES[name].name}: {RECIPES[name].linear}, with more bits where they save most"
+    return str(format_from_name(name))
+
+
+NAMES = (
+    *(
+        Name(f'low_bit="{name}"', "lowbit.optimize_model", WORKS, _PACKS, _became(name))
+        for name in ggml_tensor_qtype | gguf_mixed_qtype
+    ),
+    *(
+        Name(f"load_low_bit of an old folder in {name}", "lowbit.load_low_bit", REFUSED, _READS, reason)
+        for name, reason in UNREADABLE.items()
+    ),
+)
