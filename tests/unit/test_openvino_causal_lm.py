@@ -343,6 +343,53 @@ def test_the_light_path_chooses_as_transformers(family: str, tmp_path: Path) -> 
             assert list(ours.tokens) == theirs[: len(ours.tokens)]
 
 
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [("persimmon", {}), pytest.param("olmo3", {"sliding_window": 6, "num_hidden_layers": 4}, marks=pytest.mark.slow)],
+)
+def test_models_without_a_spec_are_followed(
+    kind: str, extra: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 288,
+    }
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **sizes | tokens | extra)
+    )
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    model.eval().save_pretrained(tmp_path / "model")
+    made = OVModelForCausalLM.from_pretrained(tmp_path / "model", export=True, ov_config=EXACT)
+    assert f"no spec of models of type '{kind}'" in capsys.readouterr().err
+    for settings in ({}, {"num_beams": 3}):
+        expected = generate(model, do_sample=False, **settings).sequences.tolist()
+        assert generate(made, do_sample=False, **settings).sequences.tolist() == expected
+    made.save_pretrained(tmp_path / "ir")
+    light = native.load(tmp_path / "ir", ov_config=EXACT)
+    expected = generate(model, [PROMPT], do_sample=False).sequences[0, len(PROMPT) :].tolist()
+    assert list(light.generate(PROMPT, max_new_tokens=12).tokens) == expected
+    eight = OVModelForCausalLM.from_pretrained(tmp_path / "model", load_in_8bit=True, ov_config=EXACT)
+    assert kinds(eight)["u8"] > 0 and 0 < distance(eight, model) < 1e-3
+    packed = OVModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=lowbit.RtnConfig(), ov_config=EXACT
+    )
+    assert kinds(packed)["i4"] > 0 and 0 < distance(packed, model) < 0.1
+
+
+def test_a_past_of_another_kind_is_refused(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(LowbitError, match="keeps more of its past than keys and values"):
+        OVModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_groups_of_beams_and_draws_are_those_of_the_engine(tiny: Path, folder: Path) -> None:
     light = native.load(folder, ov_config=EXACT, slots=6)
     engine = lowbit.runtime.load(tiny, slots=6, cache="fp32", compute="fp32")

@@ -3,6 +3,7 @@
 
     nothing, or what weights say of themselves     written as they are read, one at a time (export.write_decoder)
     what needs the torch model (AWQ, GPTQ, TEQ, AutoRound)     quantised by lowbit first, whose codes are then written
+    a model without a spec                         followed in torch first (other_decoders), its graph compressed then
     what needs the whole graph (a dataset, exceptions, other metrics)     written in its own type, then compress_weights
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,19 @@ import numpy as np
 
 from lowbit.calibration import Calibration, calibration_from
 from lowbit.checkpoint.auto import AutoModelForCausalLM
+from lowbit.checkpoint.hub import find_model
 from lowbit.configs.base import WeightOnlyConfig
+from lowbit.contents import CONFIG, read_config
 from lowbit.errors import RecipeError
+from lowbit.models.families import FAMILIES, TEXT_PARTS
 from lowbit.openvino.base import replace_graph
 from lowbit.openvino.compress import compress_weights
-from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization, read_config
-from lowbit.openvino.export import Written, write_decoder
+from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
+from lowbit.openvino.configs import read_config as read_quantization
+from lowbit.openvino.export import write_decoder
 from lowbit.openvino.opening import MODEL, read_model
+from lowbit.openvino.other_decoders import write_other_decoder
+from lowbit.openvino.recipes import LARGE
 
 _ANY_TEXT, _DEFAULT_TEXT = "auto", "default"
 _WINDOWS, _LENGTH = 32, 256
@@ -44,7 +51,7 @@ def quantization_asked(load_in_8bit: bool | None, load_in_4bit: bool | None, con
         return OVWeightQuantizationConfig(bits=8)
     if load_in_4bit:
         return OVWeightQuantizationConfig(bits=4)
-    return None if config is None else read_config(config)
+    return None if config is None else read_quantization(config)
 
 
 def export_decoder(
@@ -55,30 +62,60 @@ def export_decoder(
     large_in_8_bits: bool = True,
     tokenizer: bool = True,
     keywords: Mapping[str, Any] | None = None,
-) -> Written:
+) -> None:
     """Write a language model; what was decided on the way is printed. `keywords` are those of transformers' from_pretrained."""
     config = quantization.of_torch if isinstance(quantization, OVWeightQuantizationConfig) else quantization
+    described = has_spec(source, keywords or {})
     if isinstance(config, WeightOnlyConfig):
-        named = getattr(config, "tokenizer", None)
-        if config.to_recipe().asks_for_data and (named is None or isinstance(named, str)):
-            config = copy.copy(config)
-            vars(config)["tokenizer"] = _tokenizer(named or source, keywords)
-        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **(keywords or {}))
-        return _told(write_decoder(model, out, tokenizer=tokenizer))
-    held = AutoModelForCausalLM.from_pretrained(source, **keywords) if keywords else source
-    if not isinstance(quantization, OVWeightQuantizationConfig):
-        return _told(write_decoder(held, out, tokenizer=tokenizer, large_in_8_bits=large_in_8_bits))
-    if quantization.recipe is not None:
-        ratio = quantization.ratio if quantization.ratio < 1 else None
-        written = write_decoder(held, out, format=quantization.recipe, ratio=ratio, tokenizer=tokenizer)
+        _tell(_write(_quantized(source, config, keywords), out, tokenizer, described))
+        return
+    held = AutoModelForCausalLM.from_pretrained(source, **(keywords or {})) if keywords or not described else source
+    if not described and quantization is None and large_in_8_bits and _is_large(held):
+        _tell(["the model has more than a billion weights and is written in 8 bits; load_in_8bit=False keeps them"])
+        quantization = OVWeightQuantizationConfig(bits=8)
+    asked = quantization if isinstance(quantization, OVWeightQuantizationConfig) else None
+    recipe = asked.recipe if asked is not None and described else None
+    if recipe is not None:
+        assert asked is not None
+        ratio = asked.ratio if asked.ratio < 1 else None
+        _tell(write_decoder(held, out, format=recipe, ratio=ratio, tokenizer=tokenizer).notes)
     else:
-        written = write_decoder(held, out, tokenizer=tokenizer, large_in_8_bits=False)
-        replace_graph(compress(read_model(out), quantization, source, keywords), Path(out) / MODEL)
-    if quantization.dq_group_size is not None:
+        _tell(_write(held, out, tokenizer, described, large_in_8_bits and asked is None))
+        if asked is not None:
+            replace_graph(compress(read_model(out), asked, source, keywords), Path(out) / MODEL)
+    if asked is not None and asked.dq_group_size is not None:
         graph = read_model(out)
-        graph.set_rt_info(str(quantization.dq_group_size), list(_DYNAMIC_QUANTIZATION))
+        graph.set_rt_info(str(asked.dq_group_size), list(_DYNAMIC_QUANTIZATION))
         replace_graph(graph, Path(out) / MODEL)
-    return _told(written)
+
+
+def has_spec(source: str | Path, keywords: Mapping[str, Any]) -> bool:
+    """Whether lowbit knows what the model is, and writes its graph itself; a graph of any other is followed."""
+    path = find_model(source, keywords).path
+    if not (path / CONFIG).is_file():
+        return True  # a .gguf file, or what is wrong with the folder is said by who reads it
+    return read_config(path)["model_type"] in (*FAMILIES, *TEXT_PARTS)
+
+
+def _write(
+    held: Any, out: str | Path, tokenizer: bool, described: bool, large_in_8_bits: bool = False
+) -> Sequence[str]:
+    if not described:
+        return write_other_decoder(held, out, tokenizer)
+    return write_decoder(held, out, tokenizer=tokenizer, large_in_8_bits=large_in_8_bits).notes
+
+
+def _quantized(source: str | Path, config: WeightOnlyConfig, keywords: Mapping[str, Any] | None) -> Any:
+    named = getattr(config, "tokenizer", None)
+    if config.to_recipe().asks_for_data and (named is None or isinstance(named, str)):
+        config = copy.copy(config)
+        vars(config)["tokenizer"] = _tokenizer(named or source, keywords)
+    return AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **(keywords or {}))
+
+
+def _is_large(model: Any) -> bool:
+    low_bit = getattr(model, "lowbit_report", None) is not None
+    return not low_bit and sum(parameter.numel() for parameter in model.parameters()) > LARGE
 
 
 def compress(
@@ -122,7 +159,6 @@ def _tokenizer(source: str | Path, keywords: Mapping[str, Any] | None) -> Any:
     return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
 
 
-def _told(written: Written) -> Written:
-    for note in written.notes:
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
         print(f"lowbit: {note}", file=sys.stderr)
-    return written

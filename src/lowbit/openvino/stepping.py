@@ -31,7 +31,7 @@ from lowbit.openvino.tracing import Traced, trace
 _PAST = 3
 
 
-class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
+class PastLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
     """The past of a layer without a beginning of its own: a tensor of no axes, which a graph could not join to."""
 
     def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
@@ -68,9 +68,9 @@ class _Step(nn.Module):
     ) -> dict[str, torch.Tensor]:
         cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
         cache.self_attention_cache.layers = [
-            _Layer(past[f"self.{layer}.key"], past[f"self.{layer}.value"]) for layer in range(self.layers)
+            PastLayer(past[f"self.{layer}.key"], past[f"self.{layer}.value"]) for layer in range(self.layers)
         ]
-        cache.cross_attention_cache.layers = [_Layer() for _ in range(self.layers)]
+        cache.cross_attention_cache.layers = [PastLayer() for _ in range(self.layers)]
         before, new = past["self.0.key"].shape[2], input_ids.shape[1]
         positions = torch.arange(new) + before
         hidden = torch.arange(before + new)[None] > positions[:, None]
@@ -109,13 +109,13 @@ def trace_decoder(model: Any, hidden: torch.Tensor, mask: torch.Tensor | None) -
     ]
     # Inputs are named as they are asked for: those with a dot go through the keywords of a call.
     traced = trace(_Step(model, len(shapes)), inputs, outputs)
-    graph = _make_stateful(traced.model, shapes)
+    graph = make_stateful(traced.model, shapes)
     return Traced(
-        graph, _without_prefix(traced.packed), tuple(_without_prefix(dict.fromkeys(traced.dense))), traced.unread
+        graph, without_prefix(traced.packed), tuple(without_prefix(dict.fromkeys(traced.dense))), traced.unread
     )
 
 
-def _without_prefix(names: Mapping[str, Any]) -> dict[str, Any]:
+def without_prefix(names: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("model."): value for name, value in names.items()}
 
 
@@ -136,7 +136,7 @@ def _past_shapes(model: Any, hidden: torch.Tensor) -> list[tuple[int, int]]:
     return [(int(layer.keys.shape[1]), int(layer.keys.shape[3])) for layer in held.layers]
 
 
-def _make_stateful(model: Any, shapes: list[tuple[int, int]]) -> Any:
+def make_stateful(model: Any, shapes: list[tuple[int, int]], side: str = "decoder.") -> Any:
     """The past as variables: parameters and results of the traced graph become reads and assignments."""
     parameters = {port.get_any_name(): port.get_node() for port in model.inputs}
     results = {port.get_any_name(): port.get_node() for port in model.outputs}
@@ -149,13 +149,14 @@ def _make_stateful(model: Any, shapes: list[tuple[int, int]]) -> Any:
             name = f"self.{layer}.{part}"
             empty = ops.broadcast(floats(0.0), ops.concat([rows, ints(heads, 0, width)], 0))
             shape = ov.PartialShape([-1, heads, -1, width])
-            read = states.read_value(empty, _variable(layer, "decoder", part), ov.Type.f32, shape)
+            read = states.read_value(empty, _variable(layer, side, part), ov.Type.f32, shape)
             past = ops.gather(read, beams, ints(0))
             past = ops.reshape(past, ints(0, heads, -1, width), True)
             for use in parameters[name].output(0).get_target_inputs():
                 use.replace_source_output(past.output(0))
-            sinks.append(states.assign(_node(results[name].input_value(0)), _variable(layer, "decoder", part)))
-            sinks.append(_keep(results[f"cross.{layer}.{part}"], _variable(layer, "encoder", part), heads, width))
+            sinks.append(states.assign(_node(results[name].input_value(0)), _variable(layer, side, part)))
+            if f"cross.{layer}.{part}" in results:
+                sinks.append(_keep(results[f"cross.{layer}.{part}"], _variable(layer, "encoder.", part), heads, width))
     kept = [parameter for name, parameter in parameters.items() if not name.startswith("self.")]
     return ov.Model([results["logits"]], sinks, [*kept, beams], "decoder")
 
@@ -177,4 +178,4 @@ def _node(output: Node) -> Node:
 
 
 def _variable(layer: int, side: str, part: str) -> str:
-    return f"past_key_values.{layer}.{side}.{part}present.{layer}.{side}.{part}"
+    return f"past_key_values.{layer}.{side}{part}present.{layer}.{side}{part}"

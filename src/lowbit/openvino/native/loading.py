@@ -13,8 +13,8 @@ from typing import Any
 
 from lowbit.contents import CONFIG, read_config, read_generation_config
 from lowbit.errors import RecipeError, understood
-from lowbit.models.families import spec_from_config
-from lowbit.models.spec import DecoderSpec
+from lowbit.models.families import FAMILIES, TEXT_PARTS, spec_from_config
+from lowbit.models.spec import AttentionSpec, DecoderSpec, EmbeddingSpec, HeadSpec, NormSpec, TokenIds
 from lowbit.openvino.native.adapters import Adapters, read_adapter
 from lowbit.openvino.native.engine import IrEngine, check_vocabulary
 from lowbit.openvino.native.graph import ask_for_logits
@@ -54,11 +54,24 @@ def load(
 
 
 def read_spec(folder: Path) -> DecoderSpec:
-    """What the model of a folder is."""
+    """What the model of a folder is; of one that lowbit knows nothing more of, what is needed to run its graph."""
     config = read_config(folder)
     config.pop("quantization_config", None)
     with understood(f"{folder}: its {CONFIG} cannot be understood"):
-        return spec_from_config(config)
+        known = config["model_type"] in (*FAMILIES, *TEXT_PARTS)
+        return spec_from_config(config) if known else _bare_spec(config)
+
+
+def _bare_spec(config: Mapping[str, Any]) -> DecoderSpec:
+    text = {**config, **(config.get("text_config") or {})}
+    end = text.get("eos_token_id")
+    ends = () if end is None else tuple(end) if isinstance(end, list) else (end,)
+    width = int(text.get("hidden_size") or 1)
+    return DecoderSpec(
+        text["model_type"], width, int(text["vocab_size"]), int(text.get("max_position_embeddings") or LONGEST_DEFAULT_CONTEXT),
+        (), EmbeddingSpec(width), NormSpec("rms", 0.0), AttentionSpec(1, 1, width, 1.0), None, HeadSpec(tied=False), (),
+        tokens=TokenIds(text.get("bos_token_id"), ends, text.get("pad_token_id")),
+    )  # fmt: skip
 
 
 def _context(spec: DecoderSpec, asked: int | None) -> int:
