@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 
 import lowbit
 from lowbit.cli import main
@@ -51,6 +52,35 @@ def test_a_low_bit_folder_keeps_its_codes(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr()
     assert "int4_fine_g32" in said.out and "as the source" in said.out and "FAILED" not in said.out
     assert "rounding" not in said.out and "no tokenizer" in said.err
+
+
+def test_a_model_without_a_spec_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 288,
+    }
+    transformers.PersimmonForCausalLM(transformers.PersimmonConfig(**sizes)).save_pretrained(tmp_path / "model")
+    words = [
+        "export",
+        "openvino",
+        "--model",
+        str(tmp_path / "model"),
+        "--int4",
+        "--group-size",
+        "32",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "no spec of models of type 'persimmon'" in said.err and "not compared" in said.out
+    assert (tmp_path / "out" / "openvino_model.bin").stat().st_size < 0.25 * (
+        tmp_path / "model" / "model.safetensors"
+    ).stat().st_size
+    assert main([*words, "--force", "--ratio", "0.5"]) == 1
+    assert "--ratio is for models that lowbit has a spec of" in capsys.readouterr().err
 
 
 def test_a_folder_that_answers_otherwise_is_found_out(plain: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import lowbit.compat
 import lowbit.openvino
@@ -21,7 +22,22 @@ from lowbit.openvino.library import core
 from lowbit_assets import tiny_model
 
 pytestmark = pytest.mark.transformers
-CLASSES = ("OVConfig", "OVModelForCausalLM", "OVWeightQuantizationConfig")
+CLASSES = (
+    "OVConfig",
+    "OVModelForAudioClassification",
+    "OVModelForCTC",
+    "OVModelForCausalLM",
+    "OVModelForFeatureExtraction",
+    "OVModelForImageClassification",
+    "OVModelForMaskedLM",
+    "OVModelForQuestionAnswering",
+    "OVModelForSeq2SeqLM",
+    "OVModelForSequenceClassification",
+    "OVModelForSpeechSeq2Seq",
+    "OVModelForTokenClassification",
+    "OVQuantizationMethod",
+    "OVWeightQuantizationConfig",
+)
 COMPRESSION = (
     "AdvancedCompressionParameters", "BackupMode", "CompressWeightsMode", "Dataset", "IgnoredScope", "SensitivityMetric",
 )  # fmt: skip
@@ -73,6 +89,23 @@ def test_what_is_not_there_is_named() -> None:
                 getattr(importlib.import_module(home), name)
     with pytest.raises(ImportError, match=r"^lowbit has no optimum\.onnxruntime: use an optimum of your own"):
         importlib.import_module("optimum.onnxruntime")
+
+
+def test_another_task_goes_through_its_class(tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 64,
+    }
+    transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    assert (
+        optimum_export.run(["export", "openvino", "-m", str(tmp_path / "bert"), "--int8", str(tmp_path / "out")]) == 0
+    )
+    assert "u8" in kinds(tmp_path / "out")
+    model = lowbit.openvino.OVModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model(input_ids=torch.tensor([[1, 2, 3]]), attention_mask=torch.ones(1, 3).long()).logits.shape == (1, 2)
 
 
 def test_an_optimum_that_is_there_stays(tmp_path: Path) -> None:

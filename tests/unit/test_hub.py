@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from unit.checkpoint_cases import EVEN, make
+from unit.ir_cases import Toy
 
 pytestmark = [pytest.mark.transformers, pytest.mark.slow]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -91,6 +92,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     make("llama", root / "owner" / "tiny", **EVEN)
     make("llama", root / "owner" / "pickled", **EVEN)
     (root / "owner" / "pickled" / "model.safetensors").rename(root / "owner" / "pickled" / "pytorch_model.bin")
+    Toy.make().save(root / "owner" / "graph")
     (root / "tiny").symlink_to(root / "owner" / "tiny")
     with serving(root) as endpoint:
         yield endpoint
@@ -203,3 +205,13 @@ told = {
     assert (told["again"], told["source"]) == ("loaded", "folder")
     assert "did you mean Tiny-4bit" in told["mistyped"] and "and the hub does not answer: " in told["mistyped"]
     assert "was not to be asked (local_files_only)" in told["not to be asked"]
+
+
+def test_a_graph_on_the_hub_is_fetched_and_not_exported(hub: str, tmp_path: Path) -> None:
+    script = """
+from lowbit.openvino import OVModelForCausalLM
+model = OVModelForCausalLM.from_pretrained("owner/graph")
+told = {"kinds": sorted({op.get_type_name() for op in model.model.get_ordered_ops()})[:2], "folder": str(model.folder)}
+"""
+    told = run(script, hub, tmp_path / "home")
+    assert told["kinds"] and COMMIT in told["folder"]

@@ -19,12 +19,14 @@ from typing import Any, ClassVar, Self
 import torch
 import transformers
 
+from lowbit.checkpoint.companions import travels
+from lowbit.checkpoint.hub import fetch_companions, find_model
 from lowbit.contents import CONFIG, GENERATION_CONFIG
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.openvino.export import save_graph
 from lowbit.openvino.library import device as find_device
 from lowbit.openvino.library import ov
-from lowbit.openvino.opening import MODEL, compile_model, read_model
+from lowbit.openvino.opening import MODEL, compile_model, has_graph, read_model
 
 # What a graph's folder holds beside the graph and what transformers writes: copied on to the next folder.
 _BESIDE = (
@@ -155,6 +157,21 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
         if made.can_generate() and (folder / GENERATION_CONFIG).is_file():
             made.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         return made
+
+
+def find_graph(model_id: str | Path, keywords: Mapping[str, Any], name: str = MODEL) -> Path | None:
+    """The folder of a graph, here or fetched from the hub; None where the model has to be exported first."""
+    path = Path(model_id).expanduser()
+    if path.exists():
+        return path if has_graph(path, name) else None
+    found = find_model(model_id, keywords)
+    if found.files is not None and name in found.files:
+        fetch_companions(str(model_id), found.path, _belongs_to_a_graph)
+    return found.path if has_graph(found.path, name) else None
+
+
+def _belongs_to_a_graph(file: str) -> bool:
+    return file.startswith("openvino_") or file == GENERATION_CONFIG or travels(file)
 
 
 def replace_graph(model: Any, path: Path) -> None:

@@ -20,12 +20,12 @@ import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowbit.errors import LowbitError
-from lowbit.openvino.base import OVModel
+from lowbit.openvino.base import OVModel, find_graph
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.exporting import compress, export_decoder, quantization_asked
 from lowbit.openvino.native.graph import ask_for_logits
 from lowbit.openvino.native.rows import Decoder, Integers, Rows, check_graph
-from lowbit.openvino.opening import has_graph, read_model
+from lowbit.openvino.opening import read_model
 from lowbit.openvino.state_cache import StateCache
 
 # What generate asks for by itself, in one of its releases or another.
@@ -65,10 +65,11 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
                 raise LowbitError(f"{name}={not usual!r} is not what an exported language model has here: leave it out")
         source = Path(model_id).expanduser()
         opened = {"device": device, "ov_config": ov_config, "config": config}
-        if has_graph(source) and not (export and (source / "model.safetensors").is_file()):
-            made = cls._open(source, compile=compile and asked is None, **opened, **_trust(keywords))
+        graph = find_graph(model_id, keywords)
+        if graph is not None and not (export and (graph / "model.safetensors").is_file()):
+            made = cls._open(graph, compile=compile and asked is None, **opened, **_trust(keywords))
             if asked is not None:
-                made.model = compress(made.model, _of_graphs(asked), source, keywords)
+                made.model = compress(made.model, _of_graphs(asked), graph, keywords)
                 if compile:
                     made.compile()
             return made

@@ -18,12 +18,14 @@ from torch import nn
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.folder import replace_folder
 from lowbit.checkpoint.save import source_folder
+from lowbit.contents import REPORT
 from lowbit.errors import LowbitError
 from lowbit.openvino.export import save_graph
 from lowbit.openvino.opening import MODEL
 from lowbit.openvino.stepping import PastLayer, make_stateful
 from lowbit.openvino.tokenizer import write_tokenizers
 from lowbit.openvino.tracing import trace
+from lowbit.report import Report
 
 _PAST, _NEW, _ROWS = 3, 2, 2
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -46,6 +48,8 @@ def write_other_decoder(model: Any, out: str | Path, tokenizer: bool = True) -> 
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
+        report = getattr(model, "lowbit_report", None) or Report(recipe="as it was")
+        (folder / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
         if tokenizer:
             notes += write_tokenizers(folder)
     return notes

@@ -26,12 +26,12 @@ from lowbit.checkpoint import auto, hub
 from lowbit.checkpoint.companions import copy_companions, travels
 from lowbit.configs.base import WeightOnlyConfig
 from lowbit.errors import LowbitError, RecipeError
-from lowbit.openvino.base import OVModel
+from lowbit.openvino.base import OVModel, find_graph
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of
 from lowbit.openvino.exporting import compress, quantization_asked
 from lowbit.openvino.library import ov
-from lowbit.openvino.opening import has_graph, read_model
+from lowbit.openvino.opening import read_model
 from lowbit.openvino.recipes import LARGE
 from lowbit.openvino.tracing import Traced, trace
 
@@ -70,10 +70,11 @@ class OVTraced(OVModel):
         opened = {"device": device, "ov_config": ov_config, "config": config}
         if "trust_remote_code" in keywords:
             opened["trust_remote_code"] = keywords["trust_remote_code"]
-        if has_graph(source, cls.graph_name) and not (export and any((source / name).is_file() for name in _WEIGHTS)):
-            made = cls._open(source, compile=compile and asked is None, **opened)
+        graph = find_graph(model_id, keywords, cls.graph_name)
+        if graph is not None and not (export and any((graph / name).is_file() for name in _WEIGHTS)):
+            made = cls._open(graph, compile=compile and asked is None, **opened)
             if asked is not None:
-                made._compress_(asked, source, keywords)
+                made._compress_(asked, graph, keywords)
                 if compile:
                     made.compile()
             return made

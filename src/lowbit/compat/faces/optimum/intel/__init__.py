@@ -24,7 +24,22 @@ NEAREST = {
 }
 HOMES = {name: "lowbit.openvino" for name in lowbit.openvino.__all__ if name.startswith("OV")}
 
-__all__ = ["OVConfig", "OVModelForCausalLM", "OVWeightQuantizationConfig"]
+__all__ = [
+    "OVConfig",
+    "OVModelForAudioClassification",
+    "OVModelForCTC",
+    "OVModelForCausalLM",
+    "OVModelForFeatureExtraction",
+    "OVModelForImageClassification",
+    "OVModelForMaskedLM",
+    "OVModelForQuestionAnswering",
+    "OVModelForSeq2SeqLM",
+    "OVModelForSequenceClassification",
+    "OVModelForSpeechSeq2Seq",
+    "OVModelForTokenClassification",
+    "OVQuantizationMethod",
+    "OVWeightQuantizationConfig",
+]
 __getattr__ = refuse_unknown(__name__, NEAREST, HOMES)
 
 _PLACE = "optimum.intel"
