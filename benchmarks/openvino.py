@@ -97,17 +97,28 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
+# A program's peak begins with the size of the one that started it: a small one does, and says what it saw.
+_STARTER = """
+import resource, subprocess, sys
+quiet = subprocess.DEVNULL
+code = subprocess.call(sys.argv[1:], stdout=quiet, stderr=quiet)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
 def timed(command: Sequence[object], threads: int) -> tuple[float, int]:
     """Seconds of a program, and the most bytes that it, or one that it started, held at once."""
-    start = time.perf_counter()
-    quiet = subprocess.DEVNULL
     words = [str(word) for word in command]
-    process = subprocess.Popen(words, env=environment(threads), cwd=common.HERE.parent, stdout=quiet, stderr=quiet)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"this ended with {process.returncode}; run it by hand to see why: {' '.join(words)}")
-    return time.perf_counter() - start, used.ru_maxrss * 1024
+    starter = [sys.executable, "-I", "-S", "-c", _STARTER, *words]
+    start = time.perf_counter()
+    done = subprocess.run(
+        starter, env=environment(threads), cwd=common.HERE.parent, capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"this ended with {done.returncode}; run it by hand to see why: {' '.join(words)}")
+    return seconds, int(done.stdout) * 1024
 
 
 def told(command: Sequence[object], threads: int) -> Any:

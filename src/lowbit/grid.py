@@ -42,7 +42,7 @@ from lowbit.grid_core import core_quantize, core_unpack
 from lowbit.grid_points import code_values, nearest_codes, round_zeros
 from lowbit.kquants import dequantize_kquant, quantize_kquant
 from lowbit.packing import PackedTensor
-from lowbit.search import PLAIN, Search
+from lowbit.search import PLAIN, Search, worth_searching
 
 SCALE_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # fp16 cannot hold a scale below this; groups that small are stored as zeros.
@@ -76,6 +76,7 @@ def quantize(
     """Round a weight [.., out, in] to a format of any kind; `importance` [in] weighs the squared error of each input."""
     if importance is not None:
         check_importance(importance, weight)
+    search = _search_for(weight, format, search, importance)
     if format.kind == "kquant":
         return quantize_kquant(weight, format, search.steps, importance)
     packed = core_quantize(weight, format, search, importance)
@@ -95,6 +96,7 @@ def fit_grid(
     weight: torch.Tensor, format: Format, search: Search = PLAIN, importance: torch.Tensor | None = None
 ) -> Grid:
     """Scales and zero points for a weight [.., out, in]; `importance` [in] weighs the squared error of each input."""
+    search = _search_for(weight, format, search, importance)
     groups, mask = group_weight(weight, format)
     weights = groups.abs().sqrt()
     if importance is not None:
@@ -104,6 +106,12 @@ def fit_grid(
     if search.steps:
         scales, zeros = _search_scales(groups, weights, format, rounder, search, (scales, zeros))
     return store_grid(tuple(weight.shape), groups, scales, zeros, rounder)
+
+
+def _search_for(weight: torch.Tensor, format: Format, search: Search, importance: torch.Tensor | None) -> Search:
+    if importance is not None or format.kind != "int":
+        return search
+    return worth_searching(search, format.bits, format.group_size if format.group_size > 0 else weight.shape[-1])
 
 
 def store_grid(

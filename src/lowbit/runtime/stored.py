@@ -18,7 +18,7 @@ from lowbit.core import calls
 from lowbit.errors import CheckpointError
 from lowbit.formats import Format
 from lowbit.packing import PackedTensor, empty_buffers
-from lowbit.search import Search
+from lowbit.search import Search, worth_searching
 
 # Plain element types: safetensors' name and GGUF's, and ours.
 DENSE_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -90,6 +90,8 @@ def quantize_dense(weight: Dense, format: Format, search: Search) -> PackedTenso
     """Round plain numbers [.., out, in] in the core."""
     array = np.require(weight.array, requirements=("C", "A"))
     buffers = empty_buffers(format, array.shape, np)
+    if format.kind == "int":
+        search = worth_searching(search, format.bits, format.group_size if format.group_size > 0 else array.shape[-1])
     rows = array.reshape(-1, array.shape[-1])
     calls.quantize(
         format,
