@@ -13,6 +13,13 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "causal_lm": ("OVModelForCausalLM",),
     "compress": ("compress_weights", "compression_report"),
     "configs": ("OVConfig", "OVQuantizationMethod", "OVWeightQuantizationConfig"),
+    "diffusion": (
+        "OVDiffusionPipeline",
+        "OVStableDiffusionImg2ImgPipeline",
+        "OVStableDiffusionPipeline",
+        "OVStableDiffusionXLImg2ImgPipeline",
+        "OVStableDiffusionXLPipeline",
+    ),
     "export": ("Written", "write_decoder"),
     "library": ("devices",),
     "modes": (

@@ -20,11 +20,10 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
 from lowbit.errors import LowbitError, RecipeError
+from lowbit.openvino.base import replace_graph
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import example_of
-from lowbit.openvino.export import save_graph
 from lowbit.openvino.exporting import compress
-from lowbit.openvino.library import ov
 from lowbit.openvino.opening import compile_model, read_model
 from lowbit.openvino.stepping import trace_decoder
 from lowbit.openvino.traced import OVTraced
@@ -174,30 +173,33 @@ class OVModelForSeq2SeqLM(OVTraced, transformers.GenerationMixin):  # type: igno
     def save_pretrained(self, save_directory: str | Path, **keywords: Any) -> None:
         """Write both graphs and everything beside them."""
         super().save_pretrained(save_directory, **keywords)
-        save_graph(self.encoder.model, Path(save_directory).expanduser() / ENCODER)
+        replace_graph(self.encoder.model, Path(save_directory).expanduser() / ENCODER)
 
     @classmethod
-    def _write(
-        cls, module: Any, out: Path, quantization: Quantization | None, source: Any, keywords: Mapping[str, Any]
-    ) -> None:
+    def _graphs(cls, module: Any) -> dict[str, Any]:
         example = example_of(module)
         encoder = module.get_encoder()
         with torch.no_grad():
-            hidden = encoder(**example)[0].float()
-        graphs = {
+            hidden = encoder(**example)[0]
+        return {
             ENCODER: trace(encoder, example, ["last_hidden_state"]).model,
-            DECODER: trace_decoder(module.float(), hidden, example.get("attention_mask")).model,
+            DECODER: trace_decoder(module, hidden, example.get("attention_mask")).model,
         }
-        for name, graph in graphs.items():
-            if isinstance(quantization, OVWeightQuantizationConfig):
-                graph = compress(graph, _without_data(quantization), source, keywords)
-            ov.save_model(graph, out / name, compress_to_fp16=module.dtype == torch.float16)
+
+    @classmethod
+    def _asked(cls, quantization: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:
+        if quantization.dataset is not None or quantization.gptq or quantization.scale_estimation:
+            raise RecipeError(
+                "calibration of an encoder-decoder goes through the torch model: pass GPTQConfig or AwqConfig of lowbit, or "
+                "compress model.encoder.model and model.decoder.model with a dataset of their own inputs"
+            )
+        return quantization
 
     def _compress_(self, asked: Quantization, source: Path, keywords: Mapping[str, Any]) -> None:
         if not isinstance(asked, OVWeightQuantizationConfig):
             raise RecipeError(f"{type(asked).__name__} quantises the original model: export that again")
         for part in (self.encoder, self.decoder):
-            part.model = compress(part.model, _without_data(asked), source, keywords)
+            part.model = compress(part.model, self._asked(asked), source, keywords)
 
     def forward(  # type: ignore[override]  # two graphs take more than one does
         self,
@@ -252,12 +254,3 @@ class OVModelForSpeechSeq2Seq(OVModelForSeq2SeqLM, WhisperGenerationMixin):  # t
     def forward(self, input_features: Any = None, attention_mask: Any = None, **named: Any) -> Any:  # type: ignore[override]
         """As above; the encoder hears all of its thirty seconds, whatever a mask says of them."""
         return super().forward(input_features=input_features, **named)
-
-
-def _without_data(config: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:
-    if config.dataset is not None or config.gptq or config.scale_estimation:
-        raise RecipeError(
-            "calibration of an encoder-decoder goes through the torch model: pass GPTQConfig or AwqConfig of lowbit, or compress "
-            "model.encoder.model and model.decoder.model with a dataset of their own inputs"
-        )
-    return config

@@ -102,21 +102,26 @@ class OVTraced(OVModel):
         if quantization is None and large_in_8_bits and count_weights(module) >= LARGE:
             print("lowbit: above 1e9 weights, exported in 8 bits; load_in_8bit=False keeps their type", file=sys.stderr)
             quantization = OVWeightQuantizationConfig(bits=8)
-        cls._write(module, out, quantization, source, keywords)
+        halves = module.dtype == torch.float16
+        graphs = cls._graphs(module.float())
+        for name, graph in graphs.items():
+            if isinstance(quantization, OVWeightQuantizationConfig):
+                graph = compress(graph, cls._asked(quantization), source, keywords)
+            ov.save_model(graph, out / name, compress_to_fp16=halves)
         module.config.save_pretrained(out)
         if module.can_generate() and module.generation_config is not None:
             module.generation_config.save_pretrained(out)
         copy_beside(source, out)
 
     @classmethod
-    def _write(
-        cls, module: Any, out: Path, quantization: Quantization | None, source: Any, keywords: Mapping[str, Any]
-    ) -> None:
-        traced = trace_model(module)
-        graph = traced.model
-        if isinstance(quantization, OVWeightQuantizationConfig):
-            graph = compress(graph, quantization, source, keywords)
-        ov.save_model(graph, out / cls.graph_name, compress_to_fp16=module.dtype == torch.float16)
+    def _graphs(cls, module: Any) -> dict[str, Any]:
+        """The graphs of a module by the names of their files."""
+        return {cls.graph_name: trace_model(module).model}
+
+    @classmethod
+    def _asked(cls, quantization: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:
+        """What is asked for, if the class can do it."""
+        return quantization
 
     def _compress_(self, asked: Quantization, source: Path, keywords: Mapping[str, Any]) -> None:
         if not isinstance(asked, OVWeightQuantizationConfig):
