@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,35 +53,6 @@ def test_a_low_bit_folder_keeps_its_codes(tmp_path: Path, capsys: pytest.Capture
     assert "rounding" not in said.out and "no tokenizer" in said.err
 
 
-def test_a_model_without_a_spec_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 96,
-        "vocab_size": 288,
-    }
-    transformers.PersimmonForCausalLM(transformers.PersimmonConfig(**sizes)).save_pretrained(tmp_path / "model")
-    words = [
-        "export",
-        "openvino",
-        "--model",
-        str(tmp_path / "model"),
-        "--int4",
-        "--group-size",
-        "32",
-        str(tmp_path / "out"),
-    ]
-    assert main(words) == 0
-    said = capsys.readouterr()
-    assert "no spec of models of type 'persimmon'" in said.err and "not compared" in said.out
-    assert (tmp_path / "out" / "openvino_model.bin").stat().st_size < 0.25 * (
-        tmp_path / "model" / "model.safetensors"
-    ).stat().st_size
-    assert main([*words, "--force", "--ratio", "0.5"]) == 1
-    assert "--ratio is for models that lowbit has a spec of" in capsys.readouterr().err
-
-
 def test_a_folder_that_answers_otherwise_is_found_out(plain: Path, tmp_path: Path) -> None:
     written = write_decoder(plain, tmp_path / "out", "int8")
     assert verify(written).passed
@@ -120,12 +90,35 @@ def test_what_cannot_be_is_one_sentence(
     assert sentence in said.err and said.err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_an_architecture_without_a_graph_of_ours_is_said(plain: Path, tmp_path: Path) -> None:
-    shutil.copytree(plain, tmp_path / "odd")
-    config = json.loads((plain / "config.json").read_text()) | {"model_type": "bamba"}
-    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LowbitError, match=r"lowbit\.openvino\.trace"):
-        write_decoder(tmp_path / "odd", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("kind", "words", "share"),
+    [
+        ("arcee", ["--format", "none"], 1.1),
+        ("arcee", ["--int8"], 0.4),
+        ("persimmon", ["--int4", "--group-size", "32"], 0.25),
+    ],
+)
+def test_a_family_without_a_spec_is_followed(
+    kind: str, words: list[str], share: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 131, "head_dim": 16}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = transformers.AutoConfig.for_model(kind, **sizes, **heads, max_position_embeddings=96)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "odd")
+    assert main(["export", "openvino", "--model", str(tmp_path / "odd"), *words, str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert f"no spec of models of type {kind!r}: the graph is that of a call" in said.err
+    assert "FAILED" not in said.out and said.out.count("as the source") == 2
+    files = [tmp_path / "out" / "openvino_model.bin", tmp_path / "odd" / "model.safetensors"]
+    assert files[0].stat().st_size < share * files[1].stat().st_size
+    with pytest.raises(LowbitError, match="compress_weights"):
+        write_decoder(tmp_path / "odd", tmp_path / "other", "int4", ratio=0.5)
 
 
 def test_without_the_package_there_is_a_line_that_installs_it(plain: Path, tmp_path: Path) -> None:

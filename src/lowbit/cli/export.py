@@ -67,13 +67,10 @@ def run(options: argparse.Namespace) -> int:
     check_target(options.out, source, options.force)
     format = format_from(options.format, options.group_size, options.asym)
     from lowbit.openvino.export import write_decoder
-    from lowbit.openvino.exporting import has_spec
     from lowbit.openvino.library import device
 
     for name in options.device or ():
         device(name)  # one that is not there is said before the work
-    if not has_spec(source.name, {}):
-        return follow(output, source.name, options, format)
     written = write_decoder(
         source.name, options.out, format, ratio=options.ratio, large_in_8_bits=options.format != LEAVE
     )
@@ -96,27 +93,6 @@ def run(options: argparse.Namespace) -> int:
         | written.report.to_dict()
     )
     return 0 if found is None or found.passed else 1
-
-
-def follow(output: Output, source: str, options: argparse.Namespace, format: str | None) -> int:
-    """Write a model that lowbit has no spec of: a call of transformers' class is followed, and no engine is there to compare."""
-    from lowbit.checkpoint.auto import AutoModelForCausalLM
-    from lowbit.openvino.other_decoders import write_other_decoder
-    from lowbit.openvino.recipes import export_recipe
-
-    if options.ratio is not None:
-        raise RecipeError(
-            "--ratio is for models that lowbit has a spec of: use quantization_config= of lowbit.openvino.OVModelForCausalLM"
-        )
-    asked = {} if format is None else {"recipe": export_recipe(format)}
-    notes = write_other_decoder(AutoModelForCausalLM.from_pretrained(source, **asked), options.out)
-    for note in notes:
-        output.note(f"lowbit: {note}")
-    output.say(f"written to {shlex.quote(str(options.out))}: {size_text(folder_bytes(options.out))}, and not compared")
-    output.result(
-        {"source": source, "out": str(options.out), "bytes_on_disk": folder_bytes(options.out), "notes": notes}
-    )
-    return 0
 
 
 def format_from(name: str | None, group_size: int | None, asym: bool) -> str | None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.folder import replace_folder
@@ -33,7 +33,7 @@ from lowbit.openvino.decoder import build
 from lowbit.openvino.library import Node, ov, release
 from lowbit.openvino.opening import MODEL
 from lowbit.openvino.recipes import LARGE, export_recipe, with_ratio
-from lowbit.openvino.sources import needs_torch, open_source, rounded
+from lowbit.openvino.sources import HeldModel, has_spec, load_model, needs_torch, open_source, rounded
 from lowbit.packing import PackedTensor
 from lowbit.progress import progress
 from lowbit.recipe import Recipe
@@ -46,14 +46,18 @@ _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Written:
-    """What an export made, and of what. `recipe` is what plain weights were rounded by, None where none was."""
+    """What an export made, and of what. `recipe` is what plain weights were rounded by, None where none was.
+
+    A model that was followed has no spec; it is the `model` itself, low-bit where a format was asked for.
+    """
 
     folder: Path
-    spec: DecoderSpec
+    spec: DecoderSpec | None
     report: Report
     notes: tuple[str, ...]
     files: ModelFiles
     recipe: Recipe | None = None
+    model: Any = None
 
 
 def write_decoder(
@@ -67,9 +71,11 @@ def write_decoder(
 ) -> Written:
     """Export a decoder. Without a format weights stay as they are; plain ones of a model above 1e9 weights become 8 bits.
 
-    Raises a RecipeError for a model that lowbit has no spec of.
+    A model of a family that lowbit has no description of is followed for one call instead (other_decoders.py).
     """
     started = time.perf_counter()
+    if not has_spec(source):
+        return _write_followed(source, Path(out).expanduser(), format, ratio, tokenizer, large_in_8_bits)
     files = open_source(source)
     spec = read_spec(files)
     notes: list[str] = []
@@ -103,6 +109,41 @@ def write_decoder(
         report.seconds = time.perf_counter() - started
         (folder / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
     return Written(Path(out).expanduser(), spec, report, tuple(notes), files, recipe)
+
+
+def _write_followed(
+    source: Any, out: Path, format: str | Format | Recipe | None, ratio: float | None, tokenizer: bool, large: bool
+) -> Written:
+    from lowbit.openvino.other_decoders import trace_causal
+    from lowbit.optimize import optimize_model
+
+    if ratio is not None and ratio < 1:
+        raise RecipeError(
+            "a ratio needs a description of the model, which lowbit has not: write it without a format, and give "
+            "lowbit.openvino.compress_weights the graph and the ratio"
+        )
+    started = time.perf_counter()
+    model = load_model(str(source)) if isinstance(source, str | Path) else source
+    kind = model.config.model_type
+    notes = [f"lowbit has no spec of models of type {kind!r}: the graph is that of a call of {type(model).__name__}"]
+    recipe = None if format is None else export_recipe(format)
+    if recipe is None and large and sum(p.numel() for p in model.parameters()) > LARGE:
+        recipe = export_recipe("int8")
+        notes.append(
+            "the model has more than a billion weights and is written in 8 bits; ask for a format to have another"
+        )
+    if recipe is not None:
+        model = optimize_model(model, recipe=recipe)
+    graph, files = trace_causal(model), HeldModel(model)
+    report: Report = getattr(model, "lowbit_report", None) or Report(recipe="as it was")
+    with replace_folder(out) as folder:
+        describe_(graph, report)
+        save_graph(graph, folder / MODEL)
+        _write_texts(cast(ModelFiles, files), folder, report)
+        notes += _write_tokenizer(folder) if tokenizer else []
+        report.seconds = time.perf_counter() - started
+        (folder / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
+    return Written(out, None, report, tuple(notes), cast(ModelFiles, files), recipe, model)
 
 
 def recipe_by_size(spec: DecoderSpec) -> Recipe | None:

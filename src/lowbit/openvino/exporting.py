@@ -20,19 +20,16 @@ import numpy as np
 
 from lowbit.calibration import Calibration, calibration_from
 from lowbit.checkpoint.auto import AutoModelForCausalLM
-from lowbit.checkpoint.hub import find_model
 from lowbit.configs.base import WeightOnlyConfig
-from lowbit.contents import CONFIG, read_config
 from lowbit.errors import RecipeError
-from lowbit.models.families import FAMILIES, TEXT_PARTS
 from lowbit.openvino.base import replace_graph
 from lowbit.openvino.compress import compress_weights
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.configs import read_config as read_quantization
 from lowbit.openvino.export import write_decoder
 from lowbit.openvino.opening import MODEL, read_model
-from lowbit.openvino.other_decoders import write_other_decoder
 from lowbit.openvino.recipes import LARGE
+from lowbit.openvino.sources import has_spec
 
 _ANY_TEXT, _DEFAULT_TEXT = "auto", "default"
 _WINDOWS, _LENGTH = 32, 256
@@ -65,9 +62,9 @@ def export_decoder(
 ) -> None:
     """Write a language model; what was decided on the way is printed. `keywords` are those of transformers' from_pretrained."""
     config = quantization.of_torch if isinstance(quantization, OVWeightQuantizationConfig) else quantization
-    described = has_spec(source, keywords or {})
+    described = has_spec(source, keywords)
     if isinstance(config, WeightOnlyConfig):
-        _tell(_write(_quantized(source, config, keywords), out, tokenizer, described))
+        _tell(write_decoder(_quantized(source, config, keywords), out, tokenizer=tokenizer).notes)
         return
     held = AutoModelForCausalLM.from_pretrained(source, **(keywords or {})) if keywords or not described else source
     if not described and quantization is None and large_in_8_bits and _is_large(held):
@@ -80,29 +77,14 @@ def export_decoder(
         ratio = asked.ratio if asked.ratio < 1 else None
         _tell(write_decoder(held, out, format=recipe, ratio=ratio, tokenizer=tokenizer).notes)
     else:
-        _tell(_write(held, out, tokenizer, described, large_in_8_bits and asked is None))
+        eight = described and large_in_8_bits and asked is None
+        _tell(write_decoder(held, out, tokenizer=tokenizer, large_in_8_bits=eight).notes)
         if asked is not None:
             replace_graph(compress(read_model(out), asked, source, keywords), Path(out) / MODEL)
     if asked is not None and asked.dq_group_size is not None:
         graph = read_model(out)
         graph.set_rt_info(str(asked.dq_group_size), list(_DYNAMIC_QUANTIZATION))
         replace_graph(graph, Path(out) / MODEL)
-
-
-def has_spec(source: str | Path, keywords: Mapping[str, Any]) -> bool:
-    """Whether lowbit knows what the model is, and writes its graph itself; a graph of any other is followed."""
-    path = find_model(source, keywords).path
-    if not (path / CONFIG).is_file():
-        return True  # a .gguf file, or what is wrong with the folder is said by who reads it
-    return read_config(path)["model_type"] in (*FAMILIES, *TEXT_PARTS)
-
-
-def _write(
-    held: Any, out: str | Path, tokenizer: bool, described: bool, large_in_8_bits: bool = False
-) -> Sequence[str]:
-    if not described:
-        return write_other_decoder(held, out, tokenizer)
-    return write_decoder(held, out, tokenizer=tokenizer, large_in_8_bits=large_in_8_bits).notes
 
 
 def _quantized(source: str | Path, config: WeightOnlyConfig, keywords: Mapping[str, Any] | None) -> Any:

@@ -8,51 +8,18 @@ the graph: the causal one, padding, and the windows that the configuration names
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from lowbit.checkpoint.companions import copy_companions
-from lowbit.checkpoint.folder import replace_folder
-from lowbit.checkpoint.save import source_folder
-from lowbit.contents import REPORT
 from lowbit.errors import LowbitError
-from lowbit.openvino.export import save_graph
-from lowbit.openvino.opening import MODEL
 from lowbit.openvino.stepping import PastLayer, make_stateful
-from lowbit.openvino.tokenizer import write_tokenizers
 from lowbit.openvino.tracing import trace
-from lowbit.report import Report
 
 _PAST, _NEW, _ROWS = 3, 2, 2
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-
-
-def write_other_decoder(model: Any, out: str | Path, tokenizer: bool = True) -> list[str]:
-    """Write a transformers model, dense or low-bit, as `write_decoder` writes those that have a spec; returns remarks."""
-    kind = model.config.model_type
-    notes = [f"lowbit has no spec of models of type {kind!r}: the graph is that of a call of {type(model).__name__}"]
-    graph = trace_causal(model)
-    with replace_folder(Path(out).expanduser()) as folder:
-        save_graph(graph, folder / MODEL)
-        source = source_folder(model)
-        if source is not None:
-            copy_companions(source, folder)
-        config = type(model.config).from_dict(
-            {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-        )
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(folder)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        report = getattr(model, "lowbit_report", None) or Report(recipe="as it was")
-        (folder / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
-        if tokenizer:
-            notes += write_tokenizers(folder)
-    return notes
 
 
 def trace_causal(model: Any) -> Any:

@@ -9,16 +9,16 @@ anything else      a name on the hub, an old save: loaded by AutoModelForCausalL
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from lowbit.contents import quantization_config, read_config, read_generation_config, weight_files
+from lowbit.contents import CONFIG, quantization_config, read_config, read_generation_config, weight_files
 from lowbit.core import calls
-from lowbit.errors import CheckpointError, RecipeError, nearest
+from lowbit.errors import CheckpointError
 from lowbit.formats import Format
 from lowbit.methods import COMPRESSED_METHOD, OWN_METHOD
 from lowbit.models.families import FAMILIES, TEXT_PARTS
@@ -43,29 +43,31 @@ def open_source(source: Any) -> ModelFiles:
     if path.is_file():
         return open_files(path)
     if not path.is_dir():
-        return cast(ModelFiles, HeldModel(_load(str(source))))
+        return cast(ModelFiles, HeldModel(load_model(str(source))))
     method = None
-    if (path / "config.json").is_file():
-        stored = read_config(path)
-        check_has_spec(stored)
-        method = (quantization_config(stored) or {}).get("quant_method")
+    if (path / CONFIG).is_file():
+        method = (quantization_config(read_config(path)) or {}).get("quant_method")
     if method in _READ_BY_THE_ENGINE:
         return open_files(path)
     from lowbit.checkpoint.ready_made import METHODS
 
     if method in METHODS:
         return cast(ModelFiles, ReadyMadeFiles(path))
-    return cast(ModelFiles, HeldModel(_load(str(path))))
+    return cast(ModelFiles, HeldModel(load_model(str(path))))
 
 
-def check_has_spec(config: dict[str, Any]) -> None:
-    """Refuse a model whose parts lowbit does not know by name, with the way that is open to it."""
-    kind = config.get("model_type")
-    if kind not in FAMILIES and kind not in TEXT_PARTS:
-        raise RecipeError(
-            f"lowbit has no graph for models of type {kind!r} ({nearest(str(kind), FAMILIES)}): lowbit.openvino.trace follows "
-            "one call of any torch module, without a memory between calls"
-        )
+def has_spec(source: Any, keywords: Mapping[str, Any] | None = None) -> bool:
+    """Whether lowbit knows what a model is, and writes its graph itself; a graph of any other is followed."""
+    if not isinstance(source, str | Path):
+        return source.config.model_type in (*FAMILIES, *TEXT_PARTS)
+    path = Path(source).expanduser()
+    if not path.exists():
+        from lowbit.checkpoint.hub import find_model  # the hub's client, which files here do not need
+
+        path = find_model(source, keywords or {}).path
+    if not (path / CONFIG).is_file():
+        return True  # a .gguf file, or what is wrong with the folder is said by who reads it
+    return read_config(path).get("model_type") in (*FAMILIES, *TEXT_PARTS)
 
 
 def needs_torch(recipe: Recipe) -> bool:
@@ -78,11 +80,11 @@ def rounded(source: Any, recipe: Recipe) -> ModelFiles:
     """A model made low-bit in memory."""
     from lowbit.optimize import optimize_model
 
-    model = _load(str(source)) if isinstance(source, str | Path) else source
+    model = load_model(str(source)) if isinstance(source, str | Path) else source
     return cast(ModelFiles, HeldModel(optimize_model(model, recipe=recipe)))
 
 
-def _load(name: str) -> Any:
+def load_model(name: str) -> Any:
     from lowbit.checkpoint.auto import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(name)
@@ -100,7 +102,6 @@ class HeldModel:
         self._held = held_weights(model)
         self._dense = dict(model.named_parameters(remove_duplicate=False))
         self.config: dict[str, Any] = model.config.to_dict()
-        check_has_spec(self.config)
         self.config.pop("quantization_config", None)
         self.config.setdefault("architectures", [type(model).__name__])
         generation = getattr(model, "generation_config", None)
