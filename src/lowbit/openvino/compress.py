@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lowbit.algorithms.allocate import allocate, stored_bytes
+from lowbit.algorithms.allocate import stored_bytes
 from lowbit.algorithms.gptq import round_gptq
 from lowbit.algorithms.rtn import importance_of, relative_error, round_weight
 from lowbit.errors import RecipeError
@@ -43,6 +43,7 @@ from lowbit.openvino.modes import (
     is_8_bit,
     mode_row,
 )
+from lowbit.openvino.recipes import beyond_ratio
 from lowbit.openvino.sites import Site, find_sites, low_bit_weights
 from lowbit.openvino.weights import weight_output
 from lowbit.options import GptqOptions
@@ -253,18 +254,15 @@ def _choose_formats(
     may = [site for site in first if wanted[site.name] is not None]
     if request.ratio == 1:
         return formats | {site.name: wanted[site.name] for site in may}
-    mode, backup = "mode", "backup"
-    sizes = {site.name: {mode: 0, backup: site.count} for site in may}
     errors = {}
     for site in may:
         weight = torch.from_numpy(site.read())
-        errors[site.name] = {
-            mode: error_of(weight, wanted[site.name], request, seen.get(site.name)),
-            backup: error_of(weight, request.backup, request, seen.get(site.name)),
-        }
-    total = sum(site.count for site in may)
-    kept = allocate(sizes, errors, total - math.ceil(request.ratio * total - 0.5))
-    return formats | {name: wanted[name] for name, option in kept.items() if option == mode}
+        first_choice, second = (
+            error_of(weight, format, request, seen.get(site.name)) for format in (wanted[site.name], request.backup)
+        )
+        errors[site.name] = (first_choice, second)
+    kept = beyond_ratio({site.name: site.count for site in may}, errors, request.ratio)
+    return formats | {site.name: wanted[site.name] for site in may if site.name not in kept}
 
 
 def error_of(weight: torch.Tensor, format: Format | None, request: _Request, seen: Seen | None) -> float:
