@@ -260,6 +260,12 @@ def test_folders_that_lack_something(toy: Toy, tmp_path: Path) -> None:
         read_model(folder)
 
 
+def test_threads_are_not_pinned_unless_asked(folder: Path) -> None:
+    graph = read_model(folder)
+    assert compile_model(graph).get_property("ENABLE_CPU_PINNING") is False
+    assert compile_model(graph, "CPU", {"ENABLE_CPU_PINNING": "YES"}).get_property("ENABLE_CPU_PINNING") is True
+
+
 def test_what_cannot_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match=r"there is no device 'GPU.7' here: .* sees CPU"):
         load(folder, device="GPU.7")
