@@ -13,11 +13,11 @@ import numpy as np
 import openvino_genai
 import pytest
 
-from lowbit.openvino import write_decoder
+from lowbit.openvino import verify, write_decoder
 from lowbit.openvino.library import ov
 from lowbit.openvino.opening import EXACT
 from lowbit.runtime import load
-from lowbit_assets import tiny_model
+from lowbit_assets import smollm2_gguf, tiny_model
 from lowbit_assets.tiny import write_byte_tokenizer
 from unit import family_cases
 from unit.family_cases import CASES, prompt
@@ -83,3 +83,13 @@ def test_scores_that_are_squeezed_run_without_paged_attention(tokenizer: Any, tm
     """Gemma 2: no operation for it, so the pipeline that was not told which attention takes the other one."""
     expected = written("gemma2", tmp_path)
     assert answer(tmp_path / "out", tokenizer) == expected
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_from_the_blocks_of_its_gguf_file(tmp_path: Path) -> None:
+    """Its tokenizer too: the graph cuts the sample texts as tokenizer.json does, or a note would say so."""
+    made = write_decoder(smollm2_gguf(), tmp_path / "out")
+    assert not made.notes and verify(made).passed
+    pipeline = openvino_genai.LLMPipeline(tmp_path / "out", "CPU")
+    config = openvino_genai.GenerationConfig(max_new_tokens=8, do_sample=False, apply_chat_template=False)
+    assert "Paris" in pipeline.generate("The capital of France is", config)
