@@ -176,7 +176,8 @@ def test_choices_of_optimum_cli(tiny: Path, tmp_path: Path, options: str, kind: 
     assert (tmp_path / "out" / "openvino_tokenizer.xml").is_file() != ("--disable-convert-tokenizer" in words)
     for refused, said in (
         ("--quant-mode int8", "plugins themselves"), ("--ratio 0.5", "add --weight-format int4"), ("--awq", "add --weight-format"),
-        ("--weight-format cb4", "use nf4"), ("--disable-stateful", "past inside"), ("--int4 --awq --ratio 0.5", "leave out ratio="),
+        ("--weight-format cb4", "use nf4"), ("--disable-stateful", "past inside"),
+        ("--pad-token-id 0", "set it in the model's config.json"), ("--int4 --awq --ratio 0.5", "leave out ratio="),
     ):  # fmt: skip
         with pytest.raises(LowbitError, match=said):
             optimum_export.run(["export", "openvino", "-m", str(tiny), *refused.split(), str(tmp_path / "refused")])

@@ -193,7 +193,7 @@ _FIELDS = (
 
 def _refuse(asked: argparse.Namespace) -> None:
     for name, instead in _WITHOUT.items():
-        if getattr(asked, name) not in (None, False):
+        if getattr(asked, name) is not None and getattr(asked, name) is not False:  # 0 equals False
             raise LowbitError(f"--{name.replace('_', '-')}: {instead}")
 
 

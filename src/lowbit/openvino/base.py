@@ -35,6 +35,10 @@ _BESIDE = (
 )  # fmt: skip
 
 
+# What a folder is exported from: weights in one file, or in several with an index.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
 class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transformers is not typed
     """A graph of OpenVINO that transformers takes for one of its models."""
 
@@ -168,6 +172,11 @@ def find_graph(model_id: str | Path, keywords: Mapping[str, Any], name: str = MO
     if found.files is not None and name in found.files:
         fetch_companions(str(model_id), found.path, _belongs_to_a_graph)
     return found.path if has_graph(found.path, name) else None
+
+
+def is_exported_again(folder: Path, export: bool | None) -> bool:
+    """Whether a folder with a graph is to be exported all the same: asked for, and the original's weights lie beside it."""
+    return bool(export) and any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def _belongs_to_a_graph(file: str) -> bool:

@@ -20,7 +20,7 @@ import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowbit.errors import LowbitError
-from lowbit.openvino.base import OVModel, find_graph
+from lowbit.openvino.base import OVModel, find_graph, is_exported_again
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.exporting import compress, export_decoder, quantization_asked
 from lowbit.openvino.native.graph import ask_for_logits
@@ -66,7 +66,7 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
         source = Path(model_id).expanduser()
         opened = {"device": device, "ov_config": ov_config, "config": config}
         graph = find_graph(model_id, keywords)
-        if graph is not None and not (export and (graph / "model.safetensors").is_file()):
+        if graph is not None and not is_exported_again(graph, export):
             made = cls._open(graph, compile=compile and asked is None, **opened, **_trust(keywords))
             if asked is not None:
                 made.model = compress(made.model, _of_graphs(asked), graph, keywords)
@@ -111,6 +111,7 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
             )
         cache = self._cache() if past_key_values is None else past_key_values
         tokens = input_ids.cpu().numpy()
+        _check_tokens(tokens, self.config.get_text_config().vocab_size)
         mask = _whole_mask(attention_mask, tokens.shape, cache.rows.length)
         positions = None if position_ids is None else position_ids.cpu().numpy()
         if positions is None and mask is not None:
@@ -153,6 +154,15 @@ def _of_graphs(asked: Quantization) -> OVWeightQuantizationConfig:
             "this configuration quantises a torch model, and the folder holds a graph: start from the original"
         )
     return asked
+
+
+def _check_tokens(tokens: Integers, words: int) -> None:
+    """OpenVINO reads some row or other for a token that is none."""
+    odd = tokens[(tokens < 0) | (tokens >= words)]
+    if odd.size:
+        raise LowbitError(
+            f"token {int(odd[0])} is none of the vocabulary, which has 0 to {words - 1}: is the tokenizer this model's?"
+        )
 
 
 def _whole_mask(mask: torch.Tensor | None, shape: tuple[int, ...], length: int) -> Integers | None:

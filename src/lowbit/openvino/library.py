@@ -74,7 +74,14 @@ def device(name: str) -> str:
     """The device of this name in OpenVINO's spelling; "cpu" and "gpu:0" are understood."""
     spelled = name.upper().replace("GPU:", "GPU.").replace("NPU:", "NPU.")
     here = devices()
-    numbered = spelled in {found.partition(".")[0] for found in here}
-    if spelled in here or numbered or spelled.partition(":")[0] in _CHOOSERS:
-        return spelled
-    raise LowbitError(f"there is no device {name!r} here: OpenVINO {release()} sees {', '.join(here) or 'none'}")
+    known = {*here, *(found.partition(".")[0] for found in here)}
+    chooser, _, among = spelled.partition(":")
+    # "AUTO:GPU,CPU" names those to choose among, "-CPU" one to leave out, "CPU(4)" one with a number of its own.
+    wanted = [word.strip().partition("(")[0] for word in among.split(",") if among and not word.startswith("-")]
+    if chooser not in _CHOOSERS:
+        wanted = [spelled]
+    absent = [word for word in wanted if word not in known]
+    if absent:
+        said = repr(name) if absent == [spelled] else f"{absent[0]!r}, which {name!r} names,"
+        raise LowbitError(f"there is no device {said} here: OpenVINO {release()} sees {', '.join(here) or 'none'}")
+    return spelled

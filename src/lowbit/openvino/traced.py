@@ -26,7 +26,7 @@ from lowbit.checkpoint import auto, hub
 from lowbit.checkpoint.companions import copy_companions, travels
 from lowbit.configs.base import WeightOnlyConfig
 from lowbit.errors import LowbitError, RecipeError
-from lowbit.openvino.base import OVModel, find_graph
+from lowbit.openvino.base import OVModel, find_graph, is_exported_again
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of
 from lowbit.openvino.exporting import compress, quantization_asked
@@ -37,7 +37,6 @@ from lowbit.openvino.tracing import Traced, trace
 
 # What a call may name though the graph does not take it: it changes nothing, or names what is always so here.
 _IDLE = {"token_type_ids", "use_cache", "past_key_values", "interpolate_pos_encoding"}
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class OVTraced(OVModel):
@@ -71,7 +70,7 @@ class OVTraced(OVModel):
         if "trust_remote_code" in keywords:
             opened["trust_remote_code"] = keywords["trust_remote_code"]
         graph = find_graph(model_id, keywords, cls.graph_name)
-        if graph is not None and not (export and any((graph / name).is_file() for name in _WEIGHTS)):
+        if graph is not None and not is_exported_again(graph, export):
             made = cls._open(graph, compile=compile and asked is None, **opened)
             if asked is not None:
                 made._compress_(asked, graph, keywords)
