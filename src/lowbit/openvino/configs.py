@@ -3,7 +3,7 @@
     OVWeightQuantizationConfig(bits=4)                        codes as the weights are read, one layer at a time
     OVWeightQuantizationConfig(bits=4, ratio=0.8)             the graph in 16 or 32 bits first, then `compress_weights`
     OVWeightQuantizationConfig(bits=4, dataset="auto", gptq=True)      the same, with what the model is given
-    OVWeightQuantizationConfig(bits=4, quant_method="awq", dataset=texts)  the torch model by AWQ, whose codes are exported
+    OVWeightQuantizationConfig(bits=4, quant_method="awq", dataset=texts)  the torch model by AWQ, then written (scaled.py)
 
 Names, order and defaults of the fields are that package's; each class is also taken as a dict of its fields. Beside them stand
 lowbit's own configurations (RtnConfig, GPTQConfig, AwqConfig, TeqConfig, AutoRoundConfig), and GPTQConfig of transformers.
@@ -18,10 +18,11 @@ from enum import StrEnum
 from typing import Any
 
 from lowbit.configs.base import WeightOnlyConfig
-from lowbit.configs.classes import AwqConfig, GPTQConfig, config_from
+from lowbit.configs.classes import GPTQConfig, config_from
 from lowbit.errors import RecipeError, nearest
-from lowbit.formats import PER_CHANNEL, format_from_name
-from lowbit.openvino.modes import IgnoredScope
+from lowbit.formats import PER_CHANNEL, Format, format_from_name
+from lowbit.openvino.modes import AdvancedCompressionParameters, GroupSizeFallbackMode, IgnoredScope, as_member
+from lowbit.openvino.scaled import scaled
 from lowbit.recipe import Recipe
 
 EIGHT = format_from_name("int8_asym_channel")
@@ -33,10 +34,15 @@ _MODES = {
 }  # fmt: skip
 _FORMATS = {
     "int4_asym": "int4_asym", "int4_sym": "int4", "nf4": "nf4", "int8_asym": EIGHT.name, "int8_sym": "int8_channel",
+    "mxfp4": "mxfp4",
 }  # fmt: skip
 # The fields that a recipe takes; with any other the graph is compressed as a whole.
 _AS_READ = {"bits", "sym", "group_size", "tokenizer", "ratio", "num_samples", "dtype", "dq_group_size"}
 _BITS = (4, 8)
+_WITHOUT = {
+    "statistics_path": "statistics are taken anew from the dataset: leave it out",
+    "processor": "what is calibrated on is text: give tokenizer= instead",
+}
 
 
 class OVQuantizationMethod(StrEnum):
@@ -82,6 +88,13 @@ class OVWeightQuantizationConfig:
             raise RecipeError(f"dtype={self.dtype!r} is no type of weights: {nearest(self.dtype, _MODES)}")
         if not 0 <= self.ratio <= 1:
             raise RecipeError(f"ratio={self.ratio!r} is no share of the weights, from 0 to 1")
+        if self.group_size is not None and self.group_size < 1 and self.group_size != PER_CHANNEL:
+            raise RecipeError(f"group_size={self.group_size!r}: a group has 1 weight or more, or the whole row (-1)")
+        if self.group_size_fallback is not None:
+            as_member(GroupSizeFallbackMode, self.group_size_fallback)
+        for name, instead in _WITHOUT.items():
+            if getattr(self, name) is not None:
+                raise RecipeError(f"{name}: {instead}")
 
     @property
     def mode(self) -> str:
@@ -89,30 +102,27 @@ class OVWeightQuantizationConfig:
         return _MODES[self.dtype or f"int{self.bits}"][self.sym]
 
     @property
+    def _format(self) -> Format:
+        """The format of the products."""
+        format = format_from_name(_FORMATS[self.mode])
+        grouped = format.bits < max(_BITS) and self.mode != "mxfp4"
+        return format.with_group(self.group_size or DEFAULT_GROUP) if grouped else format
+
+    @property
     def recipe(self) -> Recipe | None:
         """What is done to the weights as they are read, with the `ratio`; None where the whole graph, or what it is given, has a
         say."""
         said = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
-        if said - _AS_READ or self.mode not in _FORMATS:
+        if said - _AS_READ or self.mode == "mxfp4":
             return None
-        format = format_from_name(_FORMATS[self.mode])
-        if format.bits == max(_BITS):
-            return Recipe(format, head=format, embedding=format, name=self.mode)
-        return Recipe(format.with_group(self.group_size or DEFAULT_GROUP), head=EIGHT, embedding=EIGHT, name=self.mode)
+        format = self._format
+        backup = format if format.bits == max(_BITS) else EIGHT
+        return Recipe(format, head=backup, embedding=backup, name=self.mode)
 
     @property
     def of_torch(self) -> WeightOnlyConfig | None:
         """The configuration by which the torch model is quantised: AWQ moves scales between layers, and a graph names none."""
-        if self.quant_method != OVQuantizationMethod.AWQ:
-            return None
-        if self.bits == max(_BITS) or self.ratio != 1:
-            raise RecipeError(
-                "quant_method='awq' is for 4 bits everywhere: leave out ratio=, or take gptq=True, which takes one"
-            )
-        found: dict[str, Any] = {} if self.dataset in (None, "auto") else {"dataset": self.dataset}
-        group = PER_CHANNEL if self.group_size == PER_CHANNEL else self.group_size or DEFAULT_GROUP
-        samples: dict[str, Any] = {} if self.num_samples is None else {"n_samples": self.num_samples}
-        return AwqConfig(4, self.tokenizer, group_size=group, zero_point=not self.sym, **found, **samples)
+        return scaled(self, self._format, EIGHT) if self.quant_method == OVQuantizationMethod.AWQ else None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -134,6 +144,9 @@ class OVWeightQuantizationConfig:
             "lora_correction": self.lora_correction,
             "backup_mode": self.backup_precision,
             "subset_size": self.num_samples,
+            "advanced_parameters": None
+            if self.group_size_fallback is None
+            else _falling_back(self.group_size_fallback),
         }
         return {name: value for name, value in asked.items() if value is not None}
 
@@ -143,6 +156,10 @@ class OVWeightQuantizationConfig:
         for name in ("tokenizer", "processor"):
             fields[name] = fields[name] if isinstance(fields[name], str) else None
         return fields | {"quant_method": str(self.quant_method)}
+
+
+def _falling_back(mode: str) -> AdvancedCompressionParameters:
+    return AdvancedCompressionParameters(group_size_fallback_mode=as_member(GroupSizeFallbackMode, mode))
 
 
 @dataclass

@@ -65,6 +65,7 @@ def export_decoder(
     described = has_spec(source, keywords)
     if isinstance(config, WeightOnlyConfig):
         _tell(write_decoder(_quantized(source, config, keywords), out, tokenizer=tokenizer).notes)
+        _note_dynamic_groups(out, quantization)
         return
     held = AutoModelForCausalLM.from_pretrained(source, **(keywords or {})) if keywords or not described else source
     if not described and quantization is None and large_in_8_bits and _is_large(held):
@@ -81,7 +82,12 @@ def export_decoder(
         _tell(write_decoder(held, out, tokenizer=tokenizer, large_in_8_bits=eight).notes)
         if asked is not None:
             replace_graph(compress(read_model(out), asked, source, keywords), Path(out) / MODEL)
-    if asked is not None and asked.dq_group_size is not None:
+    _note_dynamic_groups(out, asked)
+
+
+def _note_dynamic_groups(out: str | Path, asked: Quantization | None) -> None:
+    """Say in the graph how many inputs share a scale where the plugin rounds them."""
+    if isinstance(asked, OVWeightQuantizationConfig) and asked.dq_group_size is not None:
         graph = read_model(out)
         graph.set_rt_info(str(asked.dq_group_size), list(_DYNAMIC_QUANTIZATION))
         replace_graph(graph, Path(out) / MODEL)

@@ -18,6 +18,7 @@ _PLACE = "optimum.exporters.openvino"
 _UNIT = "tests/unit/test_compat_optimum.py::"
 _CLI = f"{_UNIT}test_optimum_cli"
 _CHOICES = f"{_UNIT}test_choices_of_optimum_cli"
+_AWQ = "tests/unit/test_openvino_wishes.py::test_awq_and_gptq_of_optimum_cli"
 _AS_PROGRAM = "`python -m lowbit.compat` in front of the line"
 _COMMAND = "lowbit export openvino"
 NAMES = (
@@ -33,7 +34,8 @@ NAMES = (
     ),
     *(
         Name(f"optimum-cli export openvino {option}", "", WORKS, _CHOICES)
-        for option in ("--task", "--dataset", "--gptq", "--awq", "--all-layers", "--backup-precision")
+        for option in ("--task", "--dataset", "--gptq", "--all-layers", "--backup-precision")
     ),
+    Name("optimum-cli export openvino --awq", "", WORKS, _AWQ),
     Name("optimum-cli export openvino --quant-mode", "", REFUSED, _CHOICES, "activations are the plugins' affair"),
 )

@@ -1,0 +1,70 @@
+"""AWQ in the words of optimum-intel: `quant_method="awq"`, done to the torch model, since a graph names no layers between which
+scales could move. Every other wish of the configuration becomes a part of the recipe, or is refused with what to do instead.
+
+    gptq=True                    AWQ's scales first, then GPTQ's codes
+    scale_estimation=False       scales of codes are searched without looking at what the model is given
+    dtype, sym, group_size       the format of the products
+    backup_precision, all_layers the format of head and embedding: 8 bits unless said otherwise
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lowbit.configs.classes import AwqConfig
+from lowbit.errors import RecipeError
+from lowbit.formats import Format
+from lowbit.openvino.modes import BackupMode, as_member, backup_format
+from lowbit.options import RtnOptions
+from lowbit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lowbit.openvino.configs import OVWeightQuantizationConfig
+
+_REFUSED = {
+    "ignored_scope": "names nodes of a graph, and AWQ scales the torch model: use AwqConfig(modules_to_not_convert=[...])",
+    "sensitivity_metric": "chooses what a ratio spares, and AWQ has none: leave it out",
+    "lora_correction": "adds two products to every layer at each inference: gptq=True wins more in the same bits",
+}
+
+
+@dataclass
+class ScaledConfig(AwqConfig):
+    """AWQ with the formats and the rounder of a recipe."""
+
+    recipe: Recipe | None = field(default=None, kw_only=True)
+
+    def to_recipe(self) -> Recipe:
+        return self.recipe or super().to_recipe()
+
+
+def scaled(config: OVWeightQuantizationConfig, format: Format, eight: Format) -> ScaledConfig:
+    """What the torch model is quantised by: products in a format, head and embedding in `eight` unless another is named."""
+    if format.bits == eight.bits or config.ratio != 1:
+        raise RecipeError(
+            "quant_method='awq' is for 4 bits everywhere: leave out ratio=, or take gptq=True, which takes one"
+        )
+    for name, reason in _REFUSED.items():
+        if getattr(config, name):
+            raise RecipeError(f"{name}={getattr(config, name)!r} with quant_method='awq' {reason}")
+    if config.group_size_fallback not in (None, "adjust"):
+        raise RecipeError(
+            f"group_size_fallback={config.group_size_fallback!r} with quant_method='awq': the last group of a row is shorter "
+            "where the size does not divide it; take a group_size that does, and leave the fallback out"
+        )
+    backup: Format | None = eight
+    if config.all_layers:
+        backup = format
+    elif config.backup_precision is not None:
+        backup = backup_format(as_member(BackupMode, config.backup_precision))
+    rounder = "gptq" if config.gptq else "rtn"
+    options = RtnOptions(importance=config.scale_estimation is not False) if rounder == "rtn" else None
+    name = f"awq and {rounder} {format}"
+    recipe = Recipe(
+        format, head=backup, embedding=backup, rounder=rounder, rounder_options=options, scaler="awq", name=name
+    )
+    found: dict[str, Any] = {} if config.dataset in (None, "auto") else {"dataset": config.dataset}
+    if config.num_samples is not None:
+        found["n_samples"] = config.num_samples
+    return ScaledConfig(4, config.tokenizer, group_size=format.group_size, recipe=recipe, **found)

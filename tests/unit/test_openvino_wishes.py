@@ -1,0 +1,110 @@
+"""Every wish of a configuration in optimum-intel's words changes what is written, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from lowbit.compat import optimum_export
+from lowbit.errors import RecipeError
+from lowbit.openvino import OVModelForCausalLM, OVWeightQuantizationConfig
+from lowbit.openvino.opening import EXACT
+from lowbit_assets import tiny_model
+
+pytestmark = [
+    pytest.mark.transformers,
+    pytest.mark.filterwarnings("ignore:.*windows:UserWarning"),
+]
+TEXTS = ["the quick brown fox jumps over the lazy dog " * 3] * 40
+AWQ = {"bits": 4, "group_size": 32, "quant_method": "awq", "dataset": TEXTS, "num_samples": 2}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("tiny") / "model")
+
+
+def large_constants(model: OVModelForCausalLM) -> dict[str, bytes]:
+    """The bytes of all weights by their type."""
+    found: dict[str, bytes] = {}
+    for node in model.model.get_ordered_ops():
+        kind = node.get_element_type().get_type_name() if node.get_type_name() == "Constant" else ""
+        if kind and node.get_byte_size() >= 1024:
+            found[kind] = found.get(kind, b"") + node.data.tobytes()
+    return found
+
+
+@torch.no_grad()
+def distance(model: OVModelForCausalLM, tiny: Path) -> float:
+    original = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")
+    tokens = torch.tensor([[1, 90, 91, 92, 93, 94]])
+    mine, other = (each(tokens).logits.log_softmax(-1) for each in (model, original))
+    return float((other.exp() * (other - mine)).sum(-1).mean())
+
+
+def test_each_wish_beside_awq_has_its_effect(tiny: Path) -> None:
+    def made(**wishes: Any) -> dict[str, bytes]:
+        config = OVWeightQuantizationConfig(**AWQ, **wishes)
+        model = OVModelForCausalLM.from_pretrained(tiny, export=True, ov_config=EXACT, quantization_config=config)
+        assert 0 < distance(model, tiny) < 0.1
+        return large_constants(model)
+
+    alone, rounded, level = made(), made(gptq=True), made(dtype="nf4")
+    assert {"u4", "u8"} <= alone.keys() and "f32" not in alone  # head and embedding have 8 bits
+    assert rounded["u4"] != alone["u4"] and rounded["u8"] == alone["u8"]  # GPTQ moves codes, not the head's
+    assert "nf4" in level and "u4" not in level
+    assert "u8" not in made(all_layers=True)
+    assert "i8" in made(backup_precision="int8_sym") and "f32" in made(backup_precision="none")
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"ignored_scope": {"names": ["a"]}}, "modules_to_not_convert"), ({"lora_correction": True}, "gptq=True wins"),
+        ({"sensitivity_metric": "max_activation_variance"}, "a ratio spares"), ({"ratio": 0.5}, "leave out ratio="),
+        ({"group_size_fallback": "error"}, "leave the fallback out"),
+    ],
+)  # fmt: skip
+def test_what_awq_cannot_have_is_refused(wish: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        _ = OVWeightQuantizationConfig(**AWQ, **wish).of_torch
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"statistics_path": "here"}, "taken anew"), ({"processor": "here"}, "tokenizer= instead"),
+        ({"group_size_fallback": "never"}, "has no 'never'"), ({"bits": 4, "group_size": 0}, "1 weight or more"),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_is_refused(wish: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        OVWeightQuantizationConfig(**wish)
+
+
+def test_the_fallback_of_groups_is_the_one_asked_for(tiny: Path) -> None:
+    config = OVWeightQuantizationConfig(bits=4, group_size=48, group_size_fallback="error")
+    with pytest.raises(RecipeError, match="groups of 48 do not divide"):
+        OVModelForCausalLM.from_pretrained(tiny, export=True, quantization_config=config)
+
+
+@pytest.mark.filterwarnings("ignore:the dataset:UserWarning")
+def test_awq_and_gptq_of_optimum_cli(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS))
+    words = f"--weight-format int4 --group-size 32 --num-samples 2 --dataset {text}"
+    made = {}
+    for options in ("", "--awq", "--awq --gptq", "--awq --gptq --all-layers"):
+        out = str(tmp_path / "out" / str(len(made)))
+        asked = ["export", "openvino", "-m", str(tiny), *words.split(), *options.split(), out]
+        assert optimum_export.run(asked) == 0
+        made[options] = large_constants(OVModelForCausalLM.from_pretrained(out))
+    assert len({found["u4"] for found in made.values()}) == len(made)
+    assert "u8" in made["--awq --gptq"] and "u8" not in made["--awq --gptq --all-layers"]
+    with pytest.raises(RecipeError, match="groups of 48 do not divide"):
+        odd = ["--weight-format", "int4", "--group-size", "48", "--group-size-fallback", "error", str(tmp_path / "no")]
+        optimum_export.run(["export", "openvino", "-m", str(tiny), *odd])
