@@ -162,7 +162,7 @@ def test_optimum_cli(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kind"),
     [
-        ("--weight-format fp16 --task text-generation", "f32"),
+        ("--weight-format fp32 --task text-generation", "f32"),
         ("--weight-format int4 --sym --group-size 32 --ratio 0.8", "i4"),
         pytest.param("--int4 --group-size 32 --gptq --dataset wikitext2 --num-samples 4", "u4", marks=pytest.mark.slow),
         ("--weight-format nf4 --group-size 32 --disable-convert-tokenizer", "nf4"),
@@ -183,6 +183,51 @@ def test_choices_of_optimum_cli(tiny: Path, tmp_path: Path, options: str, kind: 
             optimum_export.run(["export", "openvino", "-m", str(tiny), *refused.split(), str(tmp_path / "refused")])
     with pytest.raises(LowbitError, match="answers one: optimum-cli export openvino"):
         optimum_export.run(["export", "onnx"])
+
+
+def weights(folder: Path) -> set[str]:
+    """The types of all constants of some size."""
+    graph = core().read_model(folder / "openvino_model.xml")
+    constants = [node for node in graph.get_ordered_ops() if node.get_type_name() == "Constant"]
+    return {n.get_element_type().get_type_name() for n in constants if n.get_output_size() and n.data.size >= 1024}
+
+
+def test_weights_that_are_not_rounded_have_the_type_that_is_asked_for(tiny: Path, tmp_path: Path) -> None:
+    run = lambda *words: optimum_export.run(["export", "openvino", *map(str, words)])  # noqa: E731
+    for words, kind in (
+        (("--weight-format", "fp32"), "f32"),
+        (("--weight-format", "fp16"), "f16"),
+        (("--fp16",), "f16"),
+    ):
+        assert run("-m", tiny, *words, tmp_path / "out") == 0
+        assert weights(tmp_path / "out") == {kind}
+    config = lowbit.openvino.OVConfig(dtype="fp16")
+    optimum_export.main_export(tiny, tmp_path / "called", ov_config=config)
+    assert weights(tmp_path / "called") == {"f16"}
+    with pytest.raises(LowbitError, match=r"^dtype='int5' is the type of weights that are not rounded"):
+        optimum_export.main_export(tiny, tmp_path / "other", ov_config=lowbit.openvino.OVConfig(dtype="int5"))
+    # One that is followed in torch, and one of another task.
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 64,
+    }
+    transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    config = transformers.BioGptConfig(**sizes, pad_token_id=0)
+    transformers.BioGptForCausalLM(config).save_pretrained(tmp_path / "biogpt")
+    for name in ("bert", "biogpt"):
+        assert run("-m", tmp_path / name, "--fp16", tmp_path / f"{name}_out") == 0
+        assert weights(tmp_path / f"{name}_out") == {"f16"}
+
+
+def test_two_formats_at_once_are_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ("--int8 --int4", "--weight-format int4 --fp16"):
+        with pytest.raises(SystemExit):
+            optimum_export.run(["export", "openvino", "-m", str(tiny), *words.split(), str(tmp_path / "out")])
+        assert "not allowed with argument" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import transformers
 
 from lowbit.errors import LowbitError
-from lowbit.openvino import OVModelForCausalLM
+from lowbit.openvino import OVModelForCausalLM, OVModelForSequenceClassification, compress_weights
 from lowbit.openvino.library import device
 from lowbit.openvino.opening import EXACT
 from lowbit_assets import tiny_model
@@ -57,3 +59,46 @@ def test_devices_to_choose_among_are_looked_for() -> None:
     for name, absent in (("AUTO:NPU,CPU", "NPU"), ("HETERO:CPU,XPU", "XPU"), ("MULTI:GPU:7", r"GPU\.7")):
         with pytest.raises(LowbitError, match=rf"there is no device '{absent}', which '{name}' names, here: OpenVINO"):
             device(name)
+
+
+def bert(folder: Path) -> Path:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.BertConfig(**sizes, vocab_size=96)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def said(folder: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads((folder / "openvino_config.json").read_text())["lowbit"]
+    return fields
+
+
+def test_what_lies_beside_a_graph_says_what_was_done_to_it(tiny: Path, tmp_path: Path) -> None:
+    load = OVModelForCausalLM.from_pretrained
+    model = load(tiny, export=True, compile=False)
+    model.save_pretrained(tmp_path / "plain")
+    assert said(tmp_path / "plain") == {"recipe": "as it was", "formats": {}}
+    model.model = compress_weights(model.model, mode="int4_sym", group_size=32)
+    model.save_pretrained(tmp_path / "small")
+    again = said(tmp_path / "small")
+    assert again["recipe"] != "as it was" and {"int4", "int8_asym_channel"} == {
+        name.partition("_g")[0] for name in again["formats"]
+    }
+    load(tmp_path / "small", compile=False).save_pretrained(tmp_path / "copied")
+    assert said(tmp_path / "copied") == again
+    # In one go, and over what another export left there.
+    config = {"bits": 4, "sym": True, "group_size": 32, "sensitivity_metric": "weight_quantization_error"}
+    load(tiny, quantization_config=config, compile=False).save_pretrained(tmp_path / "plain")
+    assert said(tmp_path / "plain") == again
+
+
+def test_other_families_have_their_tokenizer_as_a_graph(tiny: Path, tmp_path: Path) -> None:
+    folder = bert(tmp_path / "bert")
+    for file in tiny.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    load = OVModelForSequenceClassification.from_pretrained
+    load(folder, export=True, compile=False).save_pretrained(tmp_path / "graph")
+    names = {path.name for path in (tmp_path / "graph").iterdir()}
+    assert {"openvino_tokenizer.xml", "openvino_tokenizer.bin", "openvino_detokenizer.xml", "tokenizer.json"} <= names
+    load(folder, export=True, compile=False, convert_tokenizer=False).save_pretrained(tmp_path / "without")
+    assert not (tmp_path / "without" / "openvino_tokenizer.xml").exists()

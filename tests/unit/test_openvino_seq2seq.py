@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,24 @@ def test_both_graphs_have_the_bits(graph: Path) -> None:
     assert 1e-4 < float((after - before).norm() / before.norm()) < 0.5
     with pytest.raises(LowbitError, match=r"two graphs: exchange model.encoder.model and model.decoder.model"):
         dense.model = dense.decoder.model
+
+
+def test_saved_over_itself(graph: Path, tmp_path: Path) -> None:
+    """The folder is the one that both graphs are read from, and one of them was exchanged."""
+    shutil.copytree(graph, tmp_path / "here")
+    model = OVModelForSpeechSeq2Seq.from_pretrained(tmp_path / "here", ov_config=EXACT)
+    given, begun = inputs("whisper"), torch.randint(3, 96, (2, 5))
+    before = model(**given, decoder_input_ids=begun).logits
+    model.save_pretrained(tmp_path / "here")
+    assert torch.equal(model(**given, decoder_input_ids=begun).logits, before)
+    model.decoder.model = compress_weights(model.decoder.model, mode="int8_sym")
+    model.clear_requests()
+    expected = model(**given, decoder_input_ids=begun).logits
+    assert not torch.equal(expected, before)
+    model.save_pretrained(tmp_path / "here")
+    again = OVModelForSpeechSeq2Seq.from_pretrained(tmp_path / "here", ov_config=EXACT)
+    assert len(low_bit_weights(again.decoder.model)) >= 20 and not low_bit_weights(again.encoder.model)
+    assert torch.equal(again(**given, decoder_input_ids=begun).logits, expected)
 
 
 def test_what_it_cannot_do_is_one_sentence(graph: Path) -> None:

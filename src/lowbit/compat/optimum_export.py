@@ -19,8 +19,9 @@ from lowbit.checkpoint.hub import find_model
 from lowbit.contents import CONFIG, read_config
 from lowbit.errors import LowbitError, nearest
 
-DENSE = ("fp32", "fp16")
-FORMATS = (*DENSE, "int8", "int4", "mxfp4", "nf4", "cb4")
+# The types of weights that are not rounded, as torch names them.
+DENSE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FORMATS = ("fp32", "fp16", "int8", "int4", "mxfp4", "nf4", "cb4")
 _BITS = {"int8": 8}
 # Task: the class of lowbit.openvino. `-with-past` is how every language model is written.
 TASKS = {
@@ -67,8 +68,8 @@ def main_export(
     asked = None if ov_config is None else ov_config.quantization_config
     said = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code or None, **keywords}
     words = {name: value for name, value in said.items() if value is not None}
-    large = asked is None and getattr(ov_config, "dtype", None) not in DENSE
-    export(model_name_or_path, output, task, asked, words, large_in_8_bits=large, tokenizer=convert_tokenizer)
+    dtype = None if asked is not None else getattr(ov_config, "dtype", None)
+    export(model_name_or_path, output, task, asked, words, dtype=dtype, tokenizer=convert_tokenizer)
 
 
 def export(
@@ -78,22 +79,31 @@ def export(
     asked: Any,
     keywords: Mapping[str, Any],
     *,
-    large_in_8_bits: bool = True,
+    dtype: str | None = None,
     tokenizer: bool = True,
 ) -> None:
-    """Write a model of any task."""
+    """Write a model of any task; `dtype` is one of DENSE, or None for the type that weights have."""
     name = class_of(model, task, keywords)
+    if dtype is not None:
+        if dtype not in DENSE:
+            raise LowbitError(f"dtype={dtype!r} is the type of weights that are not rounded: {nearest(dtype, DENSE)}")
+        word = "torch_dtype" if name == TASKS["text-to-image"] else "dtype"  # diffusers' word, and transformers'
+        keywords = {**keywords, word: DENSE[dtype]}
     if name == TASKS["text-generation"]:
         from lowbit.openvino.exporting import export_decoder
 
-        export_decoder(
-            model, output, asked, large_in_8_bits=large_in_8_bits, tokenizer=tokenizer, keywords=dict(keywords)
-        )
+        large = dtype is None
+        export_decoder(model, output, asked, large_in_8_bits=large, tokenizer=tokenizer, keywords=dict(keywords))
         return
     if name not in lowbit.openvino.__all__:
         raise LowbitError(f"lowbit.openvino has no {name} for this task: {nearest(name, lowbit.openvino.__all__)}")
+    kept: dict[str, bool] = (
+        {} if dtype is None or asked is not None or name == TASKS["text-to-image"] else {"load_in_8bit": False}
+    )
+    if name != TASKS["text-to-image"]:
+        kept["convert_tokenizer"] = tokenizer
     made = getattr(lowbit.openvino, name).from_pretrained(
-        model, export=True, quantization_config=asked, compile=False, **keywords
+        model, export=True, quantization_config=asked, compile=False, **kept, **keywords
     )
     made.save_pretrained(output)
 
@@ -141,7 +151,7 @@ def run(arguments: list[str]) -> int:
         asked.task,
         _quantization(asked),
         {name: value for name, value in keywords.items() if value is not None},
-        large_in_8_bits=asked.weight_format is None,
+        dtype=asked.weight_format if asked.weight_format in DENSE else None,
         tokenizer=not asked.disable_convert_tokenizer,
     )
     print(f"{asked.output}: the model in OpenVINO's form")
@@ -155,10 +165,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", default="auto")
     parser.add_argument("--framework", choices=("pt",))
     parser.add_argument("--trust-remote-code", action="store_true")
-    parser.add_argument("--weight-format", choices=FORMATS)
-    parser.add_argument("--int8", action="store_const", const="int8", dest="weight_format")
-    parser.add_argument("--int4", action="store_const", const="int4", dest="weight_format")
-    parser.add_argument("--fp16", action="store_const", const="fp16", dest="weight_format")
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--weight-format", choices=FORMATS)
+    for name in ("int8", "int4", "fp16"):
+        formats.add_argument(f"--{name}", action="store_const", const=name, dest="weight_format")
     parser.add_argument("--quant-mode")
     parser.add_argument("--library", choices=("transformers", "diffusers", "sentence_transformers"))
     for name in ("--cache_dir", "--variant", "--backup-precision", "--dataset", "--sensitivity-metric"):

@@ -10,8 +10,10 @@ tensors of torch lie on the CPU, wherever the graph runs.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,7 +25,8 @@ from lowbit.checkpoint.companions import travels
 from lowbit.checkpoint.hub import fetch_companions, find_model
 from lowbit.contents import CONFIG, GENERATION_CONFIG
 from lowbit.errors import CheckpointError, LowbitError
-from lowbit.openvino.export import save_graph
+from lowbit.openvino.compress import compression_report, is_compressed
+from lowbit.openvino.export import FORMATS, RECIPE, save_graph, write_ov_config
 from lowbit.openvino.library import device as find_device
 from lowbit.openvino.library import ov
 from lowbit.openvino.opening import MODEL, compile_model, has_graph, read_model
@@ -143,6 +146,7 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
             for pattern in _BESIDE:
                 for file in self.folder.glob(pattern):
                     shutil.copy(file, folder / file.name)
+        tell_what_was_done(self._graph, folder)
 
     def _to_compile(self) -> Any:
         """The graph as it is compiled, where that differs from the one that is saved."""
@@ -189,6 +193,21 @@ def replace_graph(model: Any, path: Path) -> None:
         save_graph(model, Path(beside) / path.name)
         for written in Path(beside).iterdir():
             written.replace(path.parent / written.name)
+
+
+def tell_what_was_done(graph: Any, folder: Path) -> None:
+    """Write into a folder what its graph says of its weights: how they were written, and what `compress_weights` did since."""
+    if not graph.has_rt_info(RECIPE) and not is_compressed(graph):
+        return
+    recipe, formats = "", Counter[str]()
+    if graph.has_rt_info(RECIPE):
+        recipe = graph.get_rt_info(RECIPE).astype(str)
+        formats.update(json.loads(graph.get_rt_info(FORMATS).astype(str)))
+    if is_compressed(graph):
+        report = compression_report(graph)
+        recipe = report.recipe
+        formats.update(report.formats())
+    write_ov_config(folder, recipe, formats)
 
 
 def _device_name(place: Any) -> str:

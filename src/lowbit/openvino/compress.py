@@ -137,9 +137,14 @@ def compress_weights(
     return _compress(model.clone(), request, items, subset_size)
 
 
+def is_compressed(model: Any) -> bool:
+    """Whether `compress_weights` has worked on a model."""
+    return bool(model.has_rt_info(_PLACE))
+
+
 def compression_report(model: Any) -> Report:
     """What `compress_weights` did to a model, also after it was saved and read."""
-    if not model.has_rt_info(_PLACE):
+    if not is_compressed(model):
         raise RecipeError("this model was not compressed by lowbit.openvino.compress_weights")
     return Report.from_dict(json.loads(model.get_rt_info(_PLACE).astype(str)))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +41,8 @@ from lowbit.report import LayerReport, Report, Skipped
 from lowbit.runtime.files import RECIPE_ROLES, Loaded, ModelFiles, read_spec, read_weights
 
 OV_CONFIG = "openvino_config.json"
+# Where a graph says what was done to its weights when it was written.
+RECIPE, FORMATS = ["lowbit", "recipe"], ["lowbit", "formats"]
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -134,11 +136,14 @@ def _write_followed(
         )
     if recipe is not None:
         model = optimize_model(model, recipe=recipe)
+    low_bit: Report | None = getattr(model, "lowbit_report", None)
+    # It is followed in float32; what was in 16 bits is written so again.
+    halves = low_bit is None and str(model.dtype) == "torch.float16"
     graph, files = trace_causal(model), HeldModel(model)
-    report: Report = getattr(model, "lowbit_report", None) or Report(recipe="as it was")
+    report = low_bit or Report(recipe="as it was")
     with replace_folder(out) as folder:
         describe_(graph, report)
-        save_graph(graph, folder / MODEL)
+        save_graph(graph, folder / MODEL, halves)
         _write_texts(cast(ModelFiles, files), folder, report)
         notes += _write_tokenizer(folder) if tokenizer else []
         report.seconds = time.perf_counter() - started
@@ -157,17 +162,17 @@ def weight_count(spec: DecoderSpec) -> int:
     return sum(math.prod(weight.shape) for weights in (spec.outer_weights(), inner) for weight in weights)
 
 
-def save_graph(model: Node, path: Path) -> None:
-    """Write a graph and its weights; every constant has the type already that it is to have."""
+def save_graph(model: Node, path: Path, halves: bool = False) -> None:
+    """Write a graph and its weights; every constant has the type already that it is to have, but for `halves`."""
     with progress("writing"):
-        ov.save_model(model, path, compress_to_fp16=False)
+        ov.save_model(model, path, compress_to_fp16=halves)
 
 
 def describe_(model: Node, report: Report) -> None:
     """Say in the graph what made it."""
     model.set_rt_info("lowbit", ["lowbit", "writer"])
-    model.set_rt_info(report.recipe, ["lowbit", "recipe"])
-    model.set_rt_info(json.dumps(report.formats()), ["lowbit", "formats"])
+    model.set_rt_info(report.recipe, RECIPE)
+    model.set_rt_info(json.dumps(report.formats()), FORMATS)
 
 
 def _reported(weights: Iterable[Loaded], spec: DecoderSpec, report: Report) -> Iterator[Loaded]:
@@ -207,9 +212,12 @@ def _write_texts(files: ModelFiles, folder: Path, report: Report) -> None:
     _write_json(folder / CONFIG, files.config)
     if files.generation_config:
         _write_json(folder / GENERATION_CONFIG, files.generation_config)
-    _write_json(
-        folder / OV_CONFIG, {"lowbit": {"recipe": report.recipe, "formats": report.formats()}, "openvino": release()}
-    )
+    write_ov_config(folder, report.recipe, report.formats())
+
+
+def write_ov_config(folder: Path, recipe: str, formats: Mapping[str, int]) -> None:
+    """What was done to the weights, for whoever looks into the folder."""
+    _write_json(folder / OV_CONFIG, {"lowbit": {"recipe": recipe, "formats": formats}, "openvino": release()})
 
 
 def _write_tokenizer(folder: Path) -> list[str]:

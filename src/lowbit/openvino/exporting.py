@@ -21,9 +21,10 @@ import numpy as np
 from lowbit.calibration import Calibration, calibration_from
 from lowbit.checkpoint.auto import AutoModelForCausalLM
 from lowbit.configs.base import WeightOnlyConfig
+from lowbit.contents import REPORT
 from lowbit.errors import RecipeError
-from lowbit.openvino.base import replace_graph
-from lowbit.openvino.compress import compress_weights
+from lowbit.openvino.base import replace_graph, tell_what_was_done
+from lowbit.openvino.compress import compress_weights, compression_report
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.configs import read_config as read_quantization
 from lowbit.openvino.export import write_decoder
@@ -81,7 +82,10 @@ def export_decoder(
         eight = described and large_in_8_bits and asked is None
         _tell(write_decoder(held, out, tokenizer=tokenizer, large_in_8_bits=eight).notes)
         if asked is not None:
-            replace_graph(compress(read_model(out), asked, source, keywords), Path(out) / MODEL)
+            graph = compress(read_model(out), asked, source, keywords)
+            replace_graph(graph, Path(out) / MODEL)
+            tell_what_was_done(graph, Path(out))
+            (Path(out) / REPORT).write_text(compression_report(graph).to_json() + "\n", encoding="utf-8")
     _note_dynamic_groups(out, asked)
 
 

@@ -172,6 +172,7 @@ class OVModelForSeq2SeqLM(OVTraced, transformers.GenerationMixin):  # type: igno
 
     def save_pretrained(self, save_directory: str | Path, **keywords: Any) -> None:
         """Write both graphs and everything beside them."""
+        self._graph = self.decoder.model  # it may have been exchanged
         super().save_pretrained(save_directory, **keywords)
         replace_graph(self.encoder.model, Path(save_directory).expanduser() / ENCODER)
 

@@ -27,9 +27,13 @@ SAMPLES = (
 )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
 def write_tokenizers(folder: Path) -> list[str]:
     """Write both graphs beside the tokenizer's files; returns remarks."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         return ["the model has no tokenizer, so none is written"]
     try:
         _check_release()

@@ -33,6 +33,7 @@ from lowbit.openvino.exporting import compress, quantization_asked
 from lowbit.openvino.library import ov
 from lowbit.openvino.opening import read_model
 from lowbit.openvino.recipes import LARGE
+from lowbit.openvino.tokenizer import has_tokenizer, write_tokenizers
 from lowbit.openvino.tracing import Traced, trace
 
 # What a call may name though the graph does not take it: it changes nothing, or names what is always so here.
@@ -94,6 +95,7 @@ class OVTraced(OVModel):
         quantization: Quantization | None = None,
         *,
         large_in_8_bits: bool = True,
+        convert_tokenizer: bool = True,
         **keywords: Any,
     ) -> None:
         """Write the graph of a model, and everything beside it, into a folder."""
@@ -111,6 +113,9 @@ class OVTraced(OVModel):
         if module.can_generate() and module.generation_config is not None:
             module.generation_config.save_pretrained(out)
         copy_beside(source, out)
+        if convert_tokenizer and has_tokenizer(out):
+            for note in write_tokenizers(out):
+                print(f"lowbit: {note}", file=sys.stderr)
 
     @classmethod
     def _graphs(cls, module: Any) -> dict[str, Any]:
