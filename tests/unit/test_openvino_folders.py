@@ -11,8 +11,14 @@ import pytest
 import torch
 import transformers
 
-from lowbit.errors import LowbitError
-from lowbit.openvino import OVModelForCausalLM, OVModelForSequenceClassification, compress_weights
+from lowbit.errors import CheckpointError, LowbitError, RecipeError
+from lowbit.openvino import (
+    OVModelForCausalLM,
+    OVModelForMaskedLM,
+    OVModelForSequenceClassification,
+    OVWeightQuantizationConfig,
+    compress_weights,
+)
 from lowbit.openvino.library import device
 from lowbit.openvino.opening import EXACT
 from lowbit_assets import tiny_model
@@ -102,3 +108,32 @@ def test_other_families_have_their_tokenizer_as_a_graph(tiny: Path, tmp_path: Pa
     assert {"openvino_tokenizer.xml", "openvino_tokenizer.bin", "openvino_detokenizer.xml", "tokenizer.json"} <= names
     load(folder, export=True, compile=False, convert_tokenizer=False).save_pretrained(tmp_path / "without")
     assert not (tmp_path / "without" / "openvino_tokenizer.xml").exists()
+
+
+def test_a_graph_is_opened_by_the_class_of_its_head(tmp_path: Path) -> None:
+    load = OVModelForSequenceClassification.from_pretrained
+    load(bert(tmp_path / "bert"), export=True, compile=False).save_pretrained(tmp_path / "graph")
+    sentence = "holds the graph of a BertForSequenceClassification: open it with OVModelForSequenceClassification$"
+    with pytest.raises(CheckpointError, match=sentence):
+        OVModelForMaskedLM.from_pretrained(tmp_path / "graph")
+    # One made from weights without that head has it in its graph, and says so.
+    OVModelForMaskedLM.from_pretrained(bert(tmp_path / "other"), export=True, compile=False).save_pretrained(
+        tmp_path / "masked"
+    )
+    assert OVModelForMaskedLM.from_pretrained(tmp_path / "masked", compile=False).config.architectures == [
+        "BertForMaskedLM"
+    ]
+    with pytest.warns(UserWarning, match="^task, use_io_binding: does nothing here and may be left out$"):
+        again = load(tmp_path / "graph", task="text-classification", use_io_binding=True)
+    assert again(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2)
+
+
+def test_what_python_would_say_is_a_sentence(model: OVModelForCausalLM, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file cannot be a folder \(File exists\): name another to write into$"):
+        model.save_pretrained(tmp_path / "file")
+    original: Any = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    with pytest.raises(LowbitError, match=r"takes a folder or a name, not a LlamaForCausalLM: lowbit\.openvino\."):
+        OVModelForCausalLM.from_pretrained(original)
+    with pytest.raises(RecipeError, match=r"^quant_method='foo' is none: "):
+        OVWeightQuantizationConfig(quant_method="foo")

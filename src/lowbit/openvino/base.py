@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,9 @@ _BESIDE = (
 
 # What a folder is exported from: weights in one file, or in several with an index.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+# Words of optimum-intel: the class is the task, every graph takes inputs of any size, and nothing is copied twice.
+_IDLE = ("task", "use_io_binding", "dynamic_shapes")
 
 
 class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transformers is not typed
@@ -136,8 +140,7 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the graph and everything beside it, readable by `from_pretrained` and by OpenVINO's own tools."""
-        folder = Path(save_directory).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(save_directory)
         replace_graph(self._graph, folder / self.graph_name)
         self.config.save_pretrained(folder)
         if self.can_generate() and self.generation_config is not None:
@@ -153,6 +156,10 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
         return self._graph
 
     @classmethod
+    def _check_head(cls, folder: Path, config: Any) -> None:
+        """A graph has one head, whatever class opens it. What no class of transformers is called by says nothing."""
+
+    @classmethod
     def _open(cls, folder: Path, config: Any = None, trust_remote_code: bool = False, **keywords: Any) -> Self:
         """The model of a folder that holds a graph."""
         if not (folder / CONFIG).is_file():
@@ -161,6 +168,7 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
             )
         if config is None:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        cls._check_head(folder, config)
         made = cls(read_model(folder, cls.graph_name), config, folder=folder, **keywords)
         if made.can_generate() and (folder / GENERATION_CONFIG).is_file():
             made.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -193,6 +201,23 @@ def replace_graph(model: Any, path: Path) -> None:
         save_graph(model, Path(beside) / path.name)
         for written in Path(beside).iterdir():
             written.replace(path.parent / written.name)
+
+
+def drop_idle(keywords: dict[str, Any]) -> None:
+    """Take away what optimum-intel's from_pretrained takes and a class here needs not be told."""
+    idle = [name for name in _IDLE if keywords.pop(name, None) is not None]
+    if idle:
+        warnings.warn(f"{', '.join(idle)}: does nothing here and may be left out", stacklevel=3)
+
+
+def make_folder(place: str | Path) -> Path:
+    """A folder to write into, made where it is not there."""
+    folder = Path(place).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be a folder ({error.strerror}): name another to write into") from error
+    return folder
 
 
 def tell_what_was_done(graph: Any, folder: Path) -> None:

@@ -20,7 +20,7 @@ import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowbit.errors import LowbitError
-from lowbit.openvino.base import OVModel, find_graph, is_exported_again
+from lowbit.openvino.base import OVModel, drop_idle, find_graph, is_exported_again
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.exporting import compress, export_decoder, quantization_asked
 from lowbit.openvino.native.graph import ask_for_logits
@@ -63,6 +63,12 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
         for name, usual in idle.items():
             if keywords.pop(name, usual) not in (usual, None):
                 raise LowbitError(f"{name}={not usual!r} is not what an exported language model has here: leave it out")
+        if not isinstance(model_id, str | Path):
+            raise LowbitError(
+                f"from_pretrained takes a folder or a name, not a {type(model_id).__name__}: "
+                "lowbit.openvino.write_decoder(model, folder) writes a model in memory into a folder to open here"
+            )
+        drop_idle(keywords)
         source = Path(model_id).expanduser()
         opened = {"device": device, "ov_config": ov_config, "config": config}
         graph = find_graph(model_id, keywords)

@@ -83,7 +83,10 @@ class OVWeightQuantizationConfig:
             raise RecipeError(
                 f"bits={self.bits!r}: OpenVINO's weights have 4 or 8; other widths are compress_weights' modes"
             )
-        self.quant_method = OVQuantizationMethod(str(getattr(self.quant_method, "value", self.quant_method)))
+        method = str(getattr(self.quant_method, "value", self.quant_method))
+        if method not in list(OVQuantizationMethod):
+            raise RecipeError(f"quant_method={method!r} is none: {nearest(method, list(OVQuantizationMethod))}")
+        self.quant_method = OVQuantizationMethod(method)
         if self.dtype is not None and self.dtype not in _MODES:
             raise RecipeError(f"dtype={self.dtype!r} is no type of weights: {nearest(self.dtype, _MODES)}")
         if not 0 <= self.ratio <= 1:

@@ -24,7 +24,7 @@ import transformers
 from torch import nn
 
 from lowbit.errors import CheckpointError, LowbitError, MissingPackageError, RecipeError
-from lowbit.openvino.base import replace_graph
+from lowbit.openvino.base import make_folder, replace_graph
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.exporting import compress, quantization_asked
 from lowbit.openvino.library import device as find_device
@@ -241,8 +241,7 @@ class OVDiffusionPipeline:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write graphs, configurations, scheduler and tokenizers."""
-        folder = Path(save_directory).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(save_directory)
         for name, part in self.parts.items():
             (folder / name).mkdir(exist_ok=True)
             replace_graph(part.model, folder / name / MODEL)

@@ -25,8 +25,8 @@ from transformers import modeling_outputs
 from lowbit.checkpoint import auto, hub
 from lowbit.checkpoint.companions import copy_companions, travels
 from lowbit.configs.base import WeightOnlyConfig
-from lowbit.errors import LowbitError, RecipeError
-from lowbit.openvino.base import OVModel, find_graph, is_exported_again
+from lowbit.errors import CheckpointError, LowbitError, RecipeError
+from lowbit.openvino.base import OVModel, drop_idle, find_graph, is_exported_again
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of
 from lowbit.openvino.exporting import compress, quantization_asked
@@ -38,6 +38,12 @@ from lowbit.openvino.tracing import Traced, trace
 
 # What a call may name though the graph does not take it: it changes nothing, or names what is always so here.
 _IDLE = {"token_type_ids", "use_cache", "past_key_values", "interpolate_pos_encoding"}
+
+# The ends of transformers' names for what a head does, which are the ends of the classes here too.
+_HEADS = (
+    "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForImageClassification",
+    "ForAudioClassification", "ForCTC",
+)  # fmt: skip
 
 
 class OVTraced(OVModel):
@@ -66,6 +72,7 @@ class OVTraced(OVModel):
         Without a word about bits a model above 1e9 weights is exported in 8, and says so; load_in_8bit=False keeps its own type.
         """
         asked = quantization_asked(load_in_8bit, load_in_4bit, quantization_config)
+        drop_idle(keywords)
         source = Path(model_id).expanduser()
         opened = {"device": device, "ov_config": ov_config, "config": config}
         if "trust_remote_code" in keywords:
@@ -109,6 +116,7 @@ class OVTraced(OVModel):
             if isinstance(quantization, OVWeightQuantizationConfig):
                 graph = compress(graph, cls._asked(quantization), source, keywords)
             ov.save_model(graph, out / name, compress_to_fp16=halves)
+        module.config.architectures = [type(module).__name__]  # the head that the graph has, as transformers saves it
         module.config.save_pretrained(out)
         if module.can_generate() and module.generation_config is not None:
             module.generation_config.save_pretrained(out)
@@ -116,6 +124,14 @@ class OVTraced(OVModel):
         if convert_tokenizer and has_tokenizer(out):
             for note in write_tokenizers(out):
                 print(f"lowbit: {note}", file=sys.stderr)
+
+    @classmethod
+    def _check_head(cls, folder: Path, config: Any) -> None:
+        named = next(iter(getattr(config, "architectures", None) or ()), "")
+        heads = [kind for kind in _HEADS if named.endswith(kind)]
+        own = cls.__name__.removeprefix("OVModel")
+        if heads and own in _HEADS and own not in heads:
+            raise CheckpointError(f"{folder} holds the graph of a {named}: open it with OVModel{heads[0]}")
 
     @classmethod
     def _graphs(cls, module: Any) -> dict[str, Any]:
