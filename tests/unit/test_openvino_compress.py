@@ -258,6 +258,7 @@ REFUSED = {
     "the metric mean_activation_variance looks at activations": {"sensitivity_metric": "mean_activation_variance"},
     "the dataset is empty": {"mode": Mode.INT4_SYM, "dataset": []},
     "an item of the dataset names text, and the model takes input_ids": {"dataset": [{"text": "a"}]},
+    "an item of the dataset has 'hello' for input_ids, which takes numbers": {"dataset": ["hello"]},
     "CompressWeightsMode has no 'int5': did you mean": {"mode": "int5"},
 }
 

@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lowbit.errors import LowbitError
+from lowbit.errors import CheckpointError, LowbitError
 from lowbit.openvino.opening import EXACT
 from lowbit.openvino.sites import low_bit_weights
 
@@ -119,6 +119,16 @@ def test_bits_schedulers_and_pictures_to_begin_with(tmp_path: Path) -> None:
     np.testing.assert_allclose(picture(found, **named), picture(expected, **named), rtol=0, atol=CLOSE)
     with pytest.raises(LowbitError, match="clip_skip reads inside of the text encoder"):
         pipeline("a cat", clip_skip=1)
+
+
+@pytest.mark.parametrize("name", ["here", "nowhere"])
+def test_what_is_no_pipeline_is_a_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "here").mkdir()
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{name} cannot be opened as a pipeline of diffusers \(.*\): name a folder with model_index",
+    ):
+        diffusion.OVStableDiffusionPipeline.from_pretrained(tmp_path / name)
 
 
 def test_a_pipeline_without_such_a_unet_is_refused(tmp_path: Path) -> None:

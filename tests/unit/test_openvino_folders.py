@@ -137,3 +137,7 @@ def test_what_python_would_say_is_a_sentence(model: OVModelForCausalLM, tiny: Pa
         OVModelForCausalLM.from_pretrained(original)
     with pytest.raises(RecipeError, match=r"^quant_method='foo' is none: "):
         OVWeightQuantizationConfig(quant_method="foo")
+    for bits in (4, 8):
+        asked = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+        with pytest.raises(RecipeError, match=rf"^BitsAndBytesConfig is for .*: give load_in_{bits}bit=True instead$"):
+            OVModelForCausalLM.from_pretrained(tiny, quantization_config=asked)

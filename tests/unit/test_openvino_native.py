@@ -129,16 +129,16 @@ def _named(node: Any) -> Any:
 
 
 def save_adapter(
-    folder: Path, rank: int, name: str = MODULE, height: int = WIDTH, seed: int = 1, **config: Any
+    folder: Path, rank: int, name: str = MODULE, height: int = WIDTH, seed: int = 1, base: str = "", **config: Any
 ) -> Path:
-    """An adapter as peft saves it."""
+    """An adapter as peft saves it, with the weight of the module `base` beside."""
     folder.mkdir()
     draw = np.random.default_rng(seed).standard_normal
     matrices = {"A": draw((rank, WIDTH)).astype(np.float32), "B": draw((height, rank)).astype(np.float32)}
-    save_file(
-        {f"base_model.model.{name}.lora_{side}.weight": m for side, m in matrices.items()},
-        folder / "adapter_model.safetensors",
-    )
+    named = {f"base_model.model.{name}.lora_{side}.weight": m for side, m in matrices.items()}
+    if base:
+        named[f"base_model.model.{base}.base_layer.weight"] = np.ones((height, WIDTH), np.float32)
+    save_file(named, folder / "adapter_model.safetensors")
     fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none"} | config
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     return folder
@@ -193,12 +193,20 @@ def test_no_answer_changes_its_adapters_half_way(folder: Path, tmp_path: Path) -
         ({"use_dora": True}, "merge the adapter"),
         ({"modules_to_save": ["lm_head"]}, "merge the adapter"),
         ({"peft_type": "LOHA"}, "only LORA"),
+        ({"base": "lm_head"}, "holds base_model.model.lm_head.base_layer.weight, which is no LoRA of a linear layer"),
         ({"name": "model.mix.lora_magnitude_vector"}, "no product of that name"),
     ],
 )
 def test_adapters_of_other_models(folder: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         load(folder, adapters=save_adapter(tmp_path / "odd", 2, **change))
+
+
+def test_the_weight_that_peft_saves_with_an_adapted_head_is_left(folder: Path, tmp_path: Path) -> None:
+    alone, beside = save_adapter(tmp_path / "alone", 3), save_adapter(tmp_path / "beside", 3, base=MODULE)
+    plain, whole = (load(folder, ov_config=EXACT, adapters=path).logits(PROMPT) for path in (alone, beside))
+    np.testing.assert_array_equal(whole, plain)
+    assert not np.array_equal(whole, load(folder, ov_config=EXACT).logits(PROMPT))
 
 
 def test_damaged_adapters(tmp_path: Path) -> None:
@@ -241,6 +249,11 @@ def test_without_openvino() -> None:
     code = "import sys\nsys.modules['openvino'] = None\nfrom lowbit.openvino.native import load"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert MissingPackageError.__name__ in done.stderr and "pip install 'lowbit[openvino]'" in done.stderr
+
+
+def test_the_file_of_the_graph_names_its_folder(folder: Path, model: AdaptedModel) -> None:
+    found = load(folder / "openvino_model.xml", ov_config=EXACT)
+    np.testing.assert_array_equal(found.logits(PROMPT), model.logits(PROMPT))
 
 
 def test_folders_that_lack_something(toy: Toy, tmp_path: Path) -> None:

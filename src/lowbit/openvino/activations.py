@@ -21,6 +21,7 @@ from lowbit.openvino.library import core
 from lowbit.openvino.sites import Array, Site
 
 _MOST_BYTES = 1 << 30
+_NO_NUMBERS = "USO"  # numpy's kinds: text, bytes, anything else
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
 
 
@@ -108,6 +109,12 @@ def inputs_of(model: Any, item: Any) -> dict[str, Array]:
     arrays = {name: np.asarray(value) for name, value in given.items() if name in names}
     if not arrays:
         raise RecipeError(f"an item of the dataset names {', '.join(given)}, and the model takes {', '.join(names)}")
+    for name, array in arrays.items():
+        if array.dtype.kind in _NO_NUMBERS:
+            raise RecipeError(
+                f"an item of the dataset has {str(given[name])[:40]!r} for {name}, which takes numbers: give what a tokenizer "
+                "makes of texts (nncf.Dataset(texts, transform_func=...))"
+            )
     first = next(iter(arrays.values()))
     for port in model.inputs:
         name = port.get_any_name()

@@ -195,6 +195,10 @@ def read_config(given: Any) -> Quantization:
     method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
     if method == "gptq" and not isinstance(given, Mapping):
         return _from_transformers(fields)
+    if method == "bitsandbytes":
+        raise RecipeError(
+            f"BitsAndBytesConfig is for torch models on a GPU: give load_in_{_bits_of(fields)}bit=True instead"
+        )
     found = config_from({**fields, "quant_method": method}) if method is not None else None
     if found is not None:
         return found
@@ -202,6 +206,10 @@ def read_config(given: Any) -> Quantization:
     raise RecipeError(
         f"quantization_config has a field {odd!r}, which no configuration here knows: {nearest(odd, known)}"
     )
+
+
+def _bits_of(fields: Mapping[str, Any]) -> int:
+    return 4 if fields.get("load_in_4bit") or fields.get("_load_in_4bit") else 8
 
 
 def _fields_of(given: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import nn
 
-from lowbit.errors import CheckpointError, LowbitError, MissingPackageError, RecipeError
+from lowbit.errors import CheckpointError, LowbitError, MissingPackageError, RecipeError, one_line
 from lowbit.openvino.base import make_folder, replace_graph
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.exporting import compress, quantization_asked
@@ -283,12 +283,21 @@ class OVStableDiffusionXLImg2ImgPipeline(OVDiffusionPipeline):
     pipeline_class = "StableDiffusionXLImg2ImgPipeline"
 
 
+def _fetch(source: str | Path, keywords: Mapping[str, Any]) -> Any:
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(str(source), **keywords)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} cannot be opened as a pipeline of diffusers ({one_line(str(error))}): name a folder with model_index.json in it"
+        ) from error
+
+
 def export_pipeline(
     source: Any, out: Path, quantization: Quantization | None, keywords: Mapping[str, Any] | None = None
 ) -> None:
     """Write the graphs of a pipeline of diffusers, given as itself, a folder or a name, and everything beside them."""
     given = isinstance(source, diffusers.DiffusionPipeline)
-    pipeline = source if given else diffusers.DiffusionPipeline.from_pretrained(source, **(keywords or {}))
+    pipeline = source if given else _fetch(source, keywords or {})
     unet = getattr(pipeline, "unet", None)
     if not isinstance(unet, diffusers.UNet2DConditionModel):
         raise LowbitError(

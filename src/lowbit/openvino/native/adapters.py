@@ -29,6 +29,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Matrix = NDArray[np.float32]
 # The last axis of [rows, tokens, channels].
 _LAST = 2
+_BASE = ".base_layer.weight"
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
 # What peft can put into an adapter beside two matrices, with the value that leaves it out.
 _PLAIN = {
@@ -82,7 +83,13 @@ def _read(path: Path) -> dict[str, Matrix]:
     odd = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in DENSE_TYPES]
     if odd or not tensors:
         raise CheckpointError(f"{path} holds no matrices of floating point numbers: {', '.join(odd) or 'it is empty'}")
-    return {n: np.array(Dense(t.view(), DENSE_TYPES[t.dtype]).float32(), np.float32) for n, t in tensors.items()}
+    # peft puts the whole weight of an adapted head beside its two matrices: the graph has that one.
+    own = {name for name in tensors if name.endswith(_BASE) and f"{name.removesuffix(_BASE)}.lora_A.weight" in tensors}
+    return {
+        n: np.array(Dense(t.view(), DENSE_TYPES[t.dtype]).float32(), np.float32)
+        for n, t in tensors.items()
+        if n not in own
+    }
 
 
 def _refuse(folder: Path, config: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from lowbit.openvino.native.engine import IrEngine, check_vocabulary
 from lowbit.openvino.native.graph import ask_for_logits
 from lowbit.openvino.native.model import AdaptedModel
 from lowbit.openvino.native.rows import LOGITS, Decoder, check_graph
-from lowbit.openvino.opening import compile_model, read_model
+from lowbit.openvino.opening import MODEL, compile_model, read_model
 from lowbit.runtime.files import read_tokenizer
 from lowbit.runtime.loading import LONGEST_DEFAULT_CONTEXT
 from lowbit.runtime.settings import settings_from
@@ -35,12 +35,13 @@ def load(
     context: int | None = None,
     slots: int = 1,
 ) -> AdaptedModel:
-    """A model from a folder in OpenVINO's form.
+    """A model from a folder in OpenVINO's form, which its graph's file names as well.
 
     `ov_config` are OpenVINO's properties, `adapters` a folder of peft's or several by name, `context` the most tokens that a prompt
     and its answer have together, `slots` how many sequences (or beams) are kept at once.
     """
     folder = Path(folder).expanduser()
+    folder = folder.parent if folder.name == MODEL else folder
     graph = read_model(folder)
     check_graph(graph)
     spec = read_spec(folder)
