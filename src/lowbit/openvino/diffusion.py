@@ -288,7 +288,8 @@ def _fetch(source: str | Path, keywords: Mapping[str, Any]) -> Any:
         return diffusers.DiffusionPipeline.from_pretrained(str(source), **keywords)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{source} cannot be opened as a pipeline of diffusers ({one_line(str(error))}): name a folder with model_index.json in it"
+            f"{source} cannot be opened as a pipeline of diffusers ({one_line(str(error))}): name a folder "
+            "with model_index.json in it"
         ) from error
 
 
