@@ -16,12 +16,13 @@ import importlib.metadata
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lowbit
 from lowbit.core import calls, library
-from lowbit.errors import KernelError, one_line
+from lowbit.errors import KernelError, LowbitError, one_line
 from lowbit.formats import FORMATS, Format
 from lowbit.machine import Machine, this_machine
 from lowbit.runtime.tight import tight_pays
@@ -30,6 +31,7 @@ OLDEST_PYTHON = (3, 11)
 # The weight that kernels are asked about: a linear of the common sort.
 USUAL_SHAPE = (2048, 2048)
 LITTLE_MEMORY = 2 * 10**9
+OPENVINO = ("openvino", "openvino-tokenizers", "openvino-genai")
 TOO_OLD, ABSENT = "too old", "absent"
 CACHE = "int8 where the weights are low-bit and computed in int8, else fp16; in transformers' generate fp16"
 TIGHT = "held exactly in 12 bits where memory allows, else read from the mapped file; in transformers' generate as torch has them"
@@ -111,6 +113,7 @@ class Diagnosis:
     prefill: str = ""
     cache: str = ""
     plain: str = ""
+    openvino: str = ""
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -140,8 +143,44 @@ def examine(device: str = "cpu") -> Diagnosis:
     if found.instruction_set:
         found.prefill, found.cache = calls.folding(), CACHE
         found.plain = TIGHT if tight_pays() else MAPPED
-    found.problems = [*package_problems(packages), *([broken] if broken else []), *_machine_problems(found)]
+    found.openvino, of_openvino = look_at_openvino()
+    found.problems = [
+        *package_problems(packages),
+        *([broken] if broken else []),
+        *_machine_problems(found),
+        *of_openvino,
+    ]
     return found
+
+
+def look_at_openvino() -> tuple[str, list[Problem]]:
+    """The releases of OpenVINO's packages and the devices that it sees; its parts load one another only if they are of one
+    release. Nothing is said where it is not installed: it is an extra that few need."""
+    versions = {name: find_package(Package(name, "", "0")).version for name in OPENVINO}
+    here = {name: version for name, version in versions.items() if version is not None}
+    if OPENVINO[0] not in here:
+        return "", []
+    problems, devices = openvino_problems(here), ""
+    try:
+        from lowbit.openvino.library import devices as find_devices
+
+        devices = ", ".join(find_devices()) or "none"
+    except (ImportError, OSError, LowbitError) as error:
+        problems.append(
+            Problem(f"openvino does not load: {one_line(str(error))}", "pip install --force-reinstall openvino", False)
+        )
+    listed = ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
+    return f"{listed}; devices {devices or 'unknown'}", problems
+
+
+def openvino_problems(here: Mapping[str, str]) -> list[Problem]:
+    """Packages of OpenVINO whose releases differ; a build number behind them does not count."""
+    if len({version_key(version)[:3] for version in here.values()}) < 2:
+        return []
+    said = ", ".join(f"{name} {version}" for name, version in here.items())
+    release = ".".join(str(part) for part in version_key(here[OPENVINO[0]])[:3])
+    mend = "pip install " + " ".join(f"'{name}=={release}.*'" for name in here)
+    return [Problem(f"OpenVINO's packages are of different releases: {said}", mend, False)]
 
 
 def _broken_torch() -> Problem | None:

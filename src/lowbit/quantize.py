@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowbit.algorithms import ROUNDERS
-from lowbit.algorithms.allocate import OFFERED_BITS
 from lowbit.algorithms.rtn import floored, relative_error, round_weight
 from lowbit.algorithms.sensitivity import Moments, allocate_formats, linear_weights, measure_moments, module_of
+from lowbit.allocate import OFFERED_BITS
 from lowbit.blockwise import Chosen, Where, check_data, describe_packed, round_in_blocks_
 from lowbit.calibration import Calibration, fitting
 from lowbit.errors import RecipeError

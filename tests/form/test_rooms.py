@@ -17,7 +17,7 @@ ROWS = [
     {"errors", "methods"},
     {"formats", "machine", "progress", "report", "contents", "search", "options"},
     {"bits", "packing", "core", "recipe", "schemes"},
-    {"small_blocks", "configs"},
+    {"small_blocks", "configs", "allocate"},
     {"kquants", "grid_core", "grid_points"},
     {"grid"},
     {"kernels", "models"},
@@ -48,6 +48,7 @@ WITHOUT_TORCH = [
     "models.spec",
     "models.families",
     "core.calls",
+    "allocate",
     "interop.gguf",
     "cli",
 ]

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.algorithms.allocate import OFFERED_BITS, allocate, byte_budget, stored_bytes
 from lowbit.algorithms.sensitivity import allocate_formats, expected_divergence, linear_weights, measure_moments
+from lowbit.allocate import OFFERED_BITS, allocate, byte_budget, stored_bytes
 from lowbit.calibration import Calibration
 from lowbit.cli import FAILED, OK, main
 from lowbit.errors import RecipeError

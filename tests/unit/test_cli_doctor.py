@@ -56,6 +56,17 @@ def test_every_problem_has_the_line_that_mends_it() -> None:
     assert all(problem.mend.startswith("pip install ") for problem in doctor.package_problems(aged))
 
 
+def test_openvino_has_a_line_with_its_releases_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["OpenVINO"])
+    assert "openvino 20" in line and "openvino-genai 20" in line and "devices CPU" in line
+    alike = {"openvino": "2026.4.1", "openvino-genai": "2026.4.1.0"}
+    assert doctor.openvino_problems(alike) == []
+    (problem,) = doctor.openvino_problems(alike | {"openvino-tokenizers": "2026.3.0.0"})
+    assert "openvino-tokenizers 2026.3.0.0" in problem.what and not problem.serious
+    assert "'openvino-tokenizers==2026.4.1.*'" in problem.mend
+
+
 def without_torch(state: str) -> subprocess.CompletedProcess[str]:
     """The doctor in a Python where torch is not installed, or installed and broken."""
     program = (

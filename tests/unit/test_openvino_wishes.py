@@ -10,9 +10,10 @@ import torch
 import transformers
 
 from lowbit.compat import optimum_export
-from lowbit.errors import RecipeError
-from lowbit.openvino import OVModelForCausalLM, OVWeightQuantizationConfig
+from lowbit.errors import CheckpointError, RecipeError
+from lowbit.openvino import OVModelForCausalLM, OVWeightQuantizationConfig, compress_weights, write_decoder
 from lowbit.openvino.opening import EXACT
+from lowbit.openvino.sites import find_sites
 from lowbit_assets import tiny_model
 
 pytestmark = [
@@ -108,3 +109,24 @@ def test_awq_and_gptq_of_optimum_cli(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="groups of 48 do not divide"):
         odd = ["--weight-format", "int4", "--group-size", "48", "--group-size-fallback", "error", str(tmp_path / "no")]
         optimum_export.run(["export", "openvino", "-m", str(tiny), *odd])
+
+
+def test_a_model_of_another_task_is_named_before_it_is_followed(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=96, **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    for export in (
+        lambda: write_decoder(tmp_path / "bert", tmp_path / "out"),
+        lambda: OVModelForCausalLM.from_pretrained(tmp_path / "bert", export=True),
+    ):
+        with pytest.raises(CheckpointError, match=r"is no decoder: lowbit\.openvino\.OVModelForSequenceClassification"):
+            export()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("error:.*not writable")
+def test_a_graph_is_compressed_without_a_warning_of_torch(tiny: Path) -> None:
+    model = OVModelForCausalLM.from_pretrained(tiny, export=True, compile=False)
+    for site in find_sites(model.model):
+        assert site.read().flags.writeable
+    compress_weights(model.model)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.algorithms.allocate import allocate, byte_budget, stored_bytes
+from lowbit.allocate import allocate, byte_budget, stored_bytes
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.grid import quantize, unpack

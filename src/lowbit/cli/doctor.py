@@ -57,6 +57,7 @@ def print_machine(output: Output, found: Diagnosis) -> None:
             ("cores", f"{machine.cores}, of which usable {machine.usable_cores}{quota}: {machine.threads} threads"),
             ("memory", memory),
             ("devices", ", ".join(found.devices)),
+            *([("OpenVINO", found.openvino)] if found.openvino else []),
         ]
     )
 

@@ -5,7 +5,7 @@
 Products get the mode. Embeddings, convolutions and the last product get the backup (8 bits, a scale for each row) unless
 `all_layers`, and so do those of the other products whose rounding hurts most, as many as leave at least the share `ratio` of the
 weights to the mode. Which they are is found exactly: of all such choices the one with the least sum of errors
-(`algorithms.allocate`), where the error of a weight is |w - w^|^2 / |w|^2, or with a dataset what `sensitivity_metric` says.
+(`allocate`), where the error of a weight is |w - w^|^2 / |w|^2, or with a dataset what `sensitivity_metric` says.
 
 Codes come from `grid.quantize`, whose scales are searched; with a dataset each input weighs as much as its mean square, or GPTQ
 rounds column after column. The model that is given stays as it was. What became of every weight is in `compression_report`.
@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from lowbit.algorithms.allocate import stored_bytes
 from lowbit.algorithms.gptq import round_gptq
 from lowbit.algorithms.rtn import importance_of, relative_error, round_weight
+from lowbit.allocate import stored_bytes
 from lowbit.errors import RecipeError
 from lowbit.formats import PER_CHANNEL, Format
 from lowbit.grid import check_finite, unpack

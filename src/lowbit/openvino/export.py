@@ -33,7 +33,7 @@ from lowbit.openvino.decoder import build
 from lowbit.openvino.library import Node, ov, release
 from lowbit.openvino.opening import MODEL
 from lowbit.openvino.recipes import LARGE, export_recipe, with_ratio
-from lowbit.openvino.sources import HeldModel, has_spec, load_model, needs_torch, open_source, rounded
+from lowbit.openvino.sources import HeldModel, check_generates, has_spec, load_model, needs_torch, open_source, rounded
 from lowbit.packing import PackedTensor
 from lowbit.progress import progress
 from lowbit.recipe import Recipe
@@ -76,6 +76,7 @@ def write_decoder(
     A model of a family that lowbit has no description of is followed for one call instead (other_decoders.py).
     """
     started = time.perf_counter()
+    check_generates(source)
     if not has_spec(source):
         return _write_followed(source, Path(out).expanduser(), format, ratio, tokenizer, large_in_8_bits)
     files = open_source(source)

@@ -30,7 +30,7 @@ from lowbit.openvino.configs import read_config as read_quantization
 from lowbit.openvino.export import write_decoder
 from lowbit.openvino.opening import MODEL, read_model
 from lowbit.openvino.recipes import LARGE
-from lowbit.openvino.sources import has_spec
+from lowbit.openvino.sources import check_generates, has_spec
 
 _ANY_TEXT, _DEFAULT_TEXT = "auto", "default"
 _WINDOWS, _LENGTH = 32, 256
@@ -63,6 +63,7 @@ def export_decoder(
 ) -> None:
     """Write a language model; what was decided on the way is printed. `keywords` are those of transformers' from_pretrained."""
     config = quantization.of_torch if isinstance(quantization, OVWeightQuantizationConfig) else quantization
+    check_generates(source)
     described = has_spec(source, keywords)
     if isinstance(config, WeightOnlyConfig):
         _tell(write_decoder(_quantized(source, config, keywords), out, tokenizer=tokenizer).notes)

@@ -5,7 +5,7 @@
     a Recipe         as it says
 
 With a `ratio` below 1 that share of the linears' weights has the format, and the others, those whose rounding hurts most,
-the 8 bits of the head. Which they are is found exactly (`algorithms.allocate`), by |w - w^|^2 / |w|^2 of each weight.
+the 8 bits of the head. Which they are is found exactly (`allocate`), by |w - w^|^2 / |w|^2 of each weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lowbit.algorithms.allocate import allocate
+from lowbit.allocate import allocate
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, as_format, format_from_name
 from lowbit.models.spec import DecoderSpec

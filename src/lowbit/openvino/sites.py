@@ -89,8 +89,10 @@ class Site:
         return int(np.prod(self.stored))
 
     def read(self) -> Array:
-        """The weight as [.., out, in] in float32."""
+        """The weight as [.., out, in] in float32, in an array that may be written: torch warns of others."""
         values = np.asarray(self.constant.get_data(dtype=np.float32))
+        if not values.flags.writeable:
+            values = values.copy()
         if self.role == "conv":
             return values.reshape(self.shape)
         return np.ascontiguousarray(np.swapaxes(values, -1, -2)) if self.turned else values

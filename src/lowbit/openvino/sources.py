@@ -9,6 +9,7 @@ anything else      a name on the hub, an old save: loaded by AutoModelForCausalL
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,9 @@ from lowbit.runtime.text import Tokenizer
 _READ_BY_THE_ENGINE = (None, OWN_METHOD, COMPRESSED_METHOD)
 _TORCH_TYPES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 _CODES = ".qweight"
+_OTHER_HEAD = re.compile(
+    r"For(SequenceClassification|TokenClassification|QuestionAnswering|MaskedLM|ImageClassification|AudioClassification|CTC)$"
+)
 
 
 def open_source(source: Any) -> ModelFiles:
@@ -68,6 +72,24 @@ def has_spec(source: Any, keywords: Mapping[str, Any] | None = None) -> bool:
     if not (path / CONFIG).is_file():
         return True  # a .gguf file, or what is wrong with the folder is said by who reads it
     return read_config(path).get("model_type") in (*FAMILIES, *TEXT_PARTS)
+
+
+def check_generates(source: Any) -> None:
+    """Say what a folder is whose model has another task, before its trace as a language model goes wrong."""
+    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if path is None or not (path / CONFIG).is_file():
+        return
+    fields = read_config(path)
+    name = str((fields.get("architectures") or [""])[0])
+    head = _OTHER_HEAD.search(name)
+    found = f"OVModel{head.group()}" if head else ""
+    if fields.get("is_encoder_decoder") and fields.get("model_type") not in (*FAMILIES, *TEXT_PARTS):
+        found = "OVModelForSpeechSeq2Seq" if fields.get("model_type") == "whisper" else "OVModelForSeq2SeqLM"
+    if found:
+        raise CheckpointError(
+            f"{path} holds a {name}, which is no decoder: lowbit.openvino.{found}.from_pretrained(..., export=True) writes it, "
+            f"or: python -m lowbit.compat optimum-cli export openvino --model {path} OUT"
+        )
 
 
 def needs_torch(recipe: Recipe) -> bool:
