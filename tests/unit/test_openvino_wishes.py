@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,16 @@ import pytest
 import torch
 import transformers
 
+from lowbit.cli import main
 from lowbit.compat import optimum_export
 from lowbit.errors import CheckpointError, RecipeError
-from lowbit.openvino import OVModelForCausalLM, OVWeightQuantizationConfig, compress_weights, write_decoder
+from lowbit.openvino import (
+    OVModelForCausalLM,
+    OVWeightQuantizationConfig,
+    compress_weights,
+    compression_report,
+    write_decoder,
+)
 from lowbit.openvino.opening import EXACT
 from lowbit.openvino.sites import find_sites
 from lowbit_assets import tiny_model
@@ -130,3 +139,33 @@ def test_a_graph_is_compressed_without_a_warning_of_torch(tiny: Path) -> None:
     for site in find_sites(model.model):
         assert site.read().flags.writeable
     compress_weights(model.model)
+
+
+def test_one_rule_for_groups_that_do_not_divide(tmp_path: Path) -> None:
+    """Hidden 64, MLP 144: groups of 128 fit the first as 64, and no part of them down to 32 the second."""
+    odd = tiny_model("llama", tmp_path / "odd", intermediate_size=144)
+    said = r"2 of 14 products have 8 bits, since no part of 128 inputs down to 32"
+    written = write_decoder(odd, tmp_path / "folder", "int4", tokenizer=False)
+    assert any(re.match(said, note) for note in written.notes)
+    rows = {row.path: row.format for row in written.report.layers if row.role == "linear"}
+    eight = {path for path, format in rows.items() if format == "int8_channel"}
+    assert eight == {f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)}
+    model = OVModelForCausalLM.from_pretrained(odd, export=True, compile=False)
+    with pytest.warns(UserWarning, match=said):
+        made = compress_weights(model.model, "int4_sym", group_size=128)
+    assert [row.format for row in compression_report(made).layers].count("int4_g64") == 12
+    for refused in (
+        lambda: compress_weights(model.model, "int4_sym", group_size=7),
+        lambda: write_decoder(odd, tmp_path / "no", "int4_g7", tokenizer=False),
+    ):
+        with pytest.raises(RecipeError, match=r"no group of 7 inputs .* divides any of the 14 products"):
+            refused()
+
+
+def test_a_group_may_be_a_whole_row(tiny: Path, tmp_path: Path) -> None:
+    words = ["export", "openvino", "--model", str(tiny), "--int4", "--no-verify", "--group-size"]
+    assert main([*words, "-1", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "lowbit_report.json").read_text())
+    assert {row["format"] for row in report["layers"] if row["role"] == "linear"} == {"int4_channel"}
+    with pytest.raises(SystemExit):
+        main([*words, "0", str(tmp_path / "no")])

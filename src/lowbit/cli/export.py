@@ -12,6 +12,7 @@ from lowbit.cli.output import Output, size_text
 from lowbit.cli.quantize import check_target, folder_bytes
 from lowbit.cli.source import find_source
 from lowbit.errors import RecipeError
+from lowbit.formats import PER_CHANNEL
 
 if TYPE_CHECKING:
     from lowbit.openvino.export import Written
@@ -31,6 +32,12 @@ EXAMPLES = """\
   lowbit export openvino --model model-q4_k_m.gguf ./ov --no-verify      a GGUF file's blocks as they are
   lowbit export openvino --model ./model --format nf4 ./ov               any format of lowbit's"""
 _HEADERS = ("device", "setting", "difference", "divergence", "tokens alike", "")
+
+
+def _group(text: str) -> int:
+    return PER_CHANNEL if text == str(PER_CHANNEL) else int(COUNT(text))
+
+
 _RATE = number(float, 0, 1, "a number from 0 to 1")
 
 
@@ -45,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     chosen.add_argument("--int4", dest="format", action="store_const", const="int4", help="4 bits in groups of 128")
     chosen.add_argument("--format", metavar="F", help=f"any format of lowbit's, or '{LEAVE}': as the model is")
-    group.add_argument("--group-size", type=COUNT, metavar="N", help="weights that share a scale")
+    group.add_argument("--group-size", type=_group, metavar="N", help="weights that share a scale; -1: a whole row")
     group.add_argument("--asym", action="store_true", help="with zero points")
     group.add_argument(
         "--ratio", type=_RATE, metavar="R", help="the share of weights in fewer than 8 bits (default: 1)"
@@ -101,7 +108,8 @@ def format_from(name: str | None, group_size: int | None, asym: bool) -> str | N
         if group_size is not None or asym:
             raise RecipeError("--group-size and --asym belong to a format: say --int4, or --format F")
         return None
-    suffix = ("_asym" if asym else "") + (f"_g{group_size}" if group_size is not None else "")
+    groups = "" if group_size is None else "_channel" if group_size == PER_CHANNEL else f"_g{group_size}"
+    suffix = ("_asym" if asym else "") + groups
     return f"{name}{suffix}"
 
 

@@ -14,7 +14,7 @@ rounds column after column. The model that is given stays as it was. What became
 from __future__ import annotations
 
 import json
-import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from lowbit.formats import PER_CHANNEL, Format
 from lowbit.grid import check_finite, unpack
 from lowbit.openvino.activations import Seen, collect
 from lowbit.openvino.constants import hold
+from lowbit.openvino.groups import fitting, remark
 from lowbit.openvino.modes import (
     AdvancedCompressionParameters,
     BackupMode,
@@ -73,15 +74,10 @@ class _Request:
 
     def format_for(self, in_features: int) -> Format | None:
         """The mode's format for a width; None where no group size divides it."""
-        size = self.group_size
         row = mode_row(self.mode)
-        if size > 0 and in_features % size:
-            if self.advanced.group_size_fallback_mode is not GroupSizeFallbackMode.ADJUST or row.sizes_fixed:
-                return None
-            size = math.gcd(size, in_features)
-            if size < self.advanced.min_adjusted_group_size:
-                return None
-        return format_in_groups(row.format, size)
+        free = self.advanced.group_size_fallback_mode is GroupSizeFallbackMode.ADJUST and not row.sizes_fixed
+        size = fitting(self.group_size, in_features, self.advanced.min_adjusted_group_size if free else self.group_size)
+        return None if size is None else format_in_groups(row.format, size)
 
 
 def compress_weights(
@@ -249,6 +245,10 @@ def _choose_formats(
     """The format of every weight by name; None leaves it as it is."""
     formats: dict[str, Format | None] = {site.name: request.backup for site in sites}
     wanted = {site.name: request.format_for(site.shape[-1]) for site in first}
+    odd = [site.name for site in first if wanted[site.name] is None]
+    if odd and request.advanced.group_size_fallback_mode is GroupSizeFallbackMode.ADJUST:
+        least = request.advanced.min_adjusted_group_size
+        warnings.warn(remark(request.group_size, odd, len(first), least), stacklevel=4)
     if request.advanced.group_size_fallback_mode is GroupSizeFallbackMode.ERROR:
         odd = [f"{site.name} {list(site.shape)}" for site in first if wanted[site.name] is None]
         if odd:

@@ -30,9 +30,10 @@ from lowbit.models.spec import DecoderSpec
 from lowbit.openvino.arena import Arena
 from lowbit.openvino.constants import WIDENED
 from lowbit.openvino.decoder import build
+from lowbit.openvino.groups import fitted
 from lowbit.openvino.library import Node, ov, release
 from lowbit.openvino.opening import MODEL
-from lowbit.openvino.recipes import LARGE, export_recipe, with_ratio
+from lowbit.openvino.recipes import BACKUP, LARGE, export_recipe, with_ratio
 from lowbit.openvino.sources import HeldModel, check_generates, has_spec, load_model, needs_torch, open_source, rounded
 from lowbit.packing import PackedTensor
 from lowbit.progress import progress
@@ -92,6 +93,9 @@ def write_decoder(
             )
     if recipe is not None and needs_torch(recipe):
         files, recipe = rounded(source, recipe), None
+    if recipe is not None:
+        recipe, said = fitted(recipe, spec, BACKUP)
+        notes += said
     if ratio is not None and ratio < 1:
         if recipe is None or recipe.linear.bits == 8:
             raise RecipeError(

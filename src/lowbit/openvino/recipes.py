@@ -67,7 +67,7 @@ def with_ratio(files: ModelFiles, spec: DecoderSpec, recipe: Recipe, ratio: floa
         path = described.name.format(layer=loaded.layer).removesuffix(".weight")
         weight = dequantize(loaded.weight) if isinstance(loaded.weight, PackedTensor) else loaded.weight
         choice = recipe.choose(path, RECIPE_ROLES[loaded.role])
-        if choice.formats:
+        if choice.formats and choice.formats[0].bits < backup.bits:
             counts[path] = math.prod(weight.shape)
             errors[path] = (_error(weight, choice.formats[0], search), _error(weight, backup, search))
     kept = sorted(beyond_ratio(counts, errors, ratio))
