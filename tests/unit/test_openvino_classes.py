@@ -20,6 +20,9 @@ from lowbit.openvino.examples import example_of
 from lowbit.openvino.opening import EXACT
 from lowbit.openvino.sites import low_bit_weights
 
+# Following a module takes torch seconds.
+pytestmark = pytest.mark.slow
+
 BERT = {
     "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
     "max_position_embeddings": 40,

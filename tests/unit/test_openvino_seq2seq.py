@@ -15,6 +15,9 @@ from lowbit.openvino import OVModelForSeq2SeqLM, OVModelForSpeechSeq2Seq, compre
 from lowbit.openvino.opening import EXACT
 from lowbit.openvino.sites import low_bit_weights
 
+# Following a module takes torch seconds.
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "vocab_size": 96, "d_model": 64, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,

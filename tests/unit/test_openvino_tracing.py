@@ -21,6 +21,9 @@ from lowbit.openvino.library import core, ov
 from lowbit.openvino.tracing import trace
 from lowbit.swap import copy_model, replace_module
 
+# Following a module takes torch seconds.
+pytestmark = pytest.mark.slow
+
 BERT = {
     "vocab_size": 96,
     "hidden_size": 64,
