@@ -126,6 +126,10 @@ def test_a_graph_is_opened_by_the_class_of_its_head(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="^task, use_io_binding: does nothing here and may be left out$"):
         again = load(tmp_path / "graph", task="text-classification", use_io_binding=True)
     assert again(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2)
+    # What the sentence about reshape says.
+    fixed = load(tmp_path / "graph", compile=False)
+    fixed.model.reshape({port.get_any_name(): [1, 2] for port in fixed.model.inputs})
+    assert fixed(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2)
 
 
 def test_what_python_would_say_is_a_sentence(model: OVModelForCausalLM, tiny: Path, tmp_path: Path) -> None:
@@ -137,6 +141,10 @@ def test_what_python_would_say_is_a_sentence(model: OVModelForCausalLM, tiny: Pa
         OVModelForCausalLM.from_pretrained(original)
     with pytest.raises(RecipeError, match=r"^quant_method='foo' is none: "):
         OVWeightQuantizationConfig(quant_method="foo")
+    with pytest.raises(
+        LowbitError, match=r"^the graph takes inputs of any size, so leave reshape out: .*model\.model\.reshape"
+    ):
+        model.reshape(1, 64)
     for bits in (4, 8):
         asked = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
         with pytest.raises(RecipeError, match=rf"^BitsAndBytesConfig is for .*: give load_in_{bits}bit=True instead$"):

@@ -119,6 +119,13 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
                 self._device_name, self._compiled = name, None
         return self
 
+    def reshape(self, *_: Any, **__: Any) -> None:
+        """optimum-intel's word for fixing sizes."""
+        raise LowbitError(
+            "the graph takes inputs of any size, so leave reshape out: where a device needs fixed ones, set them with "
+            "compile=False and model.model.reshape(...), which is OpenVINO's own, before the first call"
+        )
+
     def clear_requests(self) -> None:
         """Give back what the device holds; the next call makes it ready again."""
         self._compiled = None
