@@ -7,11 +7,12 @@ is a remark and no failure: everything but OpenVINO's own pipelines reads tokeni
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lowbit.errors import LowbitError, MissingPackageError, one_line
-from lowbit.openvino.library import ov, release
+from lowbit.openvino.library import core, ov, release
 from lowbit.runtime.files import read_tokenizer
 
 TOKENIZER, DETOKENIZER = "openvino_tokenizer.xml", "openvino_detokenizer.xml"
@@ -64,7 +65,7 @@ def differences(folder: Path) -> list[str]:
 
 def compiled_tokenizer(folder: Path) -> Any:
     """A function from a text to its numbers, by the graph."""
-    request = _core().compile_model(str(folder / TOKENIZER), "CPU").create_infer_request()
+    request = tokenizer_core().compile_model(str(folder / TOKENIZER), "CPU").create_infer_request()
 
     def cut(text: str) -> list[int]:
         return [int(number) for number in request.infer([ov.Tensor([text])])["input_ids"][0]]
@@ -72,11 +73,17 @@ def compiled_tokenizer(folder: Path) -> Any:
     return cut
 
 
-def _core() -> Any:
-    """A Core that knows the operations of these graphs."""
+@cache
+def tokenizer_core() -> Any:
+    """The process's Core, which from here on knows the operations of these graphs.
+
+    One of its own would be let go one day. The CPU plugin of a Core puts a stack for signals under the thread and takes it away
+    with itself, and when two go in the order in which they came the thread is left with one that is gone: Ctrl-C then ends in a
+    crash.
+    """
     import openvino_tokenizers
 
-    found = ov.Core()
+    found = core()
     found.add_extension(str(openvino_tokenizers._ext_path))
     return found
 
