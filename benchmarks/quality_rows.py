@@ -82,7 +82,8 @@ ALGORITHMS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 # Peers: the worker, settings, and the formats. llm-compressor stands for the GPTQ of gptqmodel, whose 7.7.0 wants a torch
 # (2.14.1) newer than the one that all rows share. llm-compressor's own AWQ pins memory, which takes a GPU.
 PEERS: dict[tuple[str, str], tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    ("auto-round", "rtn"): ("autoround", {"iterations": 0, "optimised": False}, EVERY),
+    # In fp32: by default it casts the model to bf16 first, and both it and we would be judged by that.
+    ("auto-round", "rtn"): ("autoround", {"iterations": 0, "optimised": False, "amp": False}, EVERY),
     ("auto-round", "opt-rtn"): ("autoround", {"iterations": 0, "optimised": True}, EVERY),
     ("auto-round", "awq"): ("autoround", {"iterations": 0, "algorithm": "awq"}, EVERY),
     ("auto-round", "autoround"): ("autoround", {"iterations": 200}, USUAL),

@@ -1,6 +1,7 @@
 """auto-round, by its own defaults. Settings: `bits`, `group`, `symmetric`, `iterations`.
 
-Without iterations: `algorithm` awq, or rounding to nearest, `optimised` or not.
+Without iterations: `algorithm` awq, or rounding to nearest, `optimised` or not. It casts a model to bf16 before
+it rounds, and what is read back is bf16 too, unless `amp` is false.
 """
 
 import rounding
@@ -16,6 +17,8 @@ def round_model(settings, given, tokens, meter):
         more = {"algorithm": settings["algorithm"]}
     elif not settings["iterations"]:
         more = {"disable_opt_rtn": not settings["optimised"], "disable_model_free": True}
+    if "amp" in settings:
+        more["amp"] = settings["amp"]
     with meter:
         rounder = AutoRound(
             model,
