@@ -134,7 +134,7 @@ def write_text(name: str, text: str) -> None:
         limit = int(len(text) * LARGEST_FILE / len(packed) * 0.995)
         text = text[: text.rindex("\n", 0, limit) + 1]
         packed = compress(text)
-    folder = TEXTS if name == "sqlite_train" else DATA
+    folder = TEXTS if name.startswith("sqlite") else DATA
     (folder / f"{name}.txt.xz").write_bytes(packed)
     print(f"{name}: {len(text):,} characters, {len(packed):,} bytes compressed")
 

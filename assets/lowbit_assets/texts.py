@@ -1,7 +1,7 @@
 """The committed texts, and windows of tokens cut from them.
 
-`sqlite_train` calibrates and trains, `sqlite_valid` reports in the domain, `moby_dick` reports out of it. The first is lowbit's
-default calibration text and lies in its package.
+`sqlite_train` calibrates and trains, `sqlite_valid` reports in the domain, `moby_dick` reports out of it. The first two
+are what lowbit calibrates and measures on where no text is named, and lie in its package.
 `assets/make_texts.py` made the files and says by which rules.
 """
 

@@ -11,7 +11,6 @@ Windows are spread evenly over the text, because a manual or a novel changes its
 from __future__ import annotations
 
 import hashlib
-import lzma
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +24,8 @@ from lowbit.errors import RecipeError
 from lowbit.evaluate import token_ids
 from lowbit.options import LENGTH, SAMPLES
 from lowbit.progress import progress
+from lowbit.texts import CALIBRATING, NAMED, named_text
 
-TEXTS = Path(__file__).parent / "texts"
-_NAMED = dict.fromkeys(("default", "sqlite_train"), TEXTS / "sqlite_train.txt.xz")
 _LARGEST_BATCH = 8
 OWN_TEXT = "own"
 OWN_TEXT_FORMAT = "int8"  # writes as the model would, three times as fast
@@ -152,16 +150,10 @@ def _read_text(source: str | Path) -> tuple[str, str]:
             "give a text file or a list of texts like what the model will read",
             stacklevel=4,
         )
-        return _read_text("default")
-    if str(source) not in _NAMED:
-        raise RecipeError(f"there is no calibration text {str(source)!r}: name a file, or {', '.join(sorted(_NAMED))}")
-    packed = _NAMED[str(source)]
-    if not packed.is_file():
-        raise RecipeError(
-            f"the calibration text {str(source)!r} comes with lowbit and is missing here ({packed}): install lowbit again "
-            "(pip install --force-reinstall --no-deps lowbit), or name a text file of your own"
-        )
-    return lzma.decompress(packed.read_bytes()).decode(), str(source)
+        return _read_text(CALIBRATING)
+    if str(source) not in NAMED:
+        raise RecipeError(f"there is no calibration text {str(source)!r}: name a file, or {', '.join(sorted(NAMED))}")
+    return named_text(str(source)), str(source)
 
 
 def _tokens(tokenizer: Any, texts: list[str], name: str) -> torch.Tensor:

@@ -25,7 +25,7 @@ without data, least squares alone clips the large weights of a group, which cost
 of int4_g64 over three drafts of the reference model: plain 0.446, m = 1 0.431, sqrt|w| 0.402, |w| 0.434; of its tied
 head at int5_g64: plain 0.034, m = 1 0.052, sqrt|w| 0.038. Least squares for a power other than 2, a scale that keeps
 the energy of the group, a second refit and 32 or 64 steps gave nothing beyond that. It needs arithmetic only;
-`benchmarks/default_format.py` shows its worth.
+`benchmarks/default_format.py` shows its worth. Without `refit` the candidates are taken as they are, and m = 1.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def fit_grid(
     """Scales and zero points for a weight [.., out, in]; `importance` [in] weighs the squared error of each input."""
     search = _search_for(weight, format, search, importance)
     groups, mask = group_weight(weight, format)
-    weights = groups.abs().sqrt()
+    weights = groups.abs().sqrt() if search.refit else mask
     if importance is not None:
         weights = mask * group_weight(importance.float().expand_as(weight), format)[0]
     rounder = scale_rounder(weight, format)
@@ -342,7 +342,7 @@ def _search_scales(
         values = code_values(nearest_codes(groups, usable, zeros, format), zeros, format)
         product = (weights * values * groups).sum(dim=-1, keepdim=True)
         square = (weights * values * values).sum(dim=-1, keepdim=True)
-        refitted = rounder(torch.where(square > 0, product / square, usable))
+        refitted = rounder(torch.where(square > 0, product / square, usable) if search.refit else usable)
         error, first = (weights * (refitted * values - groups).square()).sum(dim=-1, keepdim=True).min(dim=0)
         better = error < best_error
         best_error = torch.where(better, error, best_error)

@@ -31,6 +31,8 @@ def core_quantize(
     """Round a weight [.., out, in] onto the grid of `grid.fit_grid`."""
     if not core_serves(format, weight) or weight.dtype not in DTYPE_NAMES or not weight.numel():
         return None
+    if not search.refit:
+        return None
     # One scale for a whole tensor, and a second level of scales, need two passes over it; k-quants are fitted in kquants.py.
     if format.group_size == 0 or format.scale_block or format.kind == "kquant":
         return None

@@ -37,6 +37,10 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def defaults_text(self) -> str:
+        """Every field as it is typed."""
+        return " ".join(f"{name}={value}" for name, value in self.to_dict().items()) or "none"
+
 
 @dataclass(frozen=True)
 class PlainOptions(Options):
@@ -226,6 +230,7 @@ def _at_least_one(name: str, options: Options, *fields: str) -> None:
 ROUNDER_OPTIONS: dict[str, type[Options]] = {
     "rtn": RtnOptions,
     "plain_rtn": PlainOptions,
+    "clip_rtn": PlainOptions,
     "hqq": HqqOptions,
     "gptq": GptqOptions,
     "autoround": AutoRoundOptions,

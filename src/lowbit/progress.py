@@ -4,20 +4,31 @@
         ...; advance("model.layers.0.mlp.up_proj")
     with progress("starting torch"):                 work that has no steps: a sign of life and the time so far
 
-A timer draws it, not a step: where the first step takes a minute there is a bar for most of that minute.
+A timer draws it, not a step: where the first step takes a minute there is a bar for most of that minute. The time left is taken
+from all steps so far, since a block may take minutes (rich looks back half a minute, and then knows nothing), and without those
+that were `ready` at the start, since those of an earlier run take no time.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 PATIENCE_SECONDS = 2.0
-Advance = Callable[[str], None]
 Item = TypeVar("Item")
+
+
+class Advance(Protocol):
+    """Told after each step; one that was `ready` already says nothing of the time that the others take."""
+
+    def __call__(self, what: str, ready: bool = False) -> None: ...
 
 
 @contextmanager
@@ -52,15 +63,46 @@ def counted(
             advance("")
 
 
-def _silent(what: str) -> None:
+def _silent(what: str, ready: bool = False) -> None:
     pass
+
+
+class Pace:
+    """How long steps take, and so how long those to come will."""
+
+    def __init__(self, total: int | None, now: float) -> None:
+        self.total, self.start, self.last = total, now, now
+        self.done = self.ready = 0
+
+    def step(self, now: float, ready: bool = False) -> None:
+        self.done, self.last = self.done + 1, now
+        self.ready += ready
+        if ready and self.ready == self.done:
+            self.start = now
+
+    def left(self, now: float) -> float | None:
+        """Seconds until the last step, or None before the first."""
+        made = self.done - self.ready
+        if self.total is None or not made:
+            return None
+        each = (self.last - self.start) / made
+        return max(each * (self.total - self.done) - (now - self.last), 0.0)
+
+
+def clock_text(seconds: float | None) -> str:
+    """Hours, minutes and seconds."""
+    if seconds is None:
+        return "-:--:--"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 class _Bar:
     """A rich bar, started late so that quick work prints nothing."""
 
     def __init__(self, label: str, total: int | None, patience: float, still: bool = False) -> None:
-        self.label, self.total, self.done, self.what = label, total, 0, ""
+        self.label, self.total, self.what = label, total, ""
+        self.pace = Pace(total, time.monotonic())
         self.patience, self.still, self.lock = patience, still, threading.Lock()
         self.closed = False
         self.stop: Callable[[], None] | None = None
@@ -73,39 +115,28 @@ class _Bar:
         self.timer.daemon = True
         self.timer.start()
 
-    def advance(self, what: str) -> None:
-        self.done, self.what = self.done + 1, what
+    def advance(self, what: str, ready: bool = False) -> None:
+        self.what = what
+        self.pace.step(time.monotonic(), ready)
         if self.update is not None:
             self.update()
 
     def _draw(self) -> None:
         """Called by the timer, in its own thread, or at the start."""
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            ProgressColumn,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import Progress
 
-        label, what = TextColumn("{task.description}"), TextColumn("{task.fields[what]}")
-        columns: tuple[ProgressColumn, ...] = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), what)
-        if self.total is None:
-            columns = (SpinnerColumn(), label, TimeElapsedColumn())
+        columns = _columns(self.total, self.pace)
         drawn = Progress(
             *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, auto_refresh=not self.still
         )
-        task = drawn.add_task(self.label, total=self.total, completed=self.done, what=self.what)
+        task = drawn.add_task(self.label, total=self.total, completed=self.pace.done, what=self.what)
         drawn.tasks[0].start_time = drawn.get_time() - self.patience
         with self.lock:
             if self.closed:
                 return
             self.stop = drawn.stop
-            self.update = lambda: drawn.update(task, completed=self.done, what=self.what, refresh=self.still)
+            self.update = lambda: drawn.update(task, completed=self.pace.done, what=self.what, refresh=self.still)
             drawn.start()
             self.update()  # a step that ended meanwhile
 
@@ -116,3 +147,25 @@ class _Bar:
             self.closed = True
             if self.stop is not None:
                 self.stop()
+
+
+def _columns(total: int | None, pace: Pace) -> list[ProgressColumn]:
+    """What a line of progress shows."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+    from rich.text import Text
+
+    class TimeLeftColumn(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(clock_text(pace.left(time.monotonic())), style="progress.remaining")
+
+    label, what = TextColumn("{task.description}"), TextColumn("{task.fields[what]}")
+    if total is None:
+        return [SpinnerColumn(), label, TimeElapsedColumn()]
+    return [label, BarColumn(), MofNCompleteColumn(), TimeLeftColumn(), what]

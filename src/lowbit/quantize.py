@@ -29,7 +29,7 @@ from lowbit.grid import check_finite
 from lowbit.layers import PackedWeight, packed_weights, prepare_
 from lowbit.models.walk import Target, dense_weights, find_targets, is_router, keeps_dense
 from lowbit.packing import PackedTensor
-from lowbit.progress import progress
+from lowbit.progress import counted, progress
 from lowbit.recipe import OVERRIDES_OF_RECIPES, Choice, Recipe
 from lowbit.report import Report, Skipped
 from lowbit.swap import low_bit_module, replace_module
@@ -52,7 +52,7 @@ def quantize_(
     start = time.perf_counter()
     check_data(recipe, calibration)
     calibration = None if calibration is None else fitting(calibration, _positions(model))
-    report = Report(recipe=recipe.name or recipe.linear.name)
+    report = Report(recipe=recipe.title)
     _check_numbers(model)
     targets = find_targets(model)
     if targets and targets[0].path == "":
@@ -224,8 +224,10 @@ def allocate_bits(model: nn.Module, recipe: Recipe, calibration: Calibration, bi
     free = {t.path for t in targets if plan(t, targets, recipe).formats[:1] in ((recipe.linear,), (recipe.head,))}
     weights = {name: weight for name, weight in linear_weights(model).items() if module_of(name, weight) in free}
     device = next(model.parameters()).device
-    moments = measure_moments(model, calibration.tokens[:MEASURED_WINDOWS].to(device))
-    chosen = allocate_formats(weights, moments, formats, bits_per_weight)
+    windows = calibration.tokens[:MEASURED_WINDOWS].to(device)
+    moments = measure_moments(model, counted(list(windows), "measuring what errors cost"))
+    with progress("trying 2 to 8 bits", len(weights)) as advance:
+        chosen = allocate_formats(weights, moments, formats, bits_per_weight, advance=advance)
     overrides = tuple((f"^{re.escape(path)}$", format) for path, format in chosen.items())
     remarks = {module_of(name, weight): _unmeasured(moments.get(name)) for name, weight in weights.items()}
     notes = tuple((f"^{re.escape(path)}$", remark) for path, remark in remarks.items() if remark)

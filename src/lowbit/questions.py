@@ -28,8 +28,6 @@ from lowbit.errors import CheckpointError, RecipeError
 from lowbit.evaluate import logits_of
 
 DATA, COUNTS = "data.noun", "cntlist.rev"
-# Where Debian's wordnet-base lays them.
-INSTALLED = Path("/usr/share/wordnet")
 _OFTEN = 5
 _ANSWERS = 4
 _ASKED, _ALONE = "{gloss}. The word is", "The word is"
@@ -65,7 +63,7 @@ class _Noun:
     synonyms: frozenset[str]
 
 
-def read_questions(folder: Path = INSTALLED, count: int | None = None, seed: int = 0) -> list[Question]:
+def read_questions(folder: Path, count: int | None = None, seed: int = 0) -> list[Question]:
     """Questions made from WordNet's files, in an order that the seed decides: the same everywhere."""
     for name in (DATA, COUNTS):
         if not (folder / name).is_file():

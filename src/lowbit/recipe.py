@@ -66,6 +66,14 @@ class Recipe:
                 raise RecipeError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
 
     @property
+    def title(self) -> str:
+        """What a report calls it: its name, and the algorithms that this does not say."""
+        name = self.name or self.linear.name
+        others = [self.rounder if self.rounder != "rtn" else "", f"after {self.scaler}" if self.scaler else ""]
+        said = [text for text in others if text and text.removeprefix("after ") not in name.lower()]
+        return ", ".join([name, *([" ".join(said)] if said else [])])
+
+    @property
     def asks_for_data(self) -> bool:
         """Whether calibration tokens are needed."""
         needed = self.rounder_options is not None and self.rounder_options.data == "needed"

@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A room imports only from rooms of an earlier row; rooms of one row never import one another.
 ROWS = [
     {"errors", "methods"},
-    {"formats", "machine", "progress", "report", "contents", "search", "options"},
+    {"formats", "machine", "progress", "report", "contents", "search", "options", "texts"},
     {"bits", "packing", "core", "recipe", "schemes"},
     {"small_blocks", "configs", "allocate"},
     {"kquants", "grid_core", "grid_points"},

@@ -109,6 +109,15 @@ def test_an_allocated_model_meets_the_budget_and_beats_one_width() -> None:
     assert distances[0] < distances[1]
 
 
+def test_every_width_that_is_offered_is_taken_at_some_budget() -> None:
+    model, taken = tiny_model_in_memory("llama"), set()
+    ids = Calibration(torch.randint(3, 259, (4, 24), generator=torch.Generator().manual_seed(1)))
+    for bits in (2.6, 3.5, 5.0, 6.5, 8.5):
+        recipe = allocate_bits(model, Recipe(as_format("int4_g64"), name="int4"), ids, bits)
+        taken |= {format.bits for _, format in recipe.overrides if format is not None}
+    assert taken == set(OFFERED_BITS) == {2, 3, 4, 5, 6, 8}
+
+
 def test_a_tied_weight_is_allocated_once() -> None:
     model = tiny_model_in_memory("llama", tie_word_embeddings=True)
     weights = linear_weights(model)

@@ -141,6 +141,26 @@ def test_a_block_that_mixes_rows_is_tuned_on_whole_calls() -> None:
     assert tuned < nearest
 
 
+@pytest.mark.parametrize(("name", "left_out"), [("int2_g20", True), ("int3_g20", True), ("int4_g20", False)])
+def test_at_two_and_three_bits_the_largest_errors_are_left_out_of_the_loss(name: str, left_out: bool) -> None:
+    calls = mixer_calls()
+    targets = [run_block(Mixer(), call) for call in calls]
+    targets[0][0, 0, :4] += 1e3  # a few outputs that no rounding reaches
+    packs = [
+        tune_block(Mixer(), {"down": as_format(name)}, calls, targets, AutoRoundOptions(iterations=20, outliers=share))
+        for share in (0.0, 0.01)
+    ]
+    assert torch.equal(packs[0]["down"].codes, packs[1]["down"].codes) is not left_out
+
+
+@pytest.mark.parametrize("name", ["int4_g20", "int3_asym_g20"])
+def test_steps_that_are_far_too_large_leave_the_start(name: str) -> None:
+    """The parameters with the least loss are kept: those of the start, if none was better."""
+    wild = AutoRoundOptions(iterations=4, rate=0.5, range_rate=0.5)
+    tuned, nearest = errors_of(Mixer(), mixer_calls(), as_format(name), wild)
+    assert tuned <= nearest * 1.0001
+
+
 def test_importance_moves_the_start() -> None:
     calls = mixer_calls()
     targets = [run_block(Mixer(), call) for call in calls]

@@ -19,7 +19,7 @@ from lowbit.checkpoint.pages import Pages
 from lowbit.errors import RecipeError
 from lowbit.layers import LowBitExperts, LowBitLinear
 from lowbit.models.capture import Call, beside_of_blocks, find_blocks, first_calls, next_calls, run_block, watch_block
-from lowbit.options import AwqOptions, GptqOptions
+from lowbit.options import GptqOptions
 from lowbit.quantize import quantize_
 from lowbit.recipe import Recipe, recipe_named
 from lowbit.report import LayerReport
@@ -272,59 +272,6 @@ def test_blocks_are_read_from_a_folder_when_it_is_their_turn(tmp_path: Path) -> 
     loaded = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", recipe=GPTQ, calibration=IDS)
     lowbit.optimize_model(model, None, recipe=GPTQ, calibration=IDS)
     assert torch.equal(logits_of(loaded), logits_of(model))
-
-
-@pytest.mark.transformers
-def test_a_resumed_run_from_a_folder_keeps_what_scalers_did(tmp_path: Path) -> None:
-    tiny_model_in_memory("llama").save_pretrained(tmp_path / "dense")
-    recipe = INT3.replace(scaler="awq", scaler_options=AwqOptions(steps=4))
-    given = {"recipe": recipe, "calibration": IDS, "resume": tmp_path / "run"}
-    models = [lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **given) for _ in range(2)]
-    assert torch.equal(logits_of(models[0]), logits_of(models[1]))
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("options", [GptqOptions(), GptqOptions(correction=0.0)])
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_a_killed_run_goes_on_where_it_stopped(family: str, options: GptqOptions, tmp_path: Path) -> None:
-    recipe, folder = GPTQ.replace(rounder_options=options), tmp_path / "unfinished"
-    whole = tiny_model_in_memory(family)
-    report = quantize_(whole, recipe, calibration=CALIBRATION)
-    seen: list[str] = []
-
-    def kill_in_second(module: nn.Module, *_: object) -> None:
-        seen.append("second")
-        if len(seen) > 6:
-            raise Killed
-
-    model = tiny_model_in_memory(family)
-    model.model.layers[1].register_forward_pre_hook(kill_in_second)
-    with pytest.raises(Killed):
-        quantize_(model, recipe, calibration=CALIBRATION, where=Where(folder))
-    resumed, runs = tiny_model_in_memory(family), []
-    resumed.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda *_: runs.append(0))
-    found = quantize_(resumed, recipe, calibration=CALIBRATION, where=Where(folder))
-    assert torch.equal(logits_of(resumed), logits_of(whole))
-    assert [(r.path, r.error, r.note) for r in found.layers] == [(r.path, r.error, r.note) for r in report.layers]
-    assert len(runs) <= 4, "the first block ran only to find the blocks and what they get, not to be rounded"
-
-
-def test_another_recipe_text_or_model_is_not_resumed(tmp_path: Path) -> None:
-    quantize_(tiny_model_in_memory("llama"), GPTQ, calibration=CALIBRATION, where=Where(tmp_path / "run"))
-    with pytest.raises(RecipeError, match=r'begun with the recipe int3_g32 \(.*"int3_g32".*resumed with int4 .*"int4"'):
-        other = GPTQ.replace(linear=recipe_named("int4").linear, name="int4")
-        quantize_(tiny_model_in_memory("llama"), other, calibration=CALIBRATION, where=Where(tmp_path / "run"))
-    with pytest.raises(RecipeError, match=r"calibration tokens, 8 x 32 .* with tokens, 4 x 32"):
-        quantize_(tiny_model_in_memory("llama"), GPTQ, calibration=Calibration(IDS[:4]), where=Where(tmp_path / "run"))
-    with pytest.raises(RecipeError, match="begun with another model"):
-        quantize_(tiny_model_in_memory("llama", 1), GPTQ, calibration=CALIBRATION, where=Where(tmp_path / "run"))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="holds something else"):
-        quantize_(tiny_model_in_memory("llama"), GPTQ, calibration=CALIBRATION, where=Where(tmp_path / "full"))
 
 
 def test_activations_may_lie_on_disk(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import lowbit
-from lowbit import calibration
+from lowbit import texts
 from lowbit.calibration import Calibration, calibration_from, joined, own_text
 from lowbit.cli import FAILED, OK, main
 from lowbit.errors import RecipeError
@@ -53,7 +53,7 @@ def test_named_text(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
 
 
 def test_a_text_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(calibration._NAMED, "default", tmp_path / "gone.xz")
+    monkeypatch.setitem(texts.NAMED, "default", tmp_path / "gone.xz")
     with pytest.raises(RecipeError, match=r"comes with lowbit and is missing here .* install lowbit again"):
         calibration_from("default", None)
 

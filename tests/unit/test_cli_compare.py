@@ -14,7 +14,7 @@ from lowbit.cli import FAILED, OK, main
 from lowbit.cli.page import Plot, Point, Series, Table, html_page, svg_of
 from lowbit_assets import tiny_model
 
-SVG = "{http://www.w3.org/2000/svg}"
+SVG, HTML = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xhtml}"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,31 @@ def test_quality_by_size(home: Path, capsys: pytest.CaptureFixture[str]) -> None
         "Error by layer",
     ]
     assert len(plots[0].findall(f"{SVG}circle")) == 2
-    assert f"four: {four['kl']:.5g} at {four['bytes_after'] / 1e6:.1f} MB" in words_of(page)
+    said = f"four: {four['kl']:.5g} +- {four['kl_standard_error']:.2g} at {four['bytes_after'] / 1e6:.1f} MB"
+    assert said in words_of(page) and f"in {four['windows']} windows; the original is" in words_of(page)
+
+
+def test_without_a_text_the_one_that_comes_along_is_taken(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, page = compare(home, capsys, "--against", str(home / "dense"), "--window", "64", "--windows", "2")
+    assert "126 tokens of sqlite_valid in 2 windows" in words_of(page)
+    assert all(model["kl"] > 0 for model in found["models"])
+
+
+def test_errors_by_kind_and_what_the_reports_say(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, page = compare(home, capsys)
+    rows = {row[0].text: [cell.text for cell in row] for row in page.iter(f"{HTML}tr") if len(row) == 3}
+    three = found["models"][1]["layers"]
+    errors = [layer["error"] for layer in three if layer["path"].endswith("mlp.up_proj")]
+    assert rows["mlp.up_proj"][2] == f"{sum(errors) / len(errors):.4f}" and rows["lm_head"][2] == "-"
+    folded = [part.find(f"{HTML}summary") for part in page.iter(f"{HTML}details")]
+    titles = [title.text for title in folded if title is not None]
+    assert titles[0] == "Every weight (15)" and titles[-1] == "Left as it was (3)"
+    assert "named in modules_to_not_convert (lm_head)" in words_of(page)
+    lines = page.findall(f".//{SVG}polyline")
+    assert [len(line.get("points", "").split()) for line in lines] == [
+        2,
+        2,
+    ]  # a line goes through the means of two layers
 
 
 def test_a_table_for_people(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,12 +122,22 @@ def test_the_page_needs_no_network(home: Path, capsys: pytest.CaptureFixture[str
 def test_what_cannot_be_compared(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         ([str(home / "dense")], "has no lowbit_report.json: compare folders that lowbit quantize wrote"),
-        ([str(home / "four"), "--against", str(home / "dense")], "name one with --text"),
         ([str(tmp_path / "absent")], "absent"),
     ):
         assert main(["compare", *words, "--page", str(tmp_path / "page.html")]) == FAILED
         assert said in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_measured(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for page, said in ((tmp_path, "is a folder: name a file for the page"), (tmp_path / "no" / "p.html", "no folder")):
+        # What would be measured is not there either, and nobody has looked for it yet.
+        words = ["compare", str(home / "four"), "--against", str(tmp_path / "absent"), "--page", str(page)]
+        assert main(words) == FAILED
+        assert said in capsys.readouterr().err
 
 
 def test_whatever_is_plotted_is_well_formed() -> None:
@@ -130,3 +164,34 @@ def test_a_plot_is_a_file_of_its_own() -> None:
     heights = [float(c.get("cy", "")) for c in drawn.iter(f"{SVG}circle") if c.find(f"{SVG}title") is not None][:4]
     steps = [a - b for a, b in itertools.pairwise(heights)]
     assert min(steps) > 0 and max(steps) - min(steps) < 0.2
+
+
+def boxes_of(drawn: ElementTree.Element, names: set[str]) -> list[tuple[float, float, float, float]]:
+    """What the labels of a drawing cover, with room to spare."""
+    found = []
+    for text in drawn.iter(f"{SVG}text"):
+        if text.text in names:
+            x, y, width = float(text.get("x", "")), float(text.get("y", "")), 6 * len(text.text)
+            left = x if text.get("text-anchor") == "start" else x - width
+            found.append((left, y - 9, left + width, y))
+    return found
+
+
+def test_labels_of_points_that_are_close_do_not_cover_one_another() -> None:
+    names = [f"recipe number {i}" for i in range(6)]
+    series = [
+        Series(name, [Point(70 + i % 2 * 0.2, 0.1 + i * 0.002, name, spread=0.01)], joined=False, labelled=True)
+        for i, name in enumerate(names)
+    ]
+    far = Series("far", [Point(40.0, 1.4, "far", spread=2.0)], joined=False, labelled=True)
+    for logarithmic in (False, True):
+        page = html_page("t", [], [Plot("p", "x", "y", [*series, far], logarithmic=logarithmic)])
+        drawn = ElementTree.fromstring(page)
+        boxes = boxes_of(drawn, set(names))
+        assert len(boxes) == 6
+        for one, other in itertools.combinations(boxes, 2):
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+        assert all(left >= 0 and right <= 960 for left, _, right, _ in boxes)
+        bars = [line for line in drawn.iter(f"{SVG}line") if (line.get("stroke") or "").startswith("#")]
+        assert len(bars) == 7
+        assert all(0 <= float(bar.get(end, "")) <= 380 for bar in bars for end in ("y1", "y2"))

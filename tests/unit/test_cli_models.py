@@ -222,6 +222,18 @@ def test_evaluate_a_model_and_its_distance(
     assert same["against"]["kl"] == pytest.approx(0, abs=1e-6) and same["against"]["top1"] == 1
 
 
+def test_without_a_text_a_model_is_measured_on_the_one_that_comes_along(
+    dense: Path, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--window", "64", "--windows", "3"]
+    found = json_of(capsys, "evaluate", small, "--against", dense, *options)
+    assert (found["text"], found["windows"]) == ("sqlite_valid", 3) and found["against"]["kl"] > 0
+    assert json_of(capsys, "evaluate", small, "--text", "sqlite_valid", *options)["perplexity"] == pytest.approx(
+        found["perplexity"], rel=1e-4
+    )
+    assert json_of(capsys, "evaluate", small, "--text", "sqlite_train", *options)["perplexity"] != found["perplexity"]
+
+
 def test_windows_fit_the_model(dense: Path, small: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options in ([], ["--against", dense], ["--engine", "transformers"]):
         assert json_of(capsys, "evaluate", small, "--text", text, *options)["window"] == 128

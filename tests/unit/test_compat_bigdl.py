@@ -14,8 +14,10 @@ import torch
 import transformers
 from torch import nn
 
+import lowbit
 import lowbit.compat
 from lowbit.bridge import EngineGenerate
+from lowbit.cli import FAILED, OK, main
 from lowbit.compat import ignored
 from lowbit.compat.ignored import CompatWarning
 from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
@@ -187,6 +189,11 @@ def test_an_importance_matrix_weighs_inputs(dense: Path, tmp_path: Path) -> None
     plain, weighed = load(dense, **asked), load(dense, imatrix=str(file), **asked)
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"):
         assert error_of_first(weighed, path) < 0.7 * error_of_first(plain, path)
+    words = ["quantize", str(dense), str(tmp_path / "out"), "--format", "asym_int4", "--imatrix"]
+    assert main([*words, str(file)]) == OK
+    quantised = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(quantised.get_submodule(path).weight, weighed.get_submodule(path).weight)
+    assert main([*words, str(tmp_path / "absent.dat"), "--force"]) == FAILED
     untouched = "model.layers.0.mlp.down_proj"
     assert torch.equal(weighed.get_submodule(untouched).weight, plain.get_submodule(untouched).weight)
     with pytest.raises(CheckpointError, match="measured on another model"):

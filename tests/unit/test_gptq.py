@@ -5,7 +5,7 @@ import torch
 
 from lowbit.algorithms import ROUNDERS, SCALERS
 from lowbit.algorithms.gptq import invert_factor, order_columns, round_gptq, turn_
-from lowbit.algorithms.rtn import importance_of, round_weight
+from lowbit.algorithms.rtn import importance_of, relative_error, round_weight
 from lowbit.algorithms.statistics import Statistics
 from lowbit.cli import OK, main
 from lowbit.errors import RecipeError
@@ -17,6 +17,7 @@ from lowbit.options import (
     SCALER_OPTIONS,
     AutoRoundOptions,
     GptqOptions,
+    PlainOptions,
     RtnOptions,
     parse_options,
 )
@@ -174,6 +175,15 @@ def test_importance_moves_the_error_to_where_it_costs_least() -> None:
     plain = ROUNDERS["rtn"].round_weight(weight, format, statistics, RtnOptions(importance=False)).packed
     assert torch.equal(plain.codes, round_weight(weight, format).codes)
     assert float(importance_of(statistics).min()) > 0
+
+
+def test_a_clipped_weight_is_nearer_than_a_plain_one_and_needs_no_data() -> None:
+    weight, _ = draw()
+    weight[:, ::40] *= 4
+    format = as_format("int3_g32")
+    clipped = ROUNDERS["clip_rtn"].round_weight(weight, format, None, PlainOptions()).packed
+    assert relative_error(weight, clipped) < 0.98 * relative_error(weight, round_weight(weight, format, "plain_rtn"))
+    assert not Recipe(format, rounder="clip_rtn").uses_data
 
 
 def test_formats_without_a_grid_are_refused() -> None:

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 import lowbit
 from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.cli import OK, main
-from lowbit.progress import _Bar, counted, progress
+from lowbit.progress import Pace, _Bar, clock_text, counted, progress
 from unit.checkpoint_cases import EVEN, make
 
 
@@ -64,6 +64,30 @@ def test_bar_appears_by_itself_in_the_middle_of_the_first_step() -> None:
         wait_for("1/3", stream)
         wait_for("first", stream)
         assert "packing" in stream.getvalue()
+
+
+def test_the_time_left_of_steps_that_take_minutes() -> None:
+    """From all steps so far, however long each of them takes, and without those that were there at the start."""
+    pace = Pace(10, now=1000.0)
+    assert pace.left(1100.0) is None and clock_text(None) == "-:--:--"
+    for place in range(4):
+        pace.step(1100.0 + place / 1000, ready=True)
+    assert pace.left(1101.0) is None
+    start = pace.last
+    pace.step(start + 300)
+    assert pace.left(start + 300) == pytest.approx(5 * 300)
+    assert pace.left(start + 400) == pytest.approx(5 * 300 - 100)
+    pace.step(start + 900)
+    assert pace.left(start + 900) == pytest.approx(4 * 450) and clock_text(1800.4) == "0:30:00"
+    assert pace.left(start + 10**6) == 0 and clock_text(5 * 3600 + 61) == "5:01:01"
+    assert Pace(None, 0.0).left(1.0) is None
+
+
+def test_the_time_left_is_drawn() -> None:
+    with terminal() as stream, progress("packing", 3, patience=0.01) as advance:
+        wait_for("-:--:--", stream)
+        advance("first")
+        wait_for("1/3\x1b[0m \x1b[36m0:00:0", stream)  # its column, in cyan
 
 
 def test_work_without_steps_shows_that_it_goes_on() -> None:

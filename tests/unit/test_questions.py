@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowbit.cli import FAILED, OK, main
+from lowbit.cli.evaluate import WORDNET
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.questions import Question, answer_questions, read_questions
 from lowbit_assets import tiny_model
@@ -78,5 +79,8 @@ def test_evaluate_asks_questions(wordnet: Path, tmp_path: Path, capsys: pytest.C
     assert found["count"] == 3 and found["same_answer"] == 1 and found["accuracy"] == found["original_accuracy"]
     assert main(words) == OK
     assert "of 3 are right" in capsys.readouterr().out
-    assert main(["evaluate", model]) == FAILED
-    assert "name a text with --text, or WordNet with --questions" in capsys.readouterr().err
+    assert main(["evaluate", model, "--questions", str(tmp_path)]) == FAILED
+    assert "has no data.noun of WordNet" in capsys.readouterr().err
+    if not (WORDNET / "data.noun").exists():
+        assert main(["evaluate", model, "--questions", "--question-count", "2"]) == FAILED
+        assert f"{WORDNET} has no data.noun of WordNet" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Round to nearest: every weight on its own.
 
 plain_rtn   the scale that covers the group, nothing searched
+clip_rtn    that scale shrunk to the least squared error of the group's weights (mse clip)
 rtn         the scale of each group searched for the least squared error (see `search.Search`); the default. Where
             calibration tokens are given, the error of an input weighs as much as the mean square of what it gets
 """
@@ -16,7 +17,7 @@ from lowbit.grid import quantize, unpack
 from lowbit.grid_core import core_distance
 from lowbit.options import Options, RtnOptions
 from lowbit.packing import PackedTensor
-from lowbit.search import SEARCHES, Search
+from lowbit.search import CLIP, SEARCHES, Search
 
 # An input that was never seen still counts this share of the mean, so that its weights are not thrown away.
 _LEAST_IMPORTANCE = 1e-3
@@ -44,6 +45,11 @@ def round_to_nearest(
 def round_plain(weight: torch.Tensor, format: Format, statistics: Statistics | None, options: Options) -> Rounded:
     """The row `plain_rtn`."""
     return Rounded(round_weight(weight, format, "plain_rtn"))
+
+
+def round_clipped(weight: torch.Tensor, format: Format, statistics: Statistics | None, options: Options) -> Rounded:
+    """The row `clip_rtn`."""
+    return Rounded(quantize(weight, format, CLIP))
 
 
 def importance_of(statistics: Statistics) -> torch.Tensor:

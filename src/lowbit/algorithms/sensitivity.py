@@ -34,6 +34,7 @@ from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.grid import quantize, unpack
 from lowbit.models.walk import Target, dense_weights, find_targets, is_router, stored_order
+from lowbit.progress import Advance
 from lowbit.search import SEARCHES
 
 _MATRIX = 2
@@ -148,6 +149,7 @@ def allocate_formats(
     formats: Sequence[Format],
     bits_per_weight: float,
     rounder: str = "rtn",
+    advance: Advance | None = None,
 ) -> dict[str, Format]:
     """The format of every module that was measured, so that they have at most so many bits on average, scales included.
 
@@ -162,6 +164,8 @@ def allocate_formats(
         for format in formats:
             size[format] = size.get(format, 0) + stored_bytes(format, tuple(weight.shape))
             error[format] = error.get(format, 0.0) + _error(weight, format, moments[name], rounder)
+        if advance is not None:
+            advance(name)
     return allocate(sizes, errors, byte_budget(bits_per_weight, [tuple(w.shape) for w in measured.values()]))
 
 

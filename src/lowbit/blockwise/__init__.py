@@ -15,7 +15,6 @@ definition says, on every device, and low-bit modules come in once the block is 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from lowbit.blockwise.weights import Chosen, describe_packed
 from lowbit.calibration import Calibration
 from lowbit.errors import RecipeError
 from lowbit.models.capture import Call, Stored, beside_of_blocks, find_blocks, first_calls, run_block
+from lowbit.progress import Advance
 from lowbit.recipe import Recipe
 from lowbit.report import LayerReport
 from lowbit.swap import low_bit_module, replace_module
@@ -68,7 +68,7 @@ def round_in_blocks_(
     recipe: Recipe,
     calibration: Calibration,
     where: Where,
-    advance: Callable[[str], None],
+    advance: Advance,
 ) -> list[LayerReport]:
     """Round the chosen weights that lie in the blocks of a model, in place; returns their lines of the report."""
     _check_vocabulary(model, calibration)
@@ -78,10 +78,13 @@ def round_in_blocks_(
     model.eval()
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=where.spill, prefix="lowbit-") as scratch:
         with giving_back(model, where.source):
+            folder = None
+            if where.resume is not None:
+                folder = ResumeFolder(Path(where.resume).expanduser(), model, recipe, calibration)
             run = _Run(model, chosen, recipe, calibration, Path(scratch) if where.spill else None, advance)
             run.source = where.source
-            if where.resume is not None:
-                run.resume_(Path(where.resume).expanduser(), calibration)
+            if folder is not None:
+                run.resume_(folder)
         rows = run.run_()
     model.train(training)
     return rows
@@ -95,7 +98,7 @@ class _Run:
         recipe: Recipe,
         calibration: Calibration,
         scratch: Path | None,
-        advance: Callable[[str], None],
+        advance: Advance,
     ) -> None:
         self.model, self.recipe, self.scratch, self.advance = model, recipe, scratch, advance
         self.job = Job(model, recipe, calibration.tokens.numel(), self._keep_tensor, advance)
@@ -122,19 +125,20 @@ class _Run:
     def _keep_tensor(self, tensor: torch.Tensor, name: str) -> torch.Tensor | Stored:
         return tensor if self.scratch is None else Stored.save(tensor, self.scratch / f"{name}.npy")
 
-    def resume_(self, path: Path, calibration: Calibration) -> None:
+    def resume_(self, folder: ResumeFolder) -> None:
         """Put finished blocks in place and go on behind them."""
-        self.folder = ResumeFolder(path, self.model, self.recipe, calibration)
-        self.done = min(self.folder.finished, len(self.blocks))
+        self.folder = folder
+        folder.begin()
+        self.done = min(folder.finished, len(self.blocks))
         for index, name in enumerate(self.blocks[: self.done]):
             targets = [c.target for c in self.chosen[name].values()]
             dense = read_block_(self.model.get_submodule(name), self.source)
-            self.rows += self.folder.restore_block_(index, name, self.model, targets)
+            self.rows += folder.restore_block_(index, name, self.model, targets)
             let_go_(dense, self.model.get_submodule(name), self.source)
             for target in targets:
-                self.advance(target.path)
+                self.advance(target.path, ready=True)
         if 0 < self.done < len(self.blocks):
-            hidden = self.folder.hidden(self.done - 1, self.calls[0].hidden.device)
+            hidden = folder.hidden(self.done - 1, self.calls[0].hidden.device)
             self.calls = [self._keep(c, hidden[f"calls_{i}"], f"calls_{i}") for i, c in enumerate(self.calls)]
             self.full_calls = [self._keep(c, hidden[f"full_{i}"], f"full_{i}") for i, c in enumerate(self.full_calls)]
 

@@ -4,23 +4,30 @@ run.json             the recipe, the calibration, the model: a run with others i
 block_0007.json      the lines of the report, and the format of every packed weight; written last, so it means "finished"
 block_0007.safetensors   every tensor of the finished block
 hidden_0007.safetensors  what the blocks after it are called with; only the latest is kept
+
+Whether a folder can be resumed is known before the first block runs; whatever ends a run, a full disk too, leaves finished
+blocks behind and nothing half-written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowbit.calibration import Calibration
 from lowbit.contents import read_json
-from lowbit.errors import CheckpointError, RecipeError
+from lowbit.errors import CheckpointError, RecipeError, one_line
 from lowbit.formats import format_from_name
 from lowbit.layers import PackedWeight
 from lowbit.models.walk import Target, up_name
@@ -43,12 +50,21 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def finished_blocks(folder: Path) -> int:
+    """How many blocks of a run a folder holds."""
+    return next(count for count in itertools.count() if not _file_of(folder, "block", count, "json").exists())
+
+
+def _file_of(folder: Path, kind: str, index: int, suffix: str) -> Path:
+    return folder / f"{kind}_{index:04d}.{suffix}"
+
+
 class ResumeFolder:
     """The finished blocks of one run."""
 
     def __init__(self, path: Path, model: nn.Module, recipe: Recipe, calibration: Calibration) -> None:
         self.path = path
-        asked = {
+        self.asked = {
             "recipe": recipe.to_dict(),
             "calibration": str(calibration),
             "digest": calibration.digest,
@@ -56,20 +72,20 @@ class ResumeFolder:
         }
         if path.exists() and not path.is_dir():
             raise RecipeError(f"{path} is a file: name a folder to resume from")
-        if not (path / _RUN).exists():
-            if path.exists() and any(path.iterdir()):
-                raise RecipeError(f"{path} holds something else than an interrupted run: name another folder")
-            path.mkdir(parents=True, exist_ok=True)
-            _write(path / _RUN, asked)
-        _check_same(path, read_json(path / _RUN), asked)
+        if (path / _RUN).exists():
+            _check_same(path, read_json(path / _RUN), self.asked)
+        elif path.exists() and any(path.iterdir()):
+            raise RecipeError(f"{path} holds something else than an interrupted run: name another folder")
+        path.mkdir(parents=True, exist_ok=True)
+
+    def begin(self) -> None:
+        """Say whose blocks these are."""
+        _write(self.path / _RUN, self.asked)
 
     @property
     def finished(self) -> int:
         """How many blocks are done."""
-        count = 0
-        while self._file("block", count, "json").exists():
-            count += 1
-        return count
+        return finished_blocks(self.path)
 
     def save_block(self, index: int, name: str, model: nn.Module, rows: list[LayerReport], hidden: _Hidden) -> None:
         """Keep a finished block and what the next is called with."""
@@ -86,18 +102,17 @@ class ResumeFolder:
 
     def hidden(self, index: int, device: torch.device) -> _Hidden:
         """What the block after a finished one is called with."""
-        found: _Hidden = load_file(self._file("hidden", index, "safetensors"), device=str(device))
-        return found
+        return _load(self._file("hidden", index, "safetensors"), device)
 
     def restore_block_(self, index: int, name: str, model: nn.Module, targets: list[Target]) -> list[LayerReport]:
         """Put a finished block in place; returns its lines of the report."""
         fields = read_json(self._file("block", index, "json"))
         file = self._file("block", index, "safetensors")
         if fields.get("name") != name or not file.is_file():
-            raise CheckpointError(f"{file} is damaged or of another model: begin again in another folder")
+            raise CheckpointError(_damaged(file))
         block = model.get_submodule(name)
         device = next(block.parameters()).device
-        tensors = load_file(file, device=str(device))
+        tensors = _load(file, device)
         for target in targets:
             inner = target.path.removeprefix(f"{name}.")
             places = [f"{inner}.packed_weight"]
@@ -116,7 +131,7 @@ class ResumeFolder:
         return [LayerReport(**row) for row in fields["rows"]]
 
     def _file(self, kind: str, index: int, suffix: str) -> Path:
-        return self.path / f"{kind}_{index:04d}.{suffix}"
+        return _file_of(self.path, kind, index, suffix)
 
 
 _Hidden = dict[str, torch.Tensor]
@@ -153,13 +168,39 @@ def _describe(recipe: dict[str, Any], fields: list[str]) -> str:
     return f"{recipe.get('name', recipe.get('linear'))} ({json.dumps({key: recipe.get(key) for key in fields})})"
 
 
-def _write(path: Path, fields: dict[str, Any]) -> None:
+def _damaged(path: Path) -> str:
+    return f"{path} is damaged or of another model: begin again in another folder"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file that takes the place of another once it is whole, and of which nothing is left if it never is."""
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(fields, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except SafetensorError as error:  # its name for whatever the disk refuses
+        reason = one_line(str(error)).rstrip(".")
+        raise CheckpointError(
+            f"{path} was not written ({reason}): see to its disk; finished blocks are kept, and the same run goes on there"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, fields: dict[str, Any]) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(fields, indent=1), encoding="utf-8")
 
 
 def _save(path: Path, tensors: _Hidden) -> None:
-    temporary = path.with_suffix(".part")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    with _replacing(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _load(path: Path, device: torch.device) -> _Hidden:
+    try:
+        found: _Hidden = load_file(path, device=str(device))
+    except (SafetensorError, FileNotFoundError):
+        raise CheckpointError(_damaged(path)) from None
+    return found

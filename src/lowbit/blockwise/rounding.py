@@ -13,7 +13,6 @@ is kept; the report has both figures. Where nobody asks for the stream in full p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +39,7 @@ from lowbit.grid import check_finite, unpack
 from lowbit.layers import PackedWeight
 from lowbit.models.capture import Call, run_block
 from lowbit.models.walk import dense_weights
+from lowbit.progress import Advance
 from lowbit.recipe import Recipe
 from lowbit.report import LayerReport
 
@@ -54,7 +54,7 @@ class Job:
     recipe: Recipe
     tokens: int
     keep: Keep
-    advance: Callable[[str], None]
+    advance: Advance
 
 
 @dataclass(frozen=True)

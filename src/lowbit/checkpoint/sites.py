@@ -117,7 +117,7 @@ class Packing(Sites):
         super().__init__(model)
         importance = {} if imatrix is None else read_importance(imatrix, cast(Any, model).config.model_type)
         self.recipe = recipe
-        self.report = Report(recipe=recipe.name or recipe.linear.name)
+        self.report = Report(recipe=recipe.title)
         self.choices: dict[str, Choice] = {t.path: plan(t, self.targets, recipe) for t in self.targets}
         for target in self.targets:
             found = importance.get(target.path)

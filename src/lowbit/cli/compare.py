@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lowbit
 from lowbit.cli.evaluate import (
-    add_windows,
+    add_text,
     choose_window,
+    chosen_text,
     contexts_of,
     distance_facts,
     load_original,
@@ -19,9 +24,8 @@ from lowbit.cli.evaluate import (
     perplexity_facts,
     rows_of,
 )
-from lowbit.cli.generate import read_text
 from lowbit.cli.options import LoadOptions, add_json, add_loading, path
-from lowbit.cli.output import Output, size_text
+from lowbit.cli.output import Output, seconds_text, size_text
 from lowbit.cli.page import Plot, Point, Series, Table, html_page
 from lowbit.cli.report import IN_LAYER
 from lowbit.cli.source import Source, find_source
@@ -43,6 +47,8 @@ EXAMPLES = """\
   lowbit compare ./int4 ./int3 --text moby_dick.txt --against ./SmolLM2-135M --page quality.html
   lowbit compare ./int4 ./int3 --json > quality.json                      the figures for a script"""
 PAGE = Path("comparison.html")
+# Recipes further apart than this are told by factors.
+_FAR = 6
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,7 @@ class Entry:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", metavar="FOLDER", nargs="+", help="folders that lowbit quantize wrote")
-    parser.add_argument("--text", type=path, metavar="FILE", help="a text in UTF-8")
-    add_windows(parser)
+    add_text(parser, "with --against")
     parser.add_argument("--against", metavar="ORIGINAL", help="a model to compare with: the one it was made from")
     parser.add_argument("--page", type=path, default=PAGE, metavar="FILE", help=f"the page to write (default: {PAGE})")
     add_loading(parser)
@@ -72,9 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     output = Output(options.json)
-    if options.against and options.text is None:
-        raise LowbitError("--against compares what both predict of a text: name one with --text")
-    text = None if options.text is None else read_text(options.text)
+    check_page(options.page)
+    text = chosen_text(options) if options.against or options.text is not None else None
     sources = [find_source(name) for name in options.folders]
     entries = [
         Entry(name, source, read_report(source), {})
@@ -88,6 +92,17 @@ def run(options: argparse.Namespace) -> int:
     output.say(f"\nwritten: {options.page}")
     output.result({"page": str(options.page), "models": [entry.facts() for entry in entries]} | original)
     return 0
+
+
+def check_page(page: Path) -> None:
+    """Refuse, before anything is measured, to write a page where none can be."""
+    folder = page.absolute().parent
+    if page.is_dir():
+        raise LowbitError(f"{page} is a folder: name a file for the page, {page / PAGE}")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise LowbitError(f"{page} cannot be written: {folder} is no folder that you may write to")
+    if page.exists() and not os.access(page, os.W_OK):
+        raise LowbitError(f"{page} is read-only for you: name another page")
 
 
 def read_report(source: Source) -> Report:
@@ -158,62 +173,130 @@ def table_of(entries: list[Entry]) -> tuple[list[str], list[list[str]], list[str
         "same token": ("top1", "{:.2%}"),
     }
     shown = {head: row for head, row in columns.items() if row[0] in entries[0].measured}
-    numbers = ["size", "bits/weight", "mean error", *shown]
+    numbers = ["size", "bits/weight", "mean error", "made in", *shown]
     rows = []
     for entry in entries:
         report = entry.report
         errors = [layer.error for layer in report.layers if math.isfinite(layer.error)]
         mean = f"{sum(errors) / len(errors):.4f}" if errors else "-"
         first = [entry.name, report.recipe or "-", size_text(report.bytes_after), f"{report.bits_per_weight:.2f}", mean]
+        first.append(seconds_text(report.seconds))
         rows.append(first + [text.format(entry.measured[key]) for key, text in shown.values()])
     return ["model", "recipe", *numbers], rows, numbers
 
 
 def page_of(entries: list[Entry], original: dict[str, Any], options: argparse.Namespace) -> str:
-    """The page: quality by size where it was measured, errors by layer, and the tables of both."""
+    """The page: quality by size where it was measured, errors by layer and by kind, and the tables behind them."""
     headers, rows, _ = table_of(entries)
     parts: list[Plot | Table] = [Table("Recipes", headers, rows)]
-    remarks = ["The error of a weight is |w - w^| / |w|; sizes are those of all weights in memory."]
+    remarks = [
+        "The error of a weight is |w - w^| / |w|; the size is that of all weights in memory, and bits per weight are those of "
+        "the packed ones, scales included."
+    ]
     if entries[0].measured:
-        tokens, windows = entries[0].measured["tokens"], entries[0].measured["windows"]
-        remarks.append(f"Measured on {tokens} tokens of {options.text.name} in {windows} windows.")
+        remarks.append(_measured_on(entries, original, options))
         if original:
             parts.append(quality_plot(entries, "kl", "mean KL to the original (nats per token)"))
         level = (original["against"]["perplexity"], "original") if original else None
         parts.append(quality_plot(entries, "perplexity", "perplexity", level))
-    parts += [error_plot(entries), error_table(entries)]
+    parts += [error_plot(entries), kind_table(entries), error_table(entries)]
+    parts += [table for table in (remark_table(entries), left_table(entries)) if table.rows]
+    remarks.append(f"lowbit {lowbit.__version__}, {datetime.date.today().isoformat()}.")
     return html_page("Recipes compared: " + ", ".join(entry.name for entry in entries), remarks, parts)
 
 
+def _measured_on(entries: list[Entry], original: dict[str, Any], options: argparse.Namespace) -> str:
+    tokens, windows = entries[0].measured["tokens"], entries[0].measured["windows"]
+    said = f"Measured on {tokens} tokens of {options.text.name} in {windows} windows"
+    if not original:
+        return f"{said}."
+    against = original["against"]
+    return f"{said}; the original is {against['model']}, of perplexity {against['perplexity']:.4f}."
+
+
 def quality_plot(entries: list[Entry], key: str, label: str, level: tuple[float, str] | None = None) -> Plot:
+    """A point for each recipe, with the standard error where it was measured; by factors where they are far apart."""
     series = []
     for entry in entries:
         size, value = entry.report.bytes_after / 1e6, entry.measured[key]
-        name = f"{entry.name}: {value:.5g} at {size:.1f} MB"
+        error = (
+            entry.measured.get("kl_standard_error", 0.0)
+            if key == "kl"
+            else value * entry.measured["nll_standard_error"]
+        )
+        name = f"{entry.name}: {value:.5g} +- {error:.2g} at {size:.1f} MB"
         if math.isfinite(value):
-            series.append(Series(entry.name, [Point(size, value, name)], joined=False, labelled=True))
-    return Plot(f"{label} by size", "size of the weights (MB)", label, series, level=level)
+            spread = error if key == "kl" else 0.0
+            series.append(Series(entry.name, [Point(size, value, name, spread)], joined=False, labelled=True))
+    heights = [one.points[0].y for one in series] + ([] if level is None else [level[0]])
+    far = bool(heights) and min(heights) > 0 and max(heights) > _FAR * min(heights)
+    return Plot(
+        f"{label} by size",
+        "size of the weights (MB)",
+        label,
+        series,
+        level=level,
+        logarithmic=far,
+        from_zero=level is None,
+    )
 
 
 def error_plot(entries: list[Entry]) -> Plot:
-    """The error of every weight in the order of the model, with the numbers of the layers below."""
+    """The error of every weight in the order of the model, and a line through the means of its layers."""
     places = {name: place for place, name in enumerate(paths_of(entries))}
-    series = [
-        Series(entry.name, [_error_point(layer, places) for layer in entry.report.layers if math.isfinite(layer.error)])
-        for entry in entries
-    ]
-    starts: dict[str, int] = {}
+    layers: dict[tuple[str, str], list[int]] = {}
     for name, place in places.items():
         found = IN_LAYER.fullmatch(name)
         if found is not None:
-            starts.setdefault(found["index"], place)
-    every = max(len(starts) // 16, 1)
-    steps = [(float(place), index) for i, (index, place) in enumerate(starts.items()) if i % every == 0]
-    return Plot("Error by layer", "layer", "relative error of a weight", series, steps)
+            layers.setdefault((found["stack"], found["index"]), []).append(place)
+    series = [
+        Series(
+            entry.name,
+            [_error_point(layer, places) for layer in entry.report.layers if math.isfinite(layer.error)],
+            way=_way_of(entry, places, layers),
+        )
+        for entry in entries
+    ]
+    every = max(len(layers) // 16, 1)
+    steps = [(_mean(found), index) for i, ((_, index), found) in enumerate(layers.items()) if i % every == 0]
+    note = "Dots are weights, a line goes through the mean of each layer."
+    return Plot("Error by layer", "layer", "relative error of a weight", series, steps, note=note if layers else "")
+
+
+def _way_of(
+    entry: Entry, places: dict[str, int], layers: dict[tuple[str, str], list[int]]
+) -> list[tuple[float, float]]:
+    """The middle of each layer, and the mean error of its weights."""
+    errors = {places[layer.path]: layer.error for layer in entry.report.layers if math.isfinite(layer.error)}
+    held = [(found, [errors[place] for place in found if place in errors]) for found in layers.values()]
+    return [(_mean(found), _mean(own)) for found, own in held if own]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _error_point(layer: LayerReport, places: dict[str, int]) -> Point:
     return Point(places[layer.path], layer.error, f"{layer.path}: {layer.error:.4f} ({layer.format})")
+
+
+def kind_table(entries: list[Entry]) -> Table:
+    """The mean error of the weights of one name in all layers, and of those outside them."""
+    columns = []
+    for entry in entries:
+        errors: dict[str, list[float]] = {}
+        for layer in entry.report.layers:
+            if math.isfinite(layer.error):
+                errors.setdefault(_kind_of(layer.path), []).append(layer.error)
+        columns.append(errors)
+    kinds = list(dict.fromkeys(_kind_of(path) for path in paths_of(entries)))
+    rows = [[kind, *(f"{_mean(column[kind]):.4f}" if kind in column else "-" for column in columns)] for kind in kinds]
+    return Table("Mean error by kind of weight", ["weight", *(entry.name for entry in entries)], rows)
+
+
+def _kind_of(path: str) -> str:
+    found = IN_LAYER.fullmatch(path)
+    return path if found is None else found["weight"]
 
 
 def error_table(entries: list[Entry]) -> Table:
@@ -222,7 +305,23 @@ def error_table(entries: list[Entry]) -> Table:
     for name in paths_of(entries):
         cells = [f"{found[name].error:.4f} {found[name].format}" if name in found else "-" for found in by_path]
         rows.append([name, *cells])
-    return Table("Every weight", ["weight", *(entry.name for entry in entries)], rows)
+    return Table("Every weight", ["weight", *(entry.name for entry in entries)], rows, folded=True)
+
+
+def remark_table(entries: list[Entry]) -> Table:
+    """What was said of weights that were packed."""
+    rows = [[layer.path, entry.name, layer.note] for entry in entries for layer in entry.report.layers if layer.note]
+    return Table("Remarks of the reports", ["weight", "model", "remark"], rows, folded=True)
+
+
+def left_table(entries: list[Entry]) -> Table:
+    """What was left as it was, and why."""
+    rows = [
+        [left.path, entry.name, size_text(left.bytes), left.reason]
+        for entry in entries
+        for left in entry.report.skipped
+    ]
+    return Table("Left as it was", ["weight", "model", "size", "reason"], rows, folded=True)
 
 
 def paths_of(entries: list[Entry]) -> list[str]:

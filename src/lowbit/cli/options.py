@@ -35,6 +35,7 @@ class LoadOptions:
     check: bool = False
     within_window: bool = False
     mapped: bool = False
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True)

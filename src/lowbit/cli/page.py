@@ -1,8 +1,9 @@
-"""One HTML page that compares recipes: two plots and the tables behind them, in a single file without scripts.
+"""One HTML page that compares recipes: plots and the tables behind them, in a single file without scripts.
 
 The plots are SVG inside the page, so that it can be mailed, committed, and read offline; every point has its name as a
-tooltip. It is well-formed XML as well as HTML, which is how the tests read it. Colours are told apart by people who do
-not see all of them (Okabe and Ito's eight), and the page follows the reader's dark mode.
+tooltip, and a label goes where it hides neither a point nor another label. The page is well-formed XML as well as HTML, which
+is how the tests read it. Colours are told apart by people who do not see all of them (Okabe and Ito's eight), and the page
+follows the reader's dark mode.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto
 svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: 0.15em 0.8em; text-align: right; border-bottom: 1px solid #8884; }
-td:first-child, th:first-child { text-align: left; }
+td { white-space: nowrap; } td:last-child { white-space: normal; } td:first-child, th:first-child { text-align: left; }
 .axis { stroke: currentColor; } .line { stroke: #8884; } .mark { font-weight: bold; }
+h2 { margin: 2em 0 0.3em; } .note { opacity: 0.75; margin: 0 0 0.6em; } .wide { overflow-x: auto; }
+summary { font-size: 1.2em; font-weight: bold; margin: 1.5em 0 0.5em; cursor: pointer; }
 """
 # What a drawing needs that lies in no page.
 _ALONE = """
@@ -32,30 +35,41 @@ text { font: 12px system-ui, sans-serif; fill: currentColor; } .axis { stroke: c
 _LEGEND_LINE = 16
 
 
+# The width of a letter of a label, and how far labels are moved aside and up or down to find room.
+_LETTER, _LINE = 6.6, 14
+_BESIDE, _MOVES = 9, (-7, 15, -21, 29, -35, 43, -49, 57, -63, 71)
+_WORSE = 100.0
+
+
 @dataclass(frozen=True)
 class Point:
-    """A place in a plot, and the name that a reader sees beside the pointer."""
+    """A place in a plot, and the name that a reader sees beside the pointer; `spread`: a bar of so much up and down."""
 
     x: float
     y: float
     name: str
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour, joined by a line if asked for; `labelled` writes their names beside them."""
+    """Points of one colour, joined by a line if asked for; `labelled` writes their names beside them.
+
+    `way`: where the line goes instead, past points that are many and drawn small for it.
+    """
 
     name: str
     points: Sequence[Point]
     joined: bool = True
     labelled: bool = False
+    way: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
 class Plot:
     """A plot of series. `steps` are values of x with words for them, instead of numbers; `level` a line across.
 
-    `logarithmic`: y, which is above 0 then, goes up by factors.
+    `logarithmic`: y, which is above 0 then, goes up by factors; `from_zero`: else it begins at 0.
     """
 
     title: str
@@ -65,26 +79,39 @@ class Plot:
     steps: Sequence[tuple[float, str]] = ()
     level: tuple[float, str] | None = None
     logarithmic: bool = False
+    from_zero: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
+    """Rows under headers; `folded`: shown when its title is clicked."""
+
     title: str
     headers: Sequence[str]
     rows: Sequence[Sequence[str]] = field(default_factory=tuple)
+    note: str = ""
+    folded: bool = False
 
 
 def html_page(title: str, remarks: Iterable[str], parts: Iterable[Plot | Table]) -> str:
     """The whole page."""
     body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(remark)}</p>" for remark in remarks)]
-    for part in parts:
-        body.append(f"<h2>{escape(part.title)}</h2>")
-        body.append(_svg(part) if isinstance(part, Plot) else _table(part))
+    body += [_part(part) for part in parts]
     head = f'<meta charset="utf-8"/><title>{escape(title)}</title><style>{_STYLE}</style>'
     return (
         '<!DOCTYPE html>\n<html xmlns="http://www.w3.org/1999/xhtml" lang="en">\n'
         f"<head>{head}</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
+
+
+def _part(part: Plot | Table) -> str:
+    """A plot or a table under its title."""
+    shown = _svg(part) if isinstance(part, Plot) else _table(part)
+    note = f'<p class="note">{escape(part.note)}</p>' if part.note else ""
+    if isinstance(part, Table) and part.folded:
+        return f"<details><summary>{escape(part.title)} ({len(part.rows)})</summary>{note}{shown}</details>"
+    return f"<h2>{escape(part.title)}</h2>{note}{shown}"
 
 
 def svg_of(plot: Plot) -> str:
@@ -100,7 +127,8 @@ def svg_of(plot: Plot) -> str:
 def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(text)}</th>" for text in table.headers)
     rows = ("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in table.rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
+    filled = "\n".join(rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{filled}\n</tbody></table></div>'
 
 
 class _Scale:
@@ -150,8 +178,8 @@ def _drawing(plot: Plot, more: Sequence[str] = ()) -> str:
     points = [point for series in plot.series for point in series.points]
     level = [] if plot.level is None else [plot.level[0]]
     across = _Scale([p.x for p in points], _LEFT, _WIDTH - _RIGHT, from_zero=False)
-    heights = [p.y for p in points] + level
-    upward = _Scale(heights, _HEIGHT - _BOTTOM, _TOP, from_zero=True)
+    heights = [height for p in points for height in _ends(p, plot.logarithmic)] + level
+    upward = _Scale(heights, _HEIGHT - _BOTTOM, _TOP, plot.from_zero)
     if plot.logarithmic:
         upward = _LogScale(heights, _HEIGHT - _BOTTOM, _TOP)
     parts = [*more, *_axes(plot, across, upward)]
@@ -160,7 +188,8 @@ def _drawing(plot: Plot, more: Sequence[str] = ()) -> str:
         parts.append(_line(_LEFT, y, _WIDTH - _RIGHT, y, 'class="axis" stroke-dasharray="6 4"'))
         parts.append(_text(_LEFT + 6, y - 5, plot.level[1], "start"))
     for number, series in enumerate(plot.series):
-        parts += _drawn(series, _COLOURS[number % len(_COLOURS)], across, upward)
+        parts += _drawn(series, _COLOURS[number % len(_COLOURS)], across, upward, plot.logarithmic)
+    parts += _labels(plot, across, upward)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f"aria-label={quoteattr(plot.title)}>\n" + "\n".join(parts) + "\n</svg>"
@@ -181,17 +210,73 @@ def _axes(plot: Plot, across: _Scale, upward: _Scale) -> Iterable[str]:
     yield f'<text x="16" y="{_HEIGHT / 2:.0f}" text-anchor="middle" {turned}>{escape(plot.y)}</text>'
 
 
-def _drawn(series: Series, colour: str, across: _Scale, upward: _Scale) -> Iterable[str]:
+def _drawn(series: Series, colour: str, across: _Scale, upward: _Scale, logarithmic: bool = False) -> Iterable[str]:
     places = [(across(point.x), upward(point.y)) for point in series.points]
-    if series.joined and len(places) > 1:
-        way = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        yield f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-opacity="0.55"/>'
+    joined = [(across(x), upward(y)) for x, y in series.way] or (places if series.joined else [])
+    if len(joined) > 1:
+        way = " ".join(f"{x:.1f},{y:.1f}" for x, y in joined)
+        looks = 'stroke-width="2"' if series.way else 'stroke-opacity="0.55"'
+        yield f'<polyline points="{way}" fill="none" stroke="{colour}" {looks}/>'
     for (x, y), point in zip(places, series.points, strict=True):
-        radius = 5 if series.labelled else 3
-        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"><title>{escape(point.name)}</title></circle>'
-        if series.labelled:
-            right = x < _WIDTH * 0.75
-            yield _text(x + (9 if right else -9), y - 7, series.name, "start" if right else "end", colour)
+        if point.spread:
+            low, high = map(upward, _ends(point, logarithmic))
+            yield _line(x, low, x, high, f'stroke="{colour}"')
+        radius = "5" if series.labelled else "2" if series.way else "3"
+        pale = ' fill-opacity="0.45"' if series.way else ""
+        name = f"<title>{escape(point.name)}</title>"
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"{pale}>{name}</circle>'
+
+
+def _ends(point: Point, logarithmic: bool) -> tuple[float, float]:
+    """Where the bar of a point begins and ends; where heights are factors, not below half of the point."""
+    low = point.y - point.spread
+    return (max(low, point.y / 2) if logarithmic else low), point.y + point.spread
+
+
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _labels(plot: Plot, across: _Scale, upward: _Scale) -> Iterable[str]:
+    """The name of each labelled series beside its first point, where it covers least of what is there."""
+    taken: list[_Box] = []
+    series = plot.series
+    if plot.level is not None:
+        height, letters = upward(plot.level[0]), len(plot.level[1])
+        taken += [(_LEFT, height - 2, _WIDTH, height + 2), (_LEFT, height - 16, _LEFT + letters * _LETTER, height)]
+    for one in series:
+        for point in one.points if any(s.labelled for s in series) else ():
+            x, y = across(point.x), upward(point.y)
+            taken.append((x - 6, y - 6, x + 6, y + 6))
+    for number, one in enumerate(series):
+        if not one.labelled or not one.points:
+            continue
+        x, y = across(one.points[0].x), upward(one.points[0].y)
+        offers = [(side, move) for move in _MOVES for side in ("start", "end")]
+        boxes = [_box(x, y + move, len(one.name), side) for side, move in offers]
+        best = min(range(len(offers)), key=lambda i: sum(_covered(boxes[i], box) for box in taken) + _outside(boxes[i]))
+        (side, move), colour = offers[best], _COLOURS[number % len(_COLOURS)]
+        taken.append(boxes[best])
+        yield _text(x + (_BESIDE if side == "start" else -_BESIDE), y + move, one.name, side, colour)
+
+
+def _box(x: float, baseline: float, letters: int, side: str) -> _Box:
+    """What a label covers."""
+    width = letters * _LETTER
+    left = x + _BESIDE if side == "start" else x - _BESIDE - width
+    return left, baseline - _LINE * 0.8, left + width, baseline + _LINE * 0.2
+
+
+def _covered(one: _Box, other: _Box) -> float:
+    """How much two boxes share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _outside(box: _Box) -> float:
+    """How much of a box lies outside the plot, which is worse than to cover something."""
+    plot = (float(_LEFT), 0.0, float(_WIDTH), float(_HEIGHT - _BOTTOM))
+    return _WORSE * ((box[2] - box[0]) * (box[3] - box[1]) - _covered(box, plot))
 
 
 def _legend(series: Iterable[Series]) -> str:

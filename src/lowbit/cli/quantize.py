@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.folder import refuse_to_replace_others
 from lowbit.cli.options import BITS, COUNT, LEAVE, LoadOptions, add_json, add_loading, path
-from lowbit.cli.output import Output, size_text
+from lowbit.cli.output import Output, count_of, size_text
+from lowbit.cli.process import Ended
 from lowbit.cli.source import Source, find_source
 from lowbit.contents import CONFIG
 from lowbit.errors import LowbitError, RecipeError, check_text
@@ -36,12 +40,19 @@ EXAMPLES = """\
   lowbit quantize ./model ./small --override 'down_proj$=int8'    more bits where it matters
   lowbit quantize ./model ./small --format int4_g128 --head none  one width, dense head: as vLLM and SGLang want it
   lowbit quantize ./model ./small --algorithm gptq --format int4_g64 --calibration text.txt    rounded for what it reads
+  lowbit quantize ./model ./small --algorithm gptq --scaler awq --format int4_g64 --calibration text.txt    scaled first
+  lowbit quantize ./model ./small --algorithm autoround --algorithm-option recipe=best --format int2_g32    tuned for long
   lowbit quantize ./model ./small --algorithm gptq --calibration default --calibration own    rounded for what it writes, too
   lowbit quantize ./model ./small --algorithm gptq --resume ./unfinished    goes on there after a kill
+  lowbit quantize ./model ./small --format int4_asym_g32 --imatrix imatrix.dat    inputs weighed as llama.cpp weighs them
   lowbit quantize ./model ./small --format w8a8 --scaler smoothquant    8-bit products, a scale for each row
   lowbit quantize ./model ./small --format w8a8_static --scaler smoothquant    a range for each layer, in a JSON file
   lowbit quantize ./model ./small --format int4_g64 --bits 3.5    2 to 8 bits a weight, where they save most
   lowbit quantize ./model ./small --json > report.json            the report for a script"""
+EXAMPLES += "\n\noptions of algorithms and scalers, with their defaults:\n" + "\n".join(
+    textwrap.fill(f"{name:<12}{options().defaults_text()}", 100, initial_indent="  ", subsequent_indent=" " * 14)
+    for name, options in (ROUNDER_OPTIONS | SCALER_OPTIONS).items()
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +107,7 @@ def add_algorithms(parser: argparse.ArgumentParser) -> None:
             action="append",
             default=[],
             metavar="NAME=V",
-            help=f"an option of the {kind} (may be repeated), as docs/quantization.md lists them{_recipes(kind)}",
+            help=f"an option of the {kind} (may be repeated); they are listed below{_recipes(kind)}",
         )
     group.add_argument(
         "--calibration",
@@ -104,6 +115,12 @@ def add_algorithms(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="a text file like what the model will read, 'default', or 'own' for what the model writes by itself; several "
         "share the windows (default: default, where the algorithm needs one)",
+    )
+    group.add_argument(
+        "--imatrix",
+        type=path,
+        metavar="FILE",
+        help="weigh the inputs of weights by llama.cpp's importance matrix instead of a text (rtn)",
     )
     group.add_argument(
         "--bits",
@@ -138,7 +155,9 @@ def run(options: argparse.Namespace) -> int:
     source = find_source(options.source)
     check_target(options.out, source, options.force)
     load = LoadOptions(recipe, options.dtype, options.device, options.allow_pickle, options.trust_remote_code)
-    report = quantize_and_save(source, options.out, load, output, options.threads, options.compact, calibrating)
+    load = replace(load, imatrix=options.imatrix)
+    with _telling_what_is_kept(calibrating, output):
+        report = quantize_and_save(source, options.out, load, output, options.threads, options.compact, calibrating)
     from lowbit.cli.report import print_report
 
     print_report(output, report, options.all)
@@ -146,6 +165,9 @@ def run(options: argparse.Namespace) -> int:
         f"\nsaved in {options.out} ({size_text(folder_bytes(options.out))} on disk); "
         f"next: lowbit chat {shlex.quote(str(options.out))}"
     )
+    if calibrating is not None and calibrating.resume is not None:
+        kept = size_text(folder_bytes(calibrating.resume))
+        output.say(f"the finished blocks in {calibrating.resume} ({kept}) are no longer needed")
     output.result(
         {"source": source.name, "out": str(options.out), "bytes_on_disk": folder_bytes(options.out)} | report.to_dict()
     )
@@ -162,6 +184,35 @@ class Calibrating:
     resume: Path | None = None
     spill: Path | None = None
     bits: float | None = None
+
+
+@contextmanager
+def _telling_what_is_kept(calibrating: Calibrating | None, output: Output) -> Iterator[None]:
+    """What ends a calibration early is followed by where it goes on, or could have."""
+    try:
+        yield
+    except RecipeError:  # what is kept is of another command
+        raise
+    except (KeyboardInterrupt, Ended):
+        if calibrating is not None:
+            kept = _kept_in(calibrating.resume)
+            output.note(f"\n{kept or 'lowbit: no finished block was kept: --resume FOLDER keeps them'}")
+        raise
+    except (LowbitError, OSError, RuntimeError, MemoryError):
+        kept = "" if calibrating is None else _kept_in(calibrating.resume)
+        if kept:
+            output.note(kept)
+        raise
+
+
+def _kept_in(folder: Path | None) -> str:
+    """A line for the finished blocks in a folder, if there are any."""
+    if folder is None or not folder.is_dir():
+        return ""
+    from lowbit.blockwise.resume import finished_blocks
+
+    count = finished_blocks(folder)
+    return f"lowbit: {count_of(count, 'finished block')} in {folder}: the same command goes on there" if count else ""
 
 
 def calibrating_from(options: argparse.Namespace, recipe: Recipe) -> Calibrating | None:

@@ -186,6 +186,8 @@ def load_model(source: Source, options: LoadOptions, **more: Any) -> Any:
     if options.recipe is not None:
         refuse_low_bit(source)
         arguments["recipe"] = options.recipe
+    if options.imatrix is not None:
+        arguments["imatrix"] = options.imatrix
     # Asked for by name, since the bars of transformers are switched off.
     arguments["progress"] = sys.stderr.isatty()
     with one_sentence(source.name):

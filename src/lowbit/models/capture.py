@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowbit.errors import RecipeError
+from lowbit.errors import CheckpointError, RecipeError, one_line
 
 _PROBE_TOKENS = 8
 # A cache would remember every time that a block is run, and a block is run several times.
@@ -41,7 +41,13 @@ class Stored:
 
     @classmethod
     def save(cls, tensor: torch.Tensor, path: Path) -> Stored:
-        np.save(path, tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        try:
+            np.save(path, tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        except OSError as error:  # numpy tells how many numbers were written, and not why no more
+            raise CheckpointError(
+                f"{path.parent} has no room for the activations of a block ({one_line(str(error))}): spill them to a folder on "
+                "another disk, or give fewer samples"
+            ) from None
         return cls(path, tensor.dtype, tensor.device)
 
     def load(self) -> torch.Tensor:
