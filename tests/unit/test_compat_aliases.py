@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -46,6 +47,31 @@ def test_a_module_that_nobody_documented(statement: str) -> None:
         pytest.raises(ModuleNotFoundError, match=r"^lowbit has no ipex_llm\.transformer"),
     ):
         exec(statement)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimum.quanto", "optimum.neuron", "ipex_llm.transformer", "neural_compressor.torch"]
+)
+def test_a_question_is_answered_and_not_refused(name: str) -> None:
+    """Libraries look for a module before they import it."""
+    with lowbit.compat.install(children=False):
+        assert importlib.util.find_spec(name) is None
+        assert importlib.util.find_spec("ipex_llm.transformers") is not None
+        with pytest.raises(ModuleNotFoundError, match=r"^lowbit has no "):
+            importlib.import_module(name)
+
+
+@pytest.mark.transformers
+def test_what_transformers_asks_for_is_not_there() -> None:
+    from transformers.utils import import_utils
+
+    questions = (import_utils.is_optimum_quanto_available, import_utils.is_optimum_neuron_available)
+    with lowbit.compat.install(children=False):
+        for question in questions:
+            question.cache_clear()
+        assert [question() for question in questions] == [False, False]
+    for question in questions:
+        question.cache_clear()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from lowbit.compat.ignored import CompatWarning
 from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
 from lowbit.formats import CASTS, IQ_TYPES
 from lowbit.interop.ipex_blocks import OLD_TYPES, UNREADABLE
-from lowbit.layers import LowBitLinear, PackedWeight
+from lowbit.layers import LowBitLinear, PackedWeight, packed_weights
 from unit.checkpoint_cases import EVEN, logits, make
 
 pytestmark = pytest.mark.transformers
@@ -113,6 +114,12 @@ def test_every_low_bit_name_packs(name: str) -> None:
     with pytest.warns(UserWarning, match="q2_k stands in") if name in IQ_TYPES else nullcontext():
         made = old("optimize").optimize_model(model, low_bit=name)
     assert isinstance(made[0], LowBitLinear) == (name not in CASTS)
+    if name == "fp32":
+        return  # lowbit's own word for a cast
+    (remark,) = (row.remark for row in quantize.NAMES if row.old == f'low_bit="{name}"')
+    became = str(made[0].weight.dtype) if name in CASTS else made[0].packed_weight.format.name
+    said = re.findall(r"\w+", remark)
+    assert became.removeprefix("torch.") in said or f"{became}_g64" in said
     assert torch.isfinite(made(torch.ones(1, 256, dtype=next(iter(made.parameters())).dtype))).all()
 
 
@@ -145,6 +152,12 @@ def test_load_convert_puts_the_format_in_front(dense: Path) -> None:
 def test_keywords_that_change_what_is_packed(dense: Path) -> None:
     mixed = load(dense, load_in_low_bit="asym_int4", mixed_precision=True, cpu_embedding=True)
     assert type(mixed.model.embed_tokens) is nn.Embedding
+    found = formats(mixed)
+    assert (found["lm_head"], found["model.layers.0.mlp.up_proj"]) == ("int6_g16", "int4_asym")
+    with pytest.warns(
+        UserWarning, match="mixed_precision gives the head 6 bits and changes nothing here: it has 8 bits"
+    ):
+        assert formats(load(dense, load_in_low_bit="sym_int8", mixed_precision=True))["lm_head"] == "int8"
     embedded = load(dense, load_in_low_bit="sym_int8", embedding_qtype="q4_k")
     assert formats(embedded)["model.embed_tokens"].startswith(("q4_k", "int4_asym_g32"))
     of_q2 = load(dense, load_in_low_bit="q2_k")
@@ -157,6 +170,29 @@ def test_keywords_that_change_what_is_packed(dense: Path) -> None:
     bits = load(dense, quantization_config=config)
     assert bits.dtype == torch.bfloat16
     assert set(formats(bits).values()) == {"nf4"} and "lm_head" not in formats(bits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named", "format"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", "nf4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4", "fp4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "sym_int4", "int4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "bf16"}, "bf16", ""),
+        ({"load_in_8bit": True}, "sym_int8", "int8"),
+    ],
+)
+def test_each_way_to_ask_by_a_configuration_of_bitsandbytes(
+    fields: dict[str, Any], named: str, format: str, dense: Path
+) -> None:
+    """As an object, and as the dictionary of its fields."""
+    for config in (transformers.BitsAndBytesConfig(**fields), fields):
+        model = load(dense, quantization_config=config)
+        assert model.config.bigdl_transformers_low_bit == named and model.save_low_bit
+        if format:
+            assert formats(model)["model.layers.0.mlp.up_proj"] == format and "lm_head" not in formats(model)
+        else:
+            assert model.dtype == torch.bfloat16 and not packed_weights(model)
 
 
 def test_a_cast_model_is_saved_and_loaded(dense: Path, tmp_path: Path) -> None:

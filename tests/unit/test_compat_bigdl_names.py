@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from lowbit.compat.faces.ipex_llm.transformers import _NATIVE, _NEAREST
 from lowbit.compat.ignored import CompatWarning
 from lowbit.compat.missing import UnknownModuleError, UnknownNameError
 from lowbit.errors import RecipeError
-from lowbit.layers import LowBitLinear
 from unit.checkpoint_cases import logits
 from unit.test_compat_bigdl import dense, formats, load, old, old_names
 
@@ -42,10 +42,45 @@ def test_every_auto_class_is_there(name: str) -> None:
         assert callable(getattr(kind, method))
 
 
-@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"])
-def test_other_auto_classes_load(name: str, dense: Path) -> None:
-    model = getattr(old("transformers"), name).from_pretrained(dense, load_in_4bit=True)
-    assert any(isinstance(module, LowBitLinear) for module in model.modules())
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+}
+SPOKEN = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 100}
+SPOKEN |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_source_positions": 30}
+SPOKEN |= {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+CONFIGS: dict[str, Any] = {
+    "AutoModelForSeq2SeqLM": lambda: transformers.T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=1, vocab_size=100),
+    "AutoModelForSpeechSeq2Seq": lambda: transformers.WhisperConfig(**SPOKEN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_every_auto_class_loads_saves_and_loads_again(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = CONFIGS.get(name, lambda: transformers.BertConfig(**SIZES, is_decoder=name == "AutoModelForCausalLM"))()
+    dense = getattr(transformers, name).from_config(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    kind = getattr(old("transformers"), name)
+    model = kind.from_pretrained(str(tmp_path / "dense"), load_in_4bit=True, torch_dtype=torch.float32)
+    assert type(model) is type(dense) and formats(model) and model.config.bigdl_transformers_low_bit == "sym_int4"
+    model.save_low_bit(str(tmp_path / "low"))
+    again = kind.load_low_bit(str(tmp_path / "low"))
+    ids = torch.arange(4, 12)[None]
+    asked = {"input_ids": ids}
+    if name == "AutoModelForMultipleChoice":
+        asked = {"input_ids": ids[None].expand(1, 2, -1)}
+    elif config.is_encoder_decoder:
+        speaks = name == "AutoModelForSpeechSeq2Seq"
+        asked = {"input_features" if speaks else "input_ids": torch.rand(1, 80, 60) if speaks else ids}
+        asked["decoder_input_ids"] = ids[:, :4]
+    with torch.no_grad():
+        expected, found, repeated = (one(**asked)[0].float() for one in (dense, model, again))
+    assert torch.equal(found, repeated) and found.shape == expected.shape
+    assert float((found - expected).norm() / expected.norm()) < 0.5
 
 
 def test_qwen2_vl(tmp_path: Path) -> None:

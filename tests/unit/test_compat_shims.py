@@ -77,15 +77,21 @@ def test_training_arguments(tmp_path: Path) -> None:
             logging_dir=str(tmp_path / "logs"),
             overwrite_output_dir=True,
             report_to=None,
+            ddp_backend="ccl",
         )
     assert arguments.report_to in ("none", [], ["none"])
     assert arguments.eval_strategy == "steps" and arguments.use_cpu
     assert arguments.get_warmup_steps(1000) == 30 and arguments.per_device_train_batch_size == 3
-    assert arguments.optim == "adamw_torch" and arguments.train_sampling_strategy == "group_by_length"
+    assert (
+        arguments.optim == "adamw_torch"
+        and arguments.ddp_backend is None
+        and arguments.train_sampling_strategy == "group_by_length"
+    )
     said = [str(warning.message) for warning in seen if warning.category is ignored.CompatWarning]
     assert "TrainingArguments(evaluation_strategy=) is called eval_strategy today" in said
     assert "TrainingArguments(report_to=None) is 'none' today" in said
-    assert len(said) == len(OLD) + 1 and {warning.filename for warning in seen} == {__file__}
+    assert "TrainingArguments(ddp_backend='ccl') is None today" in said
+    assert len(said) == len(OLD) + 2 and {warning.filename for warning in seen} == {__file__}
 
 
 @pytest.mark.parametrize("name", [name for name in ARGUMENTS if name not in ACCEPTED])

@@ -256,6 +256,9 @@ def test_where_models_are_quantised(dense: Path, monkeypatch: pytest.MonkeyPatch
         ):
             with pytest.raises(CheckpointError, match="torch sees no xpu device here"):
                 Auto.from_pretrained(dense, **keywords)
+        monkeypatch.setenv("INC_TARGET_DEVICE", "XPU")
+        with pytest.raises(CheckpointError, match="torch sees no xpu device here"):
+            Auto.from_pretrained(dense, quantization_config=config)
 
 
 def test_every_class_is_a_row() -> None:

@@ -95,6 +95,14 @@ def became(source: str, device: str | None = None) -> str:
             'TrainingArguments(\'o\', eval_strategy=s, warmup_steps=0.1, optim="adamw_torch", bf16=b)\n',
         ),
         (
+            "from transformers import TrainingArguments\nTrainingArguments('o', ddp_backend='ccl', report_to=None, optim=o)\n",
+            "from transformers import TrainingArguments\nTrainingArguments('o', ddp_backend=None, report_to=\"none\", optim=o)\n",
+        ),
+        (
+            "from transformers import TrainingArguments\nTrainingArguments('o', ddp_backend='gloo', report_to=['wandb'])\n",
+            "from transformers import TrainingArguments\nTrainingArguments('o', ddp_backend='gloo', report_to=['wandb'])\n",
+        ),
+        (
             "from transformers import Trainer\nTrainer(m, tokenizer=t)\n",
             "from transformers import Trainer\nTrainer(m, processing_class=t)\n",
         ),

@@ -13,7 +13,7 @@ Keywords that belong to transformers go on to it untouched.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -25,15 +25,16 @@ import transformers
 
 from lowbit.checkpoint.calibrated import calibrate_, pages_of, tokens_for
 from lowbit.checkpoint.compressor_saves import compressor_fields, load_compressor_save
-from lowbit.checkpoint.devices import check_device_map, quantizing_device
+from lowbit.checkpoint.devices import check_device_map, one_place, quantizing_device
 from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
 from lowbit.checkpoint.gguf_source import gguf_file, gguf_tokenizer, lazy_tensors
 from lowbit.checkpoint.hf import Job, LowBitConfig, reads
-from lowbit.checkpoint.hub import find_model
+from lowbit.checkpoint.hub import fetch_weights, find_model
 from lowbit.checkpoint.keywords import as_dtype
 from lowbit.checkpoint.layout import held_weights
 from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.checkpoint.old_saves import load_old_save, old_low_bit
+from lowbit.checkpoint.packed_saves import load_packed_save, packed_fields
 from lowbit.checkpoint.pages import Pages
 from lowbit.checkpoint.request import Request
 from lowbit.checkpoint.save import save_low_bit
@@ -66,6 +67,11 @@ class _AutoBase:
             return _from_old_save(cls.transformers_class, folder, request, kwargs)
         if compressor_fields(folder) is not None:
             return _from_compressor(cls.transformers_class, folder, request, kwargs)
+        packed = packed_fields(folder)
+        if packed is not None:
+            if found.files is not None:
+                fetch_weights(name, found.files, kwargs)
+            return _from_packed(cls.transformers_class, folder, packed, request, kwargs)
         if not found.is_on_hub:
             check_folder(folder)
         check_method(folder)
@@ -154,7 +160,9 @@ class _AutoBase:
 def _from_old_save(auto_class: Any, folder: Path, request: Request, kwargs: dict[str, Any]) -> Any:
     """A folder that the old systems saved: it says itself how each weight is stored, and other keywords have no say."""
     load = partial(load_old_save, auto_class, folder, request.allow_pickle)
-    return _loaded_as_it_is(load, folder, request, kwargs)
+    model = _loaded_as_it_is(load, folder, request, kwargs)
+    _settle(model, one_place(kwargs.get("device_map")), None)
+    return model
 
 
 def _from_compressor(auto_class: Any, folder: Path, request: Request, kwargs: dict[str, Any]) -> Any:
@@ -164,8 +172,20 @@ def _from_compressor(auto_class: Any, folder: Path, request: Request, kwargs: di
     if config is not None and config.compute != "fp32" and request.choices.compute == Job.compute:
         request = replace(request, choices=replace(request.choices, compute=config.compute))
     model = _loaded_as_it_is(partial(load_compressor_save, auto_class, folder), folder, request, kwargs)
-    place = kwargs.get("device_map")
-    _settle(model, place if isinstance(place, str | torch.device) and place != "auto" else None, config)
+    _settle(model, one_place(kwargs.get("device_map")), config)
+    return model
+
+
+def _from_packed(
+    auto_class: Any, folder: Path, fields: Mapping[str, Any], request: Request, kwargs: dict[str, Any]
+) -> Any:
+    """A folder of GPTQ, AWQ or AutoRound; one that has the bits that are asked for is what was asked for."""
+    bits = fields.get("bits", fields.get("w_bit"))
+    if request.recipe is not None and request.recipe.linear.bits == bits:
+        request = Request(None, request.dtype, request.choices, request.allow_pickle)
+    load = partial(load_packed_save, auto_class, folder, request.allow_pickle)
+    model = _loaded_as_it_is(load, folder, request, kwargs)
+    _settle(model, one_place(kwargs.get("device_map")), None)
     return model
 
 

@@ -52,6 +52,12 @@ def check_device_map(device_map: Any) -> None:
         )
 
 
+def one_place(device_map: Any) -> Any:
+    """The one device that a map names for the whole model, or None: what is loaded in one piece goes there."""
+    place = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
+    return None if isinstance(place, dict) or place in WORDS else place
+
+
 def quantizing_device(config: WeightOnlyConfig | None, device_map: Any) -> str | None:
     """Where a configuration of Neural Compressor has a model quantised, if that is not where it shall run."""
     if config is None:

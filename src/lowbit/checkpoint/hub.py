@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,8 @@ from lowbit.errors import CheckpointError, one_line
 _SECONDS = 5
 # The errors of whichever HTTP library the hub's client stands on, the system's, and those about a name's spelling.
 _ERRORS = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, ValueError))
+# What a folder that is read by lowbit itself consists of.
+_LOADED = (".json", ".safetensors", ".py")
 # transformers' keywords that say whose copy of a model is meant.
 _WHICH = ("revision", "cache_dir", "token", "local_files_only")
 
@@ -95,6 +97,15 @@ def home_of(name: str) -> Path | None:
     """The folder in the cache of a model of the hub that was fetched, of its main line."""
     config = huggingface_hub.try_to_load_from_cache(name, CONFIG) if is_hub_name(name) else None
     return _folder_of(config, CONFIG) if isinstance(config, str) else None
+
+
+def fetch_weights(name: str, files: Iterable[str], keywords: Mapping[str, Any]) -> None:
+    """Fetch what a model of the hub is loaded from (weights, configurations, code of its own) beside its config.json."""
+    which = {key: keywords[key] for key in _WHICH if keywords.get(key) is not None}
+    inside = f"{keywords['subfolder']}/" if keywords.get("subfolder") else ""
+    for file in files:
+        if file.startswith(inside) and file.endswith(_LOADED):
+            huggingface_hub.hf_hub_download(name, file, **which)
 
 
 def fetch_companions(name: str, home: Path, wanted: Callable[[str], bool]) -> None:

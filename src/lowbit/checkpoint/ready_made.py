@@ -1,7 +1,11 @@
-"""Weights that somebody else packed, put into a model that is there: state dicts of GPTQ and AWQ.
+"""Weights that somebody else packed, put into a model that is there: state dicts of GPTQ, AWQ and AutoRound.
 
     tensors, config = read_folder("model-gptq")          files, and what their configuration says
     place_(model, tensors, Packing.of(config))           linears become low-bit, dense tensors are taken over
+
+One word of a configuration says how zero points are stored (facts of 2026-11): GPTQ's files less one, `gptq_v2` as they are;
+AutoRound's less one where its packing is `auto_round:auto_gptq`, else as they are. Some files of the second kind carry the name of
+the first: where a configuration says that weights are symmetric, the middle tells which it is.
 
 A linear that the state dict has no codes for stays dense, with the numbers of the state dict where it has some (AWQ folds scales
 into norms). What is packed is not rounded again.
@@ -18,12 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.contents import CONFIG, read_json
+from lowbit.contents import CONFIG, quantization_config, read_json
 from lowbit.errors import CheckpointError, RecipeError, nearest
 from lowbit.formats import Format
 from lowbit.interop import awq, gptq
 from lowbit.layers import PackedWeight
-from lowbit.models.walk import Target, find_targets
+from lowbit.models.walk import Target, find_targets, stored_order
 from lowbit.packing import PackedTensor
 from lowbit.quantize import left_out
 from lowbit.report import LayerReport, Report
@@ -32,6 +36,12 @@ from lowbit.swap import low_bit_module, replace_module
 METHODS = ("gptq", "awq", "rtn", "auto-round", "intel/auto-round")
 _PATTERNS = ("*.safetensors", "*.pt", "*.pth", "*.bin")
 _CONFIGS = ("quant_config.json", "quantize_config.json")
+# The words for AWQ's layout "gemm"; the others ("gemv", ...) lie otherwise, in tensors that may have the same shapes.
+_GEMM = ("", "gemm", "exllama", "ipex")
+# What GPTQ's tensors are called where they lie otherwise, prepared for one kernel.
+_PREPARED = ("marlin", "bitblas")
+# The words of AutoRound's packings that are GPTQ's tensors, and by how much zero points are less there.
+_AUTO_ROUND = {"auto_round": 0, "gptqmodel": 0, "exllamav2": 0, "auto_gptq": 1, "gptq": 1}
 _LEFT = "the checkpoint has it in full precision"
 
 
@@ -44,24 +54,55 @@ class Packing:
     zero_shift: int = 1
     act_order: bool | None = None
     bits: int | None = None
+    symmetric: bool | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Packing:
         """From a quantization_config."""
-        method = str(config.get("quant_method", "gptq"))
-        if method not in METHODS:
-            raise CheckpointError(f"a checkpoint packed by {method!r} is not read: {nearest(method, METHODS)}")
-        backend = str(config.get("backend") or config.get("packing_format") or "")
-        if "auto-round" in method:
-            method = "awq" if "awq" in backend else "gptq"
-        version = f"{config.get('checkpoint_format', '')}{backend}"
+        named = str(config.get("quant_method") or ("awq" if "w_bit" in config else "gptq"))
+        if named not in METHODS:
+            raise CheckpointError(f"a checkpoint packed by {named!r} is not read: {nearest(named, METHODS)}")
+        method, shift = _layout_of(named, config)
         group = config.get("group_size", config.get("q_group_size"))
         return cls(
-            "awq" if method == "awq" else "gptq",
-            None if group is None else int(group),
-            0 if "v2" in version else 1,
-            config.get("desc_act"),
+            method, None if group is None else int(group), shift, config.get("desc_act"), None, config.get("sym")
         )
+
+
+def _layout_of(method: str, config: Mapping[str, Any]) -> tuple[str, int]:
+    """Whose tensors they are, GPTQ's or AWQ's, and by how much zero points are stored less."""
+    backend = str(config.get("packing_format") or config.get("backend") or "")
+    layout = str(config.get("checkpoint_format") or "")
+    if "auto-round" in method:
+        words = [word for word in backend.split(":") if word]
+        if any("awq" in word for word in words):
+            return "awq", 0
+        if any(word not in _AUTO_ROUND for word in words):
+            raise CheckpointError(
+                f"a checkpoint that AutoRound packed as {backend!r} is not read: pack it as auto_round:auto_gptq"
+            )
+        return "gptq", max((_AUTO_ROUND[word] for word in words), default=0)
+    if method == "awq":
+        version = str(config.get("version") or "").lower()
+        if version not in _GEMM:
+            raise CheckpointError(
+                f"a checkpoint of AWQ in the layout {version!r} is not read: the one called 'gemm' is"
+            )
+        return "awq", 0
+    if any(word in layout or config.get(f"is_{word}_format") for word in _PREPARED):
+        raise CheckpointError(
+            f"a checkpoint of GPTQ prepared for one kernel ({layout or 'marlin'}) is not read: take it as 'gptq'"
+        )
+    return "gptq", 0 if "v2" in layout else 1
+
+
+def packing_fields(folder: Path) -> dict[str, Any] | None:
+    """What a folder says about how it is packed: in its config.json, or in a file beside it, as older ones do."""
+    found = quantization_config(read_json(folder / CONFIG)) if (folder / CONFIG).is_file() else None
+    for name in _CONFIGS:
+        if found is None and (folder / name).is_file():
+            found = read_json(folder / name)
+    return found
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -69,11 +110,8 @@ def read_folder(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise CheckpointError(f"{folder} is no folder with a low-bit checkpoint")
-    config = read_json(path / CONFIG).get("quantization_config") if (path / CONFIG).is_file() else None
-    for name in _CONFIGS:
-        if config is None and (path / name).is_file():
-            config = read_json(path / name)
-    if not isinstance(config, dict):
+    config = packing_fields(path)
+    if config is None:
         raise CheckpointError(f"{folder} says nowhere how it is packed: its {CONFIG} needs a quantization_config")
     files = next((found for pattern in _PATTERNS if (found := sorted(path.glob(pattern)))), [])
     if not files:
@@ -146,14 +184,9 @@ def _dtype(target: Target) -> torch.dtype:
 
 def read_linear(path: str, parts: Mapping[str, torch.Tensor], target: Target, packing: Packing) -> PackedTensor:
     """The weight of one linear, from its tensors by the last part of their names."""
-    module: Any = target.module
-    shape = (int(module.out_features), int(module.in_features))
-    if packing.method == "awq":
-        weight = awq.read_awq(path, parts, shape)
-    else:
-        ignored = {gptq.GROUP_OF_INPUT} if packing.act_order is False else set()
-        known = {name: part for name, part in parts.items() if name not in ignored}
-        weight = gptq.read_gptq(path, known, shape, packing.zero_shift)
+    outputs, inputs = stored_order(target, target.module.weight).shape  # type: ignore[arg-type]
+    shape = (int(outputs), int(inputs))
+    weight = read_parts(path, parts, shape, packing)
     check_group(path, weight.format, packing.group_size, shape[1])
     if packing.bits is not None and packing.bits != weight.format.bits:
         raise RecipeError(
@@ -161,6 +194,23 @@ def read_linear(path: str, parts: Mapping[str, torch.Tensor], target: Target, pa
             "or take the checkpoint of the other"
         )
     return weight
+
+
+def read_parts(path: str, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], packing: Packing) -> PackedTensor:
+    """A weight [out, in] from its tensors by the last part of their names."""
+    if packing.method == "awq":
+        return awq.read_awq(path, parts, shape)
+    ignored = {gptq.GROUP_OF_INPUT} if packing.act_order is False else set()
+    known = {name: part for name, part in parts.items() if name not in ignored}
+    weight = gptq.read_gptq(path, known, shape, packing.zero_shift)
+    if packing.symmetric and packing.zero_shift and _is_above_the_middle(weight):
+        return gptq.read_gptq(path, known, shape, 0)
+    return weight
+
+
+def _is_above_the_middle(weight: PackedTensor) -> bool:
+    """Whether every zero point is one more than the middle: that of a symmetric weight, stored as it is."""
+    return weight.zeros is not None and bool((weight.zeros == (1 << weight.format.bits - 1) + 1).all())
 
 
 def check_group(path: str, format: Format, said: int | None, inputs: int) -> None:

@@ -19,7 +19,7 @@ from lowbit.blockwise import check_data
 from lowbit.checkpoint.keywords import CHOICES, Choices, build_recipe, cast_of, refuse_idle_data
 from lowbit.configs.base import WeightOnlyConfig
 from lowbit.errors import RecipeError
-from lowbit.formats import Format
+from lowbit.formats import Format, as_format
 from lowbit.recipe import Recipe
 
 FOUR_BITS = "sym_int4"
@@ -90,8 +90,8 @@ class Request:
             return cls(None, cast or dtype, choices, pickles)
         names = [*([skip] if isinstance(skip, str) else skip or ()), *foreign_skip]
         recipe = build_recipe(low_bit, names, cpu_embedding, choices)
-        if mixed and recipe.head is not None:
-            recipe = build_recipe(None, None, False, Choices(recipe=recipe, head=_MIXED_HEAD))
+        if mixed:
+            recipe = _with_mixed_head(recipe)
         check_data(recipe, choices.calibration)
         if imatrix is not None and (choices.calibration is not None or recipe.rounder not in _WEIGHED):
             raise RecipeError(
@@ -115,6 +115,18 @@ class Request:
         return kwargs if self.dtype is None else {"dtype": self.dtype, **kwargs}
 
 
+def _with_mixed_head(recipe: Recipe) -> Recipe:
+    """A head of more bits than the rest, where it has fewer."""
+    head = as_format(_MIXED_HEAD)
+    if recipe.head is None or recipe.head.bits >= head.bits:
+        has = "stays in full precision" if recipe.head is None else f"has {recipe.head.bits} bits"
+        warnings.warn(
+            f"mixed_precision gives the head {head.bits} bits and changes nothing here: it {has}", stacklevel=5
+        )
+        return recipe
+    return recipe.replace(head=head)
+
+
 def _warn_about_idle(kwargs: dict[str, Any]) -> None:
     """Take out the keywords that change nothing here, and say so where they ask for something."""
     for name, fix in _WITHOUT_MEANING.items():
@@ -134,7 +146,7 @@ def _low_bit_named(kwargs: dict[str, Any]) -> tuple[str | Format | None, list[st
         return low_bit, []
     if four or eight:
         return FOUR_BITS if four else EIGHT_BITS, []
-    config = _bitsandbytes(kwargs.get("quantization_config"))
+    config = bitsandbytes_config(kwargs.get("quantization_config"))
     if config is None:
         return None, []
     kwargs.pop("quantization_config")
@@ -166,7 +178,7 @@ def _refuse_second_format(config: WeightOnlyConfig, low_bit: str | Format | None
         )
 
 
-def _bitsandbytes(config: Any) -> transformers.BitsAndBytesConfig | None:
+def bitsandbytes_config(config: Any) -> transformers.BitsAndBytesConfig | None:
     """The configuration for bitsandbytes that a call gives, as an object or as its fields."""
     if isinstance(config, transformers.BitsAndBytesConfig):
         return config

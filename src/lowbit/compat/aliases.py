@@ -6,7 +6,8 @@ another, and are known to pickle, under their real names.
 
 A module that no face has is refused with a sentence that names the nearest one; the same finder sees `from face import name` for a
 name that is missing, because Python asks for a submodule of that name then, and answers with the sentence instead of Python's own,
-which would not say what to use.
+which would not say what to use. Who only asks whether a module is there (`importlib.util.find_spec`, as
+libraries do before they import one) is told no.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING
 
 from lowbit.compat.missing import FACES, refuse_module
@@ -72,13 +73,17 @@ class AliasFinder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname.startswith(FACES + "."):
-            return _find_face(fullname, path, target)
+            found = PathFinder.find_spec(fullname, path, target)
+            if found is None:
+                _refuse_import(fullname, fullname, sys._getframe(1))
+            return found
         face = face_of(fullname)
         if face is None or _stays(fullname):
             return None
         found = importlib.util.find_spec(face)
         if found is None:
-            raise refuse_module(fullname, face)
+            _refuse_import(fullname, face, sys._getframe(1))
+            return None
         is_package = found.submodule_search_locations is not None
         return ModuleSpec(fullname, AliasLoader(face), origin=found.origin, is_package=is_package)
 
@@ -91,11 +96,12 @@ def _stays(name: str) -> bool:
     return top in SHARED and not answered and PathFinder.find_spec(top) is not None
 
 
-def _find_face(fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-    found = PathFinder.find_spec(fullname, path, target)
-    if found is None:
-        raise refuse_module(fullname, fullname)
-    return found
+def _refuse_import(asked: str, face: str, caller: FrameType) -> None:
+    """Refuse a module that is not there to who imports it, and not to who only asks for it."""
+    while caller.f_back is not None and caller.f_globals.get("__name__") == "importlib._bootstrap":
+        caller = caller.f_back
+    if caller.f_globals.get("__name__") != importlib.util.__name__:
+        raise refuse_module(asked, face)
 
 
 def remove(finder: AliasFinder) -> None:

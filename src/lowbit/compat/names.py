@@ -123,7 +123,7 @@ def _systems() -> Iterator[str]:
 def _shims() -> str:
     from lowbit.compat.shims import SHIMS
     from lowbit.compat.shims.gone import GONE_MODULES, MOVED_MODULES
-    from lowbit.compat.shims.trainer import ARGUMENTS
+    from lowbit.compat.shims.trainer import ARGUMENTS, VALUES
 
     calls = table(("old call", "today", "test"), ((_code(shim.old), shim.reason, _code(shim.test)) for shim in SHIMS))
     tests = "tests/unit/test_compat_shims.py::"
@@ -136,7 +136,11 @@ def _shims() -> str:
         for old, now in GONE_MODULES.items()
     )
     modules = table(("import", "today", "test"), (*moved, *gone))
-    arguments = table(("argument", "today"), ((_code(old), ARGUMENTS[old].reason) for old in sorted(ARGUMENTS)))
+    rows = {_code(old): argument.reason for old, argument in ARGUMENTS.items()}
+    rows |= {
+        _code(f"{name}={old!r}"): f"is {now!r} today" for name, values in VALUES.items() for old, now in values.items()
+    }
+    arguments = table(("argument", "today"), sorted(rows.items()))
     return f"{_SHIMS.lstrip()}{calls}{_MODULES}{modules}{_ARGUMENTS}{arguments}".rstrip("\n")
 
 

@@ -20,7 +20,7 @@ from lowbit.compat.shims.loading import KEYWORDS as LOADING_KEYWORDS
 from lowbit.compat.shims.pipelines import ANSWERS, RESULTS
 from lowbit.compat.shims.shim import Keyword
 from lowbit.compat.shims.tokenizers import LLAMA_CLASSES
-from lowbit.compat.shims.trainer import ARGUMENTS, OPTIMISERS
+from lowbit.compat.shims.trainer import ARGUMENTS, VALUES
 from lowbit.formats import CASTS, IQ_TYPES
 from lowbit.migrate.rule import LOADING, Called, Decision, Guess, Rule
 
@@ -180,10 +180,18 @@ def _openvino() -> dict[str, Rule]:
     return found
 
 
+def _with_values(name: str, values: Mapping[Any, Any]) -> Keyword:
+    """An argument of which some values are called otherwise today."""
+
+    def translate(value: Any) -> Mapping[str, Any]:
+        return {name: values.get(value, value) if isinstance(value, str | None) else value}
+
+    return Keyword(name, "has other values today", translate)
+
+
 def _transformers() -> dict[str, Rule]:
     """What the runner's shims do for a call of transformers 4, where it can be read off the call."""
-    optimiser = Keyword("optim", "has another name today", lambda name: {"optim": OPTIMISERS.get(name, name)})
-    arguments = ARGUMENTS | {"optim": optimiser}
+    arguments = ARGUMENTS | {name: _with_values(name, values) for name, values in VALUES.items()}
     found = {
         "transformers.TrainingArguments": Rule("transformers.TrainingArguments", members=ANY, table=arguments),
         "transformers.Trainer": Rule("transformers.Trainer", members=ANY, rename={"tokenizer": "processing_class"}),

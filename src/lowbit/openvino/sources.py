@@ -211,22 +211,16 @@ class ReadyMadeFiles:
     def _read_packed(self, path: str, columns: int) -> PackedTensor:
         import torch  # the readers of these forms are written in it
 
-        from lowbit.interop.awq import read_awq
-        from lowbit.interop.gptq import GROUP_OF_INPUT, read_gptq
+        from lowbit.checkpoint.ready_made import read_parts
 
-        ignored = GROUP_OF_INPUT if self._packing.act_order is False else ""
         parts = {
             word: torch.from_numpy(self._tensors[name].view().copy())
             for name in self._tensors
-            if (word := name.rpartition(".")[2]) != ignored and name.rpartition(".")[0] == path and word != "bias"
+            if (word := name.rpartition(".")[2]) != "bias" and name.rpartition(".")[0] == path
         }
         if "scales" not in parts:
             raise CheckpointError(f"{path}: the checkpoint lacks its scales; is a shard of it missing?")
-        shape = (int(parts["scales"].shape[-1]), columns)
-        if self._packing.method == "awq":
-            packed = read_awq(path, parts, shape)
-        else:
-            packed = read_gptq(path, parts, shape, self._packing.zero_shift)
+        packed = read_parts(path, parts, (int(parts["scales"].shape[-1]), columns), self._packing)
         return packed.with_tensors({part: array_of(tensor) for part, tensor in packed.tensors().items()})
 
     def release(self, name: str) -> None:

@@ -6,7 +6,7 @@ The guide has no tokenizer yet; this script goes on to a text, so that it is see
 import sys
 
 import intel_extension_for_pytorch as ipex
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from bigdl.llm.optimize import low_memory_init, load_low_bit
 
 saved_dir = sys.argv[1]
@@ -15,6 +15,8 @@ with low_memory_init():  # Fast and low cost by loading model on meta device
 model = load_low_bit(model, saved_dir)  # Load the optimized model
 
 model = model.to("xpu")  # Important after obtaining the optimized model
+
+from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(saved_dir)
 input_ids = tokenizer.encode("Q: What is CPU?\nA:", return_tensors="pt").to("xpu")

@@ -33,8 +33,8 @@ q_model = AutoModelForCausalLM.from_pretrained(
 models["awq"] = q_model
 
 # TEQ
-from neural_compressor.transformers import AutoModelForCausalLM, TeqConfig
 from transformers import AutoTokenizer
+from neural_compressor.transformers import AutoModelForCausalLM, TeqConfig
 
 tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
 woq_config = TeqConfig(bits=4, tokenizer=tokenizer, **DATA)
@@ -45,8 +45,8 @@ q_model = AutoModelForCausalLM.from_pretrained(
 models["teq"] = q_model
 
 # GPTQ
-from neural_compressor.transformers import AutoModelForCausalLM, GPTQConfig
 from transformers import AutoTokenizer
+from neural_compressor.transformers import AutoModelForCausalLM, GPTQConfig
 
 tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
 woq_config = GPTQConfig(bits=4, tokenizer=tokenizer, **DATA)
@@ -57,8 +57,8 @@ woq_model = AutoModelForCausalLM.from_pretrained(
 models["gptq"] = woq_model
 
 # AutoRound
-from neural_compressor.transformers import AutoModelForCausalLM, AutoRoundConfig
 from transformers import AutoTokenizer
+from neural_compressor.transformers import AutoModelForCausalLM, AutoRoundConfig
 
 tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
 woq_config = AutoRoundConfig(bits=4, tokenizer=tokenizer, **DATA, **STEPS)

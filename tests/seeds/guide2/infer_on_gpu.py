@@ -7,9 +7,9 @@ quantizaiton_config in one place, and leaves the prompt on the CPU while the mod
 import sys
 
 import intel_extension_for_pytorch as ipex
-import torch
 from neural_compressor.transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
+import torch
 
 torch.manual_seed(0)
 

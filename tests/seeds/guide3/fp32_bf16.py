@@ -6,18 +6,14 @@ Mended: the class was called where `from_pretrained` is meant. At the end: the t
 import sys
 
 import torch
-
-#################### code changes ####################
 import intel_extension_for_pytorch as ipex
-
-######################################################
 import transformers
 
 model_name_or_path = sys.argv[1]
-dtype = getattr(torch, sys.argv[2])
 
 model = transformers.AutoModelForCausalLM.from_pretrained(model_name_or_path).eval()
 
+dtype = getattr(torch, sys.argv[2])
 model = ipex.llm.optimize(model, dtype=dtype)
 
 # inference with model.generate()

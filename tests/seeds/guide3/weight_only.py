@@ -8,11 +8,7 @@ from the original, a layer, bits for each weight.
 import sys
 
 import torch
-
-#################### code changes ####################
 import intel_extension_for_pytorch as ipex
-
-######################################################
 import transformers
 
 model_name_or_path, weight_dtype, lowp_mode, group_size = sys.argv[1:5]

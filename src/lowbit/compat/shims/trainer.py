@@ -20,6 +20,9 @@ _PER_DEVICE = {
 }
 
 
+_UNSAID = object()
+
+
 def _by_length(value: Any) -> dict[str, Any]:
     return {"train_sampling_strategy": "group_by_length"} if value in (True, "True", "true", "1") else {}
 
@@ -65,10 +68,16 @@ ARGUMENTS = {
         dropped("use_mps_device", _LAUNCHER),
     )
 }
-OPTIMISERS = {
-    "adamw_hf": "adamw_torch",
-    "adamw_apex_fused": "adamw_torch_fused",
-    "adamw_torch_npu": "adamw_torch_npu_fused",
+# Values of today for those of old, where the argument is the same.
+VALUES: dict[str, dict[Any, Any]] = {
+    "report_to": {None: "none"},
+    "optim": {
+        "adamw_hf": "adamw_torch",
+        "adamw_apex_fused": "adamw_torch_fused",
+        "adamw_torch_npu": "adamw_torch_npu_fused",
+    },
+    # torch-ccl is gone, and torch takes what the device has: xccl on Intel GPUs, gloo on a CPU.
+    "ddp_backend": {"ccl": None},
 }
 
 
@@ -80,15 +89,13 @@ _plain_new = staticmethod(_make)
 
 
 def _with_values(owner: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Values of today for those of old, where the argument is the same."""
-    if "report_to" in given and given["report_to"] is None:
-        say(f"{owner}(report_to=None)", "is 'none' today")
-        given = given | {"report_to": "none"}
-    named = given.get("optim")
-    if named not in OPTIMISERS:
-        return given
-    say(f"{owner}(optim={named!r})", f"is {OPTIMISERS[named]!r} today")
-    return given | {"optim": OPTIMISERS[named]}
+    """A call's arguments with values of today."""
+    for name, values in VALUES.items():
+        value = given.get(name, _UNSAID)
+        if isinstance(value, str | None) and value in values:
+            say(f"{owner}({name}={value!r})", f"is {values[value]!r} today")
+            given = given | {name: values[value]}
+    return given
 
 
 def training_arguments(module: ModuleType) -> Iterator[Replacement]:

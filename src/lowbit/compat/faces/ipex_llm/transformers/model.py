@@ -11,6 +11,7 @@ import transformers
 
 import lowbit
 from lowbit.checkpoint.gguf_source import gguf_tokenizer
+from lowbit.checkpoint.request import bitsandbytes_config
 from lowbit.compat.faces.ipex_llm.llm_patching import training
 from lowbit.compat.faces.ipex_llm.old_model import (
     LOW_BIT_KEY,
@@ -29,8 +30,9 @@ from lowbit.compat.missing import refuse_unknown
 from lowbit.compat.names import IGNORED, WORKS, Name
 from lowbit.contents import CONFIG, read_config
 from lowbit.formats import CASTS, IQ_TYPES
+from lowbit.layers import packed_weights
 
-_DRAFT = "sym_int4"
+_DRAFT, _WITH_ZEROS = "sym_int4", "asym_int4"
 # What the old library gave the embedding of a model where nothing was said.
 EMBEDDINGS = dict.fromkeys(("q2_k", *IQ_TYPES), "q2_k") | {"gguf_q4k_s": "q4_k", "gguf_q4k_m": "q4_k"}
 IDLE = {
@@ -64,14 +66,15 @@ class _BaseAutoModelClass:
         if train:
             _prepare_training(kwargs)
         low_bit = _low_bit(kwargs)
-        compute = getattr(kwargs.get("quantization_config"), "bnb_4bit_compute_dtype", None)
-        if compute is not None and low_bit is not None:
-            kwargs.setdefault("torch_dtype", compute)  # what is not packed had that type
+        config = bitsandbytes_config(kwargs.get("quantization_config"))
+        if config is not None and config.load_in_4bit:
+            kwargs.setdefault("torch_dtype", config.bnb_4bit_compute_dtype)  # what is not packed had that type
         embedding = EMBEDDINGS.get(low_bit or "")
         if embedding is not None and not kwargs.get("cpu_embedding"):
             kwargs.setdefault("embedding_qtype", embedding)
         speculative = kwargs.pop("speculative", False)
         model = cls.OURS.from_pretrained(*args, **kwargs)
+        low_bit = _as_it_lies(model, low_bit)
         if low_bit is None and not speculative:
             return offer_methods(model)
         draft = None
@@ -147,8 +150,17 @@ def _low_bit(kwargs: Mapping[str, Any]) -> str | None:
         return _DRAFT
     if kwargs.get("load_in_8bit"):
         return "sym_int8"
-    kind = getattr(kwargs.get("quantization_config"), "bnb_4bit_quant_type", None)
-    return None if kind is None else {"int4": _DRAFT}.get(str(kind), str(kind))
+    config = bitsandbytes_config(kwargs.get("quantization_config"))
+    if config is None or not (config.load_in_4bit or config.load_in_8bit):
+        return None
+    kind = "sym_int8" if config.load_in_8bit else str(config.bnb_4bit_quant_type)
+    return {"int4": _DRAFT}.get(kind, kind)
+
+
+def _as_it_lies(model: Any, low_bit: str | None) -> str | None:
+    """The old name of what was loaded: 4 bits of a folder that GPTQ or AWQ packed have zero points, whatever was asked for."""
+    kinds = {weight.format.symmetric for weight in packed_weights(model).values()} if low_bit == _DRAFT else set()
+    return _WITH_ZEROS if kinds == {False} else low_bit
 
 
 def _prepare_training(kwargs: dict[str, Any]) -> None:
@@ -261,6 +273,13 @@ NAMES = (
         IGNORED,
         f"{_ONE_BY_ONE}test_keywords_without_meaning_are_said_once",
         "fetch the model first and pass its folder",
+    ),
+    Name(
+        f"{_LOADS}(a folder of GPTQ, AWQ or AutoRound)",
+        f"{_OURS}.from_pretrained",
+        WORKS,
+        "tests/unit/test_packed_saves.py::test_a_folder_is_loaded_as_it_lies",
+        "packed as it lies there: 4 bits with zero points are asym_int4",
     ),
     Name(
         f"{_CLASS}.load_convert",
