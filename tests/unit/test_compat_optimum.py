@@ -23,21 +23,16 @@ from lowbit_assets import tiny_model
 
 pytestmark = pytest.mark.transformers
 CLASSES = (
-    "OVConfig",
-    "OVModelForAudioClassification",
-    "OVModelForCTC",
-    "OVModelForCausalLM",
-    "OVModelForFeatureExtraction",
-    "OVModelForImageClassification",
-    "OVModelForMaskedLM",
-    "OVModelForQuestionAnswering",
-    "OVModelForSeq2SeqLM",
-    "OVModelForSequenceClassification",
-    "OVModelForSpeechSeq2Seq",
-    "OVModelForTokenClassification",
-    "OVQuantizationMethod",
-    "OVWeightQuantizationConfig",
-)
+    "OVConfig", "OVDiffusionPipeline", "OVFluxImg2ImgPipeline", "OVFluxInpaintPipeline", "OVFluxPipeline",
+    "OVLatentConsistencyModelPipeline", "OVModelForAudioClassification", "OVModelForCTC", "OVModelForCausalLM",
+    "OVModelForFeatureExtraction", "OVModelForImageClassification", "OVModelForMaskedLM",
+    "OVModelForQuestionAnswering", "OVModelForSeq2SeqLM", "OVModelForSequenceClassification",
+    "OVModelForSpeechSeq2Seq", "OVModelForTokenClassification", "OVPipelineForImage2Image", "OVPipelineForInpainting",
+    "OVPipelineForText2Image", "OVQuantizationMethod", "OVStableDiffusion3Img2ImgPipeline",
+    "OVStableDiffusion3Pipeline", "OVStableDiffusionImg2ImgPipeline", "OVStableDiffusionInpaintPipeline",
+    "OVStableDiffusionPipeline", "OVStableDiffusionXLImg2ImgPipeline", "OVStableDiffusionXLInpaintPipeline",
+    "OVStableDiffusionXLPipeline", "OVWeightQuantizationConfig",
+)  # fmt: skip
 COMPRESSION = (
     "AdvancedCompressionParameters", "BackupMode", "CompressWeightsMode", "Dataset", "IgnoredScope", "SensitivityMetric",
 )  # fmt: skip

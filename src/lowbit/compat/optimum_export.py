@@ -33,12 +33,19 @@ TASKS = {
     "text-classification": "OVModelForSequenceClassification",
     "image-classification": "OVModelForImageClassification",
     "fill-mask": "OVModelForMaskedLM",
+    "token-classification": "OVModelForTokenClassification",
+    "question-answering": "OVModelForQuestionAnswering",
+    "audio-classification": "OVModelForAudioClassification",
     "text-to-image": "OVDiffusionPipeline",
+    "image-to-image": "OVDiffusionPipeline",
+    "inpainting": "OVDiffusionPipeline",
 }
 # The end of a class of transformers: the task of its models.
 _ENDS = {
     "ForCausalLM": "text-generation", "LMHeadModel": "text-generation", "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification", "ForMaskedLM": "fill-mask", "Model": "feature-extraction",
+    "ForTokenClassification": "token-classification", "ForQuestionAnswering": "question-answering",
+    "ForAudioClassification": "audio-classification",
     "WhisperForConditionalGeneration": "automatic-speech-recognition", "ForConditionalGeneration": "text2text-generation",
 }  # fmt: skip
 _PIPELINE = "model_index.json"
@@ -97,11 +104,8 @@ def export(
         return
     if name not in lowbit.openvino.__all__:
         raise LowbitError(f"lowbit.openvino has no {name} for this task: {nearest(name, lowbit.openvino.__all__)}")
-    kept: dict[str, bool] = (
-        {} if dtype is None or asked is not None or name == TASKS["text-to-image"] else {"load_in_8bit": False}
-    )
-    if name != TASKS["text-to-image"]:
-        kept["convert_tokenizer"] = tokenizer
+    kept: dict[str, bool] = {} if dtype is None or asked is not None else {"load_in_8bit": False}
+    kept["convert_tokenizer"] = tokenizer
     made = getattr(lowbit.openvino, name).from_pretrained(
         model, export=True, quantization_config=asked, compile=False, **kept, **keywords
     )

@@ -3,6 +3,8 @@
     model.model                      the openvino.Model; a changed one may be put in its place
     model.to("GPU"), model.compile() where it runs, and making it ready, which the first call does otherwise
     model.save_pretrained(folder)    graph, configuration, and what lay beside them: the tokenizer in both forms
+    copy.deepcopy(model)             one with a graph of its own, made ready on its first call
+    model.half()                     weights in 16 bits where they had 32
 
 The class is a `PreTrainedModel` without parameters, so that pipelines and `generate` of transformers take it for what it is. Its
 tensors of torch lie on the CPU, wherever the graph runs.
@@ -10,11 +12,9 @@ tensors of torch lie on the CPU, wherever the graph runs.
 
 from __future__ import annotations
 
-import json
+import copy
 import shutil
-import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,34 +22,33 @@ from typing import Any, ClassVar, Self
 import torch
 import transformers
 
-from lowbit.checkpoint.companions import travels
-from lowbit.checkpoint.hub import fetch_companions, find_model
 from lowbit.contents import CONFIG, GENERATION_CONFIG
 from lowbit.errors import CheckpointError, LowbitError
-from lowbit.openvino.compress import compression_report, is_compressed
-from lowbit.openvino.export import FORMATS, RECIPE, save_graph, write_ov_config
+from lowbit.openvino.folders import find_graph, has_source, make_folder, replace_graph, tell_what_was_done
 from lowbit.openvino.library import device as find_device
-from lowbit.openvino.library import ov
-from lowbit.openvino.opening import MODEL, compile_model, has_graph, read_model
+from lowbit.openvino.library import halved, ov
+from lowbit.openvino.opening import MODEL, compile_model, read_model
+from lowbit.openvino.pretrained import FromPretrained
 
 # What a graph's folder holds beside the graph and what transformers writes: copied on to the next folder.
 _BESIDE = (
     "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "chat_template*", "spiece.model",
     "preprocessor_config.json", "processor_config.json", "openvino_tokenizer.*", "openvino_detokenizer.*", "openvino_config.json",
 )  # fmt: skip
+_COMPUTES = "ov_config={'INFERENCE_PRECISION_HINT': ...} names the type that a device computes in"
+_NAME_A_DEVICE = 'name one of OpenVINO\'s, such as model.to("GPU")'
 
 
-# What a folder is exported from: weights in one file, or in several with an index.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+class GraphConfig(transformers.PreTrainedConfig):  # type: ignore[misc]  # transformers is not typed
+    """The place of a graph among transformers' kinds of models. The configuration that a model has is that of its original."""
 
-# Words of optimum-intel: the class is the task, every graph takes inputs of any size, and nothing is copied twice.
-_IDLE = ("task", "use_io_binding", "dynamic_shapes")
+    model_type = "openvino_graph"
 
 
-class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transformers is not typed
+class OVModel(FromPretrained, transformers.PreTrainedModel):  # type: ignore[misc]  # transformers is not typed
     """A graph of OpenVINO that transformers takes for one of its models."""
 
-    config_class = transformers.PreTrainedConfig
+    config_class = GraphConfig
     _supports_sdpa = True
     # The file of the graph.
     graph_name: ClassVar[str] = MODEL
@@ -66,13 +65,11 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
     ) -> None:
         super().__init__(config)
         self._graph, self._compiled = model, None
-        self._device_name = _device_name(device)
+        self._device_name = device_name(device)
         self.ov_config = dict(ov_config or {})
         # Where pipelines put their tensors: without it they take the first GPU that torch sees, and send the model there.
         self.hf_device_map = {"": "cpu"}
         self.folder = None if folder is None else Path(folder)
-        # What the graph was written to by `from_pretrained(export=True)`: it is read from there as long as the model lives.
-        self._kept: tempfile.TemporaryDirectory[str] | None = None
         if compile:
             self.compile()
 
@@ -109,26 +106,48 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
         """Run on another of OpenVINO's devices from the next call on: "CPU", "GPU", "GPU.1", "NPU", "AUTO:GPU,CPU"."""
         places = (*places, *(named[name] for name in ("device",) if named.get(name) is not None))
         for place in places:
-            if isinstance(place, torch.dtype):
-                raise LowbitError(
-                    f"a graph computes in the type that its device is asked for: ov_config={{'INFERENCE_PRECISION_HINT': ...}} "
-                    f"takes the place of to({place})"
-                )
-            name = _device_name(place)
+            name = device_name(place)
             if name != self._device_name:
                 self._device_name, self._compiled = name, None
         return self
 
-    def reshape(self, *_: Any, **__: Any) -> None:
-        """optimum-intel's word for fixing sizes."""
-        raise LowbitError(
-            "the graph takes inputs of any size, so leave reshape out: where a device needs fixed ones, set them with "
-            "compile=False and model.model.reshape(...), which is OpenVINO's own, before the first call"
-        )
-
     def clear_requests(self) -> None:
         """Give back what the device holds; the next call makes it ready again."""
         self._compiled = None
+
+    def half(self) -> Self:
+        """Weights of 32 bits in 16, in memory and in what `save_pretrained` writes; low-bit ones stay."""
+        self.model = halved(self.model)
+        return self
+
+    def float(self) -> Self:
+        """Itself: what goes in and comes out is float32."""
+        warnings.warn(f"float(): does nothing, since a graph takes and gives float32; {_COMPUTES}", stacklevel=2)
+        return self
+
+    def bfloat16(self) -> Self:
+        """torch's word for a type that graphs are not written in."""
+        raise LowbitError(f"bfloat16(): leave it out; {_COMPUTES}")
+
+    def double(self) -> Self:
+        """torch's word for a type that graphs are not written in."""
+        raise LowbitError(f"double(): leave it out; {_COMPUTES}")
+
+    def cpu(self) -> Self:
+        """Run on the CPU."""
+        return self.to("CPU")
+
+    def cuda(self, *_: Any, **__: Any) -> Self:
+        """torch's word for a device that OpenVINO has not."""
+        raise LowbitError(f"cuda(): {_NAME_A_DEVICE}")
+
+    def xpu(self, *_: Any, **__: Any) -> Self:
+        """torch's word for Intel's GPUs, which have a name of OpenVINO's."""
+        raise LowbitError(f"xpu(): {_NAME_A_DEVICE}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made: Self = copy_graphs(self, memo, shared=("_kept",))
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -158,6 +177,18 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
                     shutil.copy(file, folder / file.name)
         tell_what_was_done(self._graph, folder)
 
+    @classmethod
+    def _find(cls, model_id: str | Path, keywords: Mapping[str, Any]) -> Path | None:
+        return find_graph(model_id, keywords, cls.graph_name)
+
+    @classmethod
+    def _has_source(cls, folder: Path) -> bool:
+        return has_source(folder)
+
+    @classmethod
+    def _looked_for(cls, folder: Path) -> tuple[Path, str]:
+        return folder, cls.graph_name
+
     def _to_compile(self) -> Any:
         """The graph as it is compiled, where that differs from the one that is saved."""
         return self._graph
@@ -182,68 +213,21 @@ class OVModel(transformers.PreTrainedModel):  # type: ignore[misc]  # transforme
         return made
 
 
-def find_graph(model_id: str | Path, keywords: Mapping[str, Any], name: str = MODEL) -> Path | None:
-    """The folder of a graph, here or fetched from the hub; None where the model has to be exported first."""
-    path = Path(model_id).expanduser()
-    if path.exists():
-        return path if has_graph(path, name) else None
-    found = find_model(model_id, keywords)
-    if found.files is not None and name in found.files:
-        fetch_companions(str(model_id), found.path, _belongs_to_a_graph)
-    return found.path if has_graph(found.path, name) else None
+def copy_graphs(held: Any, memo: dict[int, Any], shared: tuple[str, ...] = ()) -> Any:
+    """A copy with graphs of its own, ready on no device yet; `shared` names what both have in common."""
+    made = object.__new__(type(held))
+    memo[id(held)] = made
+    fields = dict.fromkeys(("_compiled", "compiled_graph")) | {name: getattr(held, name) for name in shared}
+    made.__dict__.update(
+        {name: fields[name] if name in fields else copy.deepcopy(value, memo) for name, value in vars(held).items()}
+    )
+    return made
 
 
-def is_exported_again(folder: Path, export: bool | None) -> bool:
-    """Whether a folder with a graph is to be exported all the same: asked for, and the original's weights lie beside it."""
-    return bool(export) and any((folder / name).is_file() for name in _WEIGHTS)
-
-
-def _belongs_to_a_graph(file: str) -> bool:
-    return file.startswith("openvino_") or file == GENERATION_CONFIG or travels(file)
-
-
-def replace_graph(model: Any, path: Path) -> None:
-    """Write a graph's two files. It may be reading its weights from the very files that it replaces."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing") as beside:
-        save_graph(model, Path(beside) / path.name)
-        for written in Path(beside).iterdir():
-            written.replace(path.parent / written.name)
-
-
-def drop_idle(keywords: dict[str, Any]) -> None:
-    """Take away what optimum-intel's from_pretrained takes and a class here needs not be told."""
-    idle = [name for name in _IDLE if keywords.pop(name, None) is not None]
-    if idle:
-        warnings.warn(f"{', '.join(idle)}: does nothing here and may be left out", stacklevel=3)
-
-
-def make_folder(place: str | Path) -> Path:
-    """A folder to write into, made where it is not there."""
-    folder = Path(place).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be a folder ({error.strerror}): name another to write into") from error
-    return folder
-
-
-def tell_what_was_done(graph: Any, folder: Path) -> None:
-    """Write into a folder what its graph says of its weights: how they were written, and what `compress_weights` did since."""
-    if not graph.has_rt_info(RECIPE) and not is_compressed(graph):
-        return
-    recipe, formats = "", Counter[str]()
-    if graph.has_rt_info(RECIPE):
-        recipe = graph.get_rt_info(RECIPE).astype(str)
-        formats.update(json.loads(graph.get_rt_info(FORMATS).astype(str)))
-    if is_compressed(graph):
-        report = compression_report(graph)
-        recipe = report.recipe
-        formats.update(report.formats())
-    write_ov_config(folder, recipe, formats)
-
-
-def _device_name(place: Any) -> str:
+def device_name(place: Any) -> str:
     """A device as OpenVINO spells it; a torch device of the CPU is that."""
+    if isinstance(place, torch.dtype):
+        raise LowbitError(f"to({place}): leave it out; {_COMPUTES}")
     if isinstance(place, torch.device) and place.type != "cpu":
-        raise LowbitError(f'{place} is a device of torch: name one of OpenVINO\'s, such as model.to("GPU")')
+        raise LowbitError(f"{place} is a device of torch: {_NAME_A_DEVICE}")
     return find_device(str(place))

@@ -9,10 +9,9 @@ by a smaller model. The past stays in the graph's state, and `StateCache` says t
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +19,11 @@ import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowbit.errors import LowbitError
-from lowbit.openvino.base import OVModel, drop_idle, find_graph, is_exported_again
+from lowbit.openvino.base import GraphConfig, OVModel
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
-from lowbit.openvino.exporting import compress, export_decoder, quantization_asked
+from lowbit.openvino.exporting import compress, export_decoder
 from lowbit.openvino.native.graph import ask_for_logits
 from lowbit.openvino.native.rows import Decoder, Integers, Rows, check_graph
-from lowbit.openvino.opening import read_model
 from lowbit.openvino.state_cache import StateCache
 
 # What generate asks for by itself, in one of its releases or another.
@@ -37,56 +35,25 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
 
     auto_model_class = transformers.AutoModelForCausalLM
     main_input_name = "input_ids"
+    writes = "lowbit.openvino.write_decoder(model, folder)"
 
     @classmethod
-    def from_pretrained(
+    def _write(
         cls,
-        model_id: str | Path,
-        *,
-        export: bool | None = None,
-        load_in_8bit: bool | None = None,
-        load_in_4bit: bool | None = None,
-        quantization_config: Any = None,
-        device: str = "CPU",
-        ov_config: Mapping[str, Any] | None = None,
-        compile: bool = True,
-        config: Any = None,
-        **keywords: Any,
-    ) -> Self:
-        """A model from a folder in OpenVINO's form, or from any other that lowbit reads, which is exported first.
+        source: str | Path,
+        folder: Path,
+        asked: Quantization | None,
+        large_in_8_bits: bool,
+        keywords: dict[str, Any],
+    ) -> None:
+        export_decoder(source, folder, asked, large_in_8_bits=large_in_8_bits, keywords=keywords)
 
-        Without a word about bits a model above 1e9 weights is exported in 8, and says so; load_in_8bit=False keeps its own type.
-        `keywords` are those of transformers that say whose copy of a model is meant, and trust_remote_code.
-        """
-        asked = quantization_asked(load_in_8bit, load_in_4bit, quantization_config)
-        idle = {"use_cache": True, "stateful": True, "use_safetensors": True, "library_name": "transformers"}
-        for name, usual in idle.items():
-            if keywords.pop(name, usual) not in (usual, None):
-                raise LowbitError(f"{name}={not usual!r} is not what an exported language model has here: leave it out")
-        if not isinstance(model_id, str | Path):
+    def _compress_(self, asked: Quantization, source: Path, keywords: Mapping[str, Any]) -> None:
+        if not isinstance(asked, OVWeightQuantizationConfig) or asked.of_torch is not None:
             raise LowbitError(
-                f"from_pretrained takes a folder or a name, not a {type(model_id).__name__}: "
-                "lowbit.openvino.write_decoder(model, folder) writes a model in memory into a folder to open here"
+                "this configuration quantises a torch model, and the folder holds a graph: start from the original"
             )
-        drop_idle(keywords)
-        source = Path(model_id).expanduser()
-        opened = {"device": device, "ov_config": ov_config, "config": config}
-        graph = find_graph(model_id, keywords)
-        if graph is not None and not is_exported_again(graph, export):
-            made = cls._open(graph, compile=compile and asked is None, **opened, **_trust(keywords))
-            if asked is not None:
-                made.model = compress(made.model, _of_graphs(asked), graph, keywords)
-                if compile:
-                    made.compile()
-            return made
-        if export is False and source.is_dir():
-            read_model(source)  # says what the folder lacks
-        kept = tempfile.TemporaryDirectory(prefix="lowbit-openvino-")
-        out = Path(kept.name) / "model"
-        export_decoder(model_id, out, asked, large_in_8_bits=load_in_8bit is None, keywords=keywords)
-        made = cls._open(out, compile=compile, **opened, **_trust(keywords))
-        made._kept = kept
-        return made
+        self.model = compress(self.model, asked, source, keywords)
 
     def _to_compile(self) -> Any:
         check_graph(self.model)
@@ -150,16 +117,8 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
             )
 
 
-def _trust(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    return {"trust_remote_code": bool(keywords.get("trust_remote_code"))}
-
-
-def _of_graphs(asked: Quantization) -> OVWeightQuantizationConfig:
-    if not isinstance(asked, OVWeightQuantizationConfig) or asked.of_torch is not None:
-        raise LowbitError(
-            "this configuration quantises a torch model, and the folder holds a graph: start from the original"
-        )
-    return asked
+# transformers' pipelines ask which classes are models of their task.
+transformers.AutoModelForCausalLM.register(GraphConfig, OVModelForCausalLM)
 
 
 def _check_tokens(tokens: Integers, words: int) -> None:

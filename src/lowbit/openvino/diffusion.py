@@ -1,216 +1,119 @@
-"""Pictures from text: the U-Net, text encoders and autoencoder of a diffusers pipeline as graphs, its own code around them.
+"""Pictures from text: the denoiser, text encoders and autoencoder of a diffusers pipeline as graphs, its own code around them.
 
     pipeline = OVStableDiffusionPipeline.from_pretrained("folder or model", export=True, load_in_8bit=True)
     pipeline("a cat on the moon", num_inference_steps=20).images[0]
 
 The pipeline is diffusers' class with our parts in the places of its modules, so schedulers, guidance, callbacks and generators are
-all its own; what is neither a U-Net, a text encoder nor an autoencoder (a safety checker, say) stays a module of torch. The folder
-keeps the layout of diffusers, with `openvino_model.xml` in each part's folder and the autoencoder's halves in two.
+all its own; what is none of these parts (a safety checker, say) stays a module of torch. The folder keeps the layout of diffusers,
+with `openvino_model.xml` in each part's folder, the autoencoder's halves in two, and tokenizers in both forms.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
-import tempfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
-import numpy as np
-import torch
 import transformers
-from torch import nn
 
-from lowbit.errors import CheckpointError, LowbitError, MissingPackageError, RecipeError, one_line
-from lowbit.openvino.base import make_folder, replace_graph
+from lowbit.errors import CheckpointError, LowbitError, RecipeError
+from lowbit.openvino.base import copy_graphs, device_name
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
-from lowbit.openvino.exporting import compress, quantization_asked
-from lowbit.openvino.library import device as find_device
-from lowbit.openvino.library import ov
-from lowbit.openvino.opening import MODEL, compile_model, has_graph, read_model
-from lowbit.openvino.picture_parts import trace_text, trace_unet, trace_vae
+from lowbit.openvino.exporting import compress
+from lowbit.openvino.folders import make_folder, replace_graph
+from lowbit.openvino.library import halved
+from lowbit.openvino.opening import MODEL, has_graph, read_model
+from lowbit.openvino.picture_export import (
+    CONFIG,
+    DENOISERS,
+    INDEX,
+    TEXT_PARTS,
+    VAE_PARTS,
+    export_pipeline,
+    write_config,
+    write_rest,
+)
+from lowbit.openvino.picture_graphs import Autoencoder, FrozenDict, Part, TextEncoder, Transformer, UNet, diffusers
+from lowbit.openvino.pretrained import FromPretrained
 
-try:
-    import diffusers
-    from diffusers.configuration_utils import FrozenDict
-    from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-    from diffusers.models.modeling_outputs import AutoencoderKLOutput
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-except ModuleNotFoundError as error:
-    if error.name is None or error.name.partition(".")[0] != "diffusers":
-        raise
-    raise MissingPackageError("diffusers", "a pipeline that makes pictures", "diffusion") from error
-
-INDEX = "model_index.json"
-CONFIG = "config.json"
-_TEXT_PARTS = ("text_encoder", "text_encoder_2")
-_VAE_PARTS = ("vae_encoder", "vae_decoder")
-
-
-class Part(nn.Module):
-    """A graph in the place of a module of a pipeline: `model` is an `openvino.Model` that may be exchanged."""
-
-    def __init__(self, graph: Any, config: Any, pipeline: OVDiffusionPipeline) -> None:
-        super().__init__()
-        self.graph, self.compiled_graph, self.config = graph, None, config
-        self.pipeline: Any = SimpleNamespace(of=pipeline)  # no module of this module
-
-    @property
-    def model(self) -> Any:
-        return self.graph
-
-    @model.setter
-    def model(self, graph: Any) -> None:
-        self.graph, self.compiled_graph = graph, None
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    def to(self, *_: Any, **__: Any) -> Self:
-        """Tensors go in and come out on the CPU; the pipeline's `to` names the device of the graphs."""
-        return self
-
-    def run(self, **given: Any) -> dict[str, torch.Tensor]:
-        """What the graph gives, by name."""
-        if self.compiled_graph is None:
-            owner = self.pipeline.of
-            self.compiled_graph = compile_model(self.graph, owner.ov_device, owner.ov_config)
-        named = {port.get_any_name(): port.get_element_type().to_dtype() for port in self.graph.inputs}
-        arrays = {name: np.asarray(given[name]).astype(kind, copy=False) for name, kind in named.items()}
-        found: Any = self.compiled_graph
-        answer = found(arrays)
-        return {port.get_any_name(): torch.from_numpy(answer[port].copy()) for port in found.outputs}
+_KINDS = {"unet": UNet, "transformer": Transformer}
+# What a pipeline of one family begins with: the end of its class's name before "Pipeline".
+_BEGINNINGS = ("Img2Img", "Inpaint", "")
 
 
-class UNet(Part):
-    @property
-    def add_embedding(self) -> Any:
-        """SDXL asks how wide its further conditions are."""
-        return SimpleNamespace(linear_1=SimpleNamespace(in_features=self.config.projection_class_embeddings_input_dim))
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: Any,
-        encoder_hidden_states: torch.Tensor,
-        added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
-        timestep_cond: Any = None,
-        cross_attention_kwargs: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        if timestep_cond is not None or cross_attention_kwargs:
-            raise LowbitError(
-                "the graph of this U-Net takes no timestep_cond and no cross_attention_kwargs: leave them out"
-            )
-        given = {"sample": sample, "timestep": float(timestep), "encoder_hidden_states": encoder_hidden_states}
-        found = self.run(**given, **(added_cond_kwargs or {}))["out_sample"]
-        return UNet2DConditionOutput(sample=found) if return_dict else (found,)
-
-
-class TextEncoder(Part):
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: Any = None, output_hidden_states: bool = False, **_: Any
-    ) -> Any:
-        found = self.run(input_ids=input_ids)
-        layers = [name for name in found if name.startswith("hidden_states.")]
-        hidden = tuple(found.pop(name) for name in layers)
-        kind = transformers.modeling_outputs.BaseModelOutputWithPooling
-        if "text_embeds" in found:
-            kind = transformers.models.clip.modeling_clip.CLIPTextModelOutput
-        return kind(**found, hidden_states=hidden if output_hidden_states else None)
-
-
-class Autoencoder(nn.Module):
-    """Both halves of the autoencoder, as one module of the pipeline."""
-
-    def __init__(self, encoder: Part, decoder: Part) -> None:
-        super().__init__()
-        self.encoder, self.decoder, self.config = encoder, decoder, decoder.config
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    def to(self, *_: Any, **__: Any) -> Self:
-        """As of the other parts."""
-        return self
-
-    def decode(self, z: torch.Tensor, return_dict: bool = True, generator: Any = None) -> Any:
-        found = self.decoder.run(latent_sample=z)["sample"]
-        return DecoderOutput(sample=found) if return_dict else (found,)
-
-    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
-        latents = DiagonalGaussianDistribution(self.encoder.run(sample=x)["latent_parameters"])
-        return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
-
-
-class OVDiffusionPipeline:
+class OVDiffusionPipeline(FromPretrained):
     """A pipeline of diffusers over graphs; what it has, this has."""
 
     pipeline_class: ClassVar[str] = ""  # of the folder itself
+    writes = "lowbit.openvino.diffusion.export_pipeline(pipeline, folder)"
+    library = "diffusers"
 
     def __init__(self, folder: Path, device: str = "CPU", ov_config: Mapping[str, Any] | None = None) -> None:
-        self.ov_device, self.ov_config = find_device(device), dict(ov_config or {})
-        self._kept: tempfile.TemporaryDirectory[str] | None = None
+        self.ov_device, self.ov_config, self.folder = device_name(device), dict(ov_config or {}), folder
         index = self.index = json.loads((folder / INDEX).read_text())
-        kind = getattr(diffusers, self.pipeline_class or index["_class_name"])
+        kind = _class_named(self._named(index["_class_name"]))
         self.parts = {name: self._read(folder / name, index) for name in _graph_parts(folder)}
-        taken: dict[str, Any] = {n: part for n, part in self.parts.items() if n not in _VAE_PARTS}
+        taken: dict[str, Any] = {n: part for n, part in self.parts.items() if n not in VAE_PARTS}
         taken["vae"] = Autoencoder(self.parts["vae_encoder"], self.parts["vae_decoder"])
         for name, said in index.items():
             if isinstance(said, list) and name not in taken:
                 taken[name] = _load(folder / name, *said)
             elif not isinstance(said, list) and not name.startswith("_"):
                 taken[name] = said
-        self.pipeline = kind(**taken)
+        self.pipeline = kind(**_fitting(taken, kind, index["_class_name"], folder))
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model_id: str | Path,
-        *,
-        export: bool | None = None,
-        load_in_8bit: bool | None = None,
-        load_in_4bit: bool | None = None,
-        quantization_config: Any = None,
-        device: str = "CPU",
-        ov_config: Mapping[str, Any] | None = None,
-        compile: bool = True,
-        **keywords: Any,
-    ) -> Self:
-        """A pipeline from a folder of graphs, or from any of diffusers' folders or names, which is exported first."""
-        asked = quantization_asked(load_in_8bit, load_in_4bit, quantization_config)
-        if asked is not None and not isinstance(asked, OVWeightQuantizationConfig):
-            raise RecipeError(f"{type(asked).__name__} quantises language models: take OVWeightQuantizationConfig here")
-        source = Path(model_id).expanduser()
-        if _graph_parts(source):
-            made = cls(source, device, ov_config)
-            if asked is not None:
-                for part in made.parts.values():
-                    part.model = compress(part.model, asked, source)
-        else:
-            kept = tempfile.TemporaryDirectory(prefix="lowbit-openvino-")
-            export_pipeline(model_id, Path(kept.name), asked, keywords)
-            made = cls(Path(kept.name), device, ov_config)
-            made._kept = kept
+    def _named(cls, of_the_folder: str) -> str:
+        """The class of diffusers, for that of a folder."""
+        return cls.pipeline_class or of_the_folder
+
+    @classmethod
+    def _find(cls, model_id: str | Path, keywords: Mapping[str, Any]) -> Path | None:
+        folder = Path(model_id).expanduser()
+        return folder if _graph_parts(folder) else None
+
+    @classmethod
+    def _has_source(cls, folder: Path) -> bool:
+        return any(file for name in DENOISERS for file in (folder / name).glob("diffusion_pytorch_model*"))
+
+    @classmethod
+    def _looked_for(cls, folder: Path) -> tuple[Path, str]:
+        return folder / next((name for name in DENOISERS if (folder / name).is_dir()), DENOISERS[0]), MODEL
+
+    @classmethod
+    def _open(cls, folder: Path, *, compile: bool = True, config: Any = None, **words: Any) -> Self:
+        if config is not None:
+            raise LowbitError("config=: each part of a pipeline has its own in its folder, so leave it out")
+        made = cls(folder, words["device"], words["ov_config"])
         if compile:
             made.compile()
         return made
 
+    @classmethod
+    def _write(
+        cls,
+        source: str | Path,
+        folder: Path,
+        asked: Quantization | None,
+        large_in_8_bits: bool,
+        keywords: dict[str, Any],
+    ) -> None:
+        tokenizers = bool(keywords.pop("convert_tokenizer", True))
+        export_pipeline(source, folder, asked, keywords, large_in_8_bits=large_in_8_bits, convert_tokenizer=tokenizers)
+
+    def _compress_(self, asked: Quantization, source: Path, keywords: Mapping[str, Any]) -> None:
+        if not isinstance(asked, OVWeightQuantizationConfig):
+            raise RecipeError(f"{type(asked).__name__} quantises language models: take OVWeightQuantizationConfig here")
+        for part in self.parts.values():
+            part.model = compress(part.model, asked, source, keywords)
+
     def __call__(self, *values: Any, **named: Any) -> Any:
         """Make pictures: diffusers' own call."""
-        if named.get("clip_skip") is not None:
+        if named.get("clip_skip") is not None and "unet" in self.parts:
             raise LowbitError("clip_skip reads inside of the text encoder, which is a graph: leave it out")
         return self.pipeline(*values, **named)
 
@@ -218,6 +121,10 @@ class OVDiffusionPipeline:
         if name == "pipeline":
             raise AttributeError(name)
         return getattr(self.pipeline, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made: Self = copy_graphs(self, memo, shared=("_kept",))
+        return made
 
     @property
     def scheduler(self) -> Any:
@@ -227,17 +134,27 @@ class OVDiffusionPipeline:
     def scheduler(self, scheduler: Any) -> None:
         self.pipeline.scheduler = scheduler
 
-    def to(self, device: str) -> Self:
+    def to(self, device: Any) -> Self:
         """Run the graphs on another of OpenVINO's devices from the next call on."""
-        self.ov_device = find_device(str(device))
-        for part in self.parts.values():
-            part.compiled_graph = None
+        self.ov_device = device_name(device)
+        self.clear_requests()
         return self
 
-    def compile(self) -> None:
+    def clear_requests(self) -> None:
+        """Give back what the device holds; the next call makes it ready again."""
+        for part in self.parts.values():
+            part.compiled_graph = None
+
+    def compile(self, *_: Any, **__: Any) -> None:
         """Make all graphs ready on their device."""
         for part in self.parts.values():
-            part.compiled_graph = compile_model(part.model, self.ov_device, self.ov_config)
+            part.make_ready()
+
+    def half(self) -> Self:
+        """Weights of 32 bits in 16, in memory and in what `save_pretrained` writes; low-bit ones stay."""
+        for part in self.parts.values():
+            part.model = halved(part.model)
+        return self
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write graphs, configurations, scheduler and tokenizers."""
@@ -245,18 +162,50 @@ class OVDiffusionPipeline:
         for name, part in self.parts.items():
             (folder / name).mkdir(exist_ok=True)
             replace_graph(part.model, folder / name / MODEL)
-            _write_config(part.config, folder / name)
-        _write_rest(self.pipeline, folder, self.index)
+            write_config(part.config, folder / name)
+        write_rest(self.pipeline, folder, self.index)
+        if self.folder.resolve() != folder.resolve():
+            for file in self.folder.glob("tokenizer*/openvino_*"):
+                shutil.copy(file, folder / file.parent.name / file.name)
 
     def _read(self, folder: Path, index: Mapping[str, Any]) -> Part:
         name = folder.name
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"{folder} has no {CONFIG}: copy the one of the original pipeline")
         fields = json.loads((folder / CONFIG).read_text())
-        if name in _TEXT_PARTS:
+        if name in TEXT_PARTS:
             config = getattr(transformers, index[name][1]).config_class.from_pretrained(folder)
             return TextEncoder(read_model(folder), config, self)
-        return (UNet if name == "unet" else Part)(read_model(folder), FrozenDict(fields), self)
+        return _KINDS.get(name, Part)(read_model(folder), FrozenDict(fields), self)
+
+
+class _OfTheFamily(OVDiffusionPipeline):
+    """The class of a folder's family that begins with what is asked for."""
+
+    begins_with: ClassVar[str] = ""
+
+    @classmethod
+    def _named(cls, of_the_folder: str) -> str:
+        family = of_the_folder.removesuffix("Pipeline")
+        for beginning in _BEGINNINGS:
+            family = family.removesuffix(beginning)
+        return f"{family}{cls.begins_with}Pipeline"
+
+
+class OVPipelineForText2Image(_OfTheFamily):
+    """Text to picture, by the class of the folder's family."""
+
+
+class OVPipelineForImage2Image(_OfTheFamily):
+    """Picture and text to picture."""
+
+    begins_with = "Img2Img"
+
+
+class OVPipelineForInpainting(_OfTheFamily):
+    """A picture with a part of it made anew."""
+
+    begins_with = "Inpaint"
 
 
 class OVStableDiffusionPipeline(OVDiffusionPipeline):
@@ -271,6 +220,12 @@ class OVStableDiffusionImg2ImgPipeline(OVDiffusionPipeline):
     pipeline_class = "StableDiffusionImg2ImgPipeline"
 
 
+class OVStableDiffusionInpaintPipeline(OVDiffusionPipeline):
+    """A picture with a part of it made anew."""
+
+    pipeline_class = "StableDiffusionInpaintPipeline"
+
+
 class OVStableDiffusionXLPipeline(OVDiffusionPipeline):
     """Text to picture, with two text encoders."""
 
@@ -283,50 +238,74 @@ class OVStableDiffusionXLImg2ImgPipeline(OVDiffusionPipeline):
     pipeline_class = "StableDiffusionXLImg2ImgPipeline"
 
 
-def _fetch(source: str | Path, keywords: Mapping[str, Any]) -> Any:
-    try:
-        return diffusers.DiffusionPipeline.from_pretrained(str(source), **keywords)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} cannot be opened as a pipeline of diffusers ({one_line(str(error))}): name a folder "
-            "with model_index.json in it"
-        ) from error
+class OVStableDiffusionXLInpaintPipeline(OVDiffusionPipeline):
+    """A picture with a part of it made anew, with two text encoders."""
+
+    pipeline_class = "StableDiffusionXLInpaintPipeline"
 
 
-def export_pipeline(
-    source: Any, out: Path, quantization: Quantization | None, keywords: Mapping[str, Any] | None = None
-) -> None:
-    """Write the graphs of a pipeline of diffusers, given as itself, a folder or a name, and everything beside them."""
-    given = isinstance(source, diffusers.DiffusionPipeline)
-    pipeline = source if given else _fetch(source, keywords or {})
-    unet = getattr(pipeline, "unet", None)
-    if not isinstance(unet, diffusers.UNet2DConditionModel):
-        raise LowbitError(
-            f"{type(pipeline).__name__} has no U-Net that looks at text: lowbit.openvino.trace(module, inputs) makes a graph of "
-            "any of its modules"
-        )
-    halves = unet.dtype == torch.float16
-    if halves:
-        pipeline.to(torch.float32)
-    graphs = {"unet": trace_unet(pipeline), **trace_vae(pipeline.vae)}
-    for name in _TEXT_PARTS:
-        if getattr(pipeline, name, None) is not None:
-            graphs[name] = trace_text(getattr(pipeline, name))
-    for name, graph in graphs.items():
-        module = pipeline.vae if name in _VAE_PARTS else getattr(pipeline, name)
-        if isinstance(quantization, OVWeightQuantizationConfig):
-            graph = compress(graph, quantization, source)
-        (out / name).mkdir()
-        ov.save_model(graph, out / name / MODEL, compress_to_fp16=halves)
-        _write_config(module.config, out / name)
-    known = {name: said for name, said in pipeline.config.items() if name != "_name_or_path"}
-    index = {"_class_name": type(pipeline).__name__, **known}
-    _write_rest(pipeline, out, index)
+class OVStableDiffusion3Pipeline(OVDiffusionPipeline):
+    """Text to picture by a transformer, with three text encoders."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+
+
+class OVStableDiffusion3Img2ImgPipeline(OVDiffusionPipeline):
+    """Picture and text to picture by a transformer."""
+
+    pipeline_class = "StableDiffusion3Img2ImgPipeline"
+
+
+class OVLatentConsistencyModelPipeline(OVDiffusionPipeline):
+    """Text to picture in few steps."""
+
+    pipeline_class = "LatentConsistencyModelPipeline"
+
+
+class OVFluxPipeline(OVDiffusionPipeline):
+    """Text to picture by a transformer."""
+
+    pipeline_class = "FluxPipeline"
+
+
+class OVFluxImg2ImgPipeline(OVDiffusionPipeline):
+    """Picture and text to picture by a transformer."""
+
+    pipeline_class = "FluxImg2ImgPipeline"
+
+
+class OVFluxInpaintPipeline(OVDiffusionPipeline):
+    """A picture with a part of it made anew by a transformer."""
+
+    pipeline_class = "FluxInpaintPipeline"
 
 
 def _graph_parts(folder: Path) -> list[str]:
     """The parts of a folder that are graphs."""
-    return [name for name in ("unet", *_VAE_PARTS, *_TEXT_PARTS) if has_graph(folder / name)]
+    return [name for name in (*DENOISERS, *VAE_PARTS, *TEXT_PARTS) if has_graph(folder / name)]
+
+
+def _class_named(name: str) -> Any:
+    found = getattr(diffusers, name, None)
+    if found is None:
+        raise LowbitError(
+            f"diffusers {diffusers.__version__} has no {name}: take OVDiffusionPipeline, the folder's own"
+        )
+    return found
+
+
+def _fitting(taken: Mapping[str, Any], kind: Any, of_the_folder: str, folder: Path) -> dict[str, Any]:
+    """What a class of diffusers is made of, where the folder is one of its family's."""
+    known = dict(inspect.signature(kind).parameters)
+    needed = {name for name, one in known.items() if one.default is one.empty}
+    parts = {name for name, value in taken.items() if not isinstance(value, bool | int | float | str | None)}
+    odd = sorted((parts - known.keys()) | (needed - taken.keys()))
+    if odd:
+        raise CheckpointError(
+            f"{folder} holds a {of_the_folder}, whose parts are not those of a {kind.__name__} ({odd[0]}): open it with "
+            "OVDiffusionPipeline"
+        )
+    return {name: value for name, value in taken.items() if name in known}
 
 
 def _load(folder: Path, library: str | None, kind: str | None) -> Any:
@@ -334,19 +313,3 @@ def _load(folder: Path, library: str | None, kind: str | None) -> Any:
     if library is None or kind is None:
         return None
     return getattr(importlib.import_module(library), kind).from_pretrained(folder)
-
-
-def _write_config(config: Any, folder: Path) -> None:
-    if isinstance(config, transformers.PreTrainedConfig):
-        config.save_pretrained(folder)
-    else:
-        (folder / CONFIG).write_text(json.dumps(dict(config), indent=2, default=str) + "\n")
-
-
-def _write_rest(pipeline: Any, folder: Path, index: Mapping[str, Any]) -> None:
-    """The index, and all that is no graph."""
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for name, said in index.items():
-        part = getattr(pipeline, name, None) if isinstance(said, list | tuple) else None
-        if part is not None and name not in (*_TEXT_PARTS, "unet", "vae"):
-            part.save_pretrained(folder / name)

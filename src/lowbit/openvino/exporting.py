@@ -23,11 +23,11 @@ from lowbit.checkpoint.auto import AutoModelForCausalLM
 from lowbit.configs.base import WeightOnlyConfig
 from lowbit.contents import REPORT
 from lowbit.errors import RecipeError
-from lowbit.openvino.base import replace_graph, tell_what_was_done
 from lowbit.openvino.compress import compress_weights, compression_report
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.configs import read_config as read_quantization
 from lowbit.openvino.export import write_decoder
+from lowbit.openvino.folders import replace_graph, tell_what_was_done
 from lowbit.openvino.opening import MODEL, read_model
 from lowbit.openvino.recipes import LARGE
 from lowbit.openvino.sources import check_generates, has_spec

@@ -9,7 +9,7 @@ results are then those of float32, which is what a comparison needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def read_model(folder: str | Path, name: str = MODEL) -> Any:
     try:
         return core().read_model(graph, weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{graph} cannot be read ({one_line(str(error))}); export the model again") from None
+        raise CheckpointError(f"{graph} cannot be read ({_reason(str(error))}); export the model again") from None
 
 
 def compile_model(model: Any, name: str = "CPU", ov_config: Mapping[str, Any] | None = None) -> Any:
@@ -57,4 +57,20 @@ def compile_model(model: Any, name: str = "CPU", ov_config: Mapping[str, Any] | 
     try:
         return core().compile_model(model, chosen, properties)
     except RuntimeError as error:
-        raise LowbitError(f"OpenVINO refuses the model on {chosen}: {one_line(str(error))}") from None
+        raise LowbitError(f"OpenVINO refuses the model on {chosen}: {_reason(str(error))}") from None
+
+
+def infer(run: Callable[..., Any], given: Mapping[str, Any], **options: Any) -> Any:
+    """What a compiled model, or a request's `infer`, answers to inputs by name; a refusal names their shapes."""
+    try:
+        return run(given, **options)
+    except RuntimeError as error:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
+        raise LowbitError(f"OpenVINO refuses {shapes}: {_reason(str(error))}") from None
+
+
+def _reason(said: str) -> str:
+    """What an exception of the package says, without the places of its code that it went through."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("Exception from src")]
+    return one_line(" ".join(told or lines))

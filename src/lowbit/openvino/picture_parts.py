@@ -1,8 +1,11 @@
 """The modules of a pipeline that makes pictures, each as a graph with one tensor for each input and output.
 
-text encoder    input_ids -> what it gives, and hidden_states.0, hidden_states.1, ...
-U-Net           sample, timestep, encoder_hidden_states, [text_embeds, time_ids] -> out_sample
+text encoder    input_ids -> what it gives, and hidden_states.0, hidden_states.1, ... of those of CLIP
+U-Net           sample, timestep, encoder_hidden_states, [timestep_cond], [text_embeds, time_ids] -> out_sample
+transformer     hidden_states, timestep, encoder_hidden_states, pooled_projections, [guidance], [txt_ids, img_ids] -> out_sample
 autoencoder     sample -> latent_parameters                latent_sample -> sample
+
+Names, order and types are those that OpenVINO's own pipelines ask for; a U-Net's steps are whole numbers for that reason.
 """
 
 from __future__ import annotations
@@ -15,18 +18,23 @@ from torch import nn
 from lowbit.errors import LowbitError
 from lowbit.openvino.tracing import trace
 
+# The transformers that can be followed, by their classes.
+TRANSFORMERS = ("FluxTransformer2DModel", "SD3Transformer2DModel")
+_TOKENS = 16  # of a text encoder that says nothing of how many it reads
+
 
 class _Text(nn.Module):
-    """A text encoder with what is between its layers as outputs of their own."""
+    """A text encoder with what is between its layers as outputs of their own, where pipelines ask for that."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
+        self.layers = "clip" in module.config.model_type
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = self.module(input_ids, output_hidden_states=True)
+        found = self.module(input_ids, output_hidden_states=self.layers)
         tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-        return tensors | {f"hidden_states.{layer}": value for layer, value in enumerate(found.hidden_states)}
+        return tensors | {f"hidden_states.{layer}": value for layer, value in enumerate(found.hidden_states or ())}
 
 
 class _Further(nn.Module):
@@ -36,8 +44,11 @@ class _Further(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, **added: torch.Tensor) -> Any:
-        return self.module(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+    def forward(
+        self, sample: Any, timestep: Any, encoder_hidden_states: Any, timestep_cond: Any = None, **added: torch.Tensor
+    ) -> Any:
+        options = {"timestep_cond": timestep_cond, "added_cond_kwargs": added, "return_dict": False}
+        return self.module(sample, timestep, encoder_hidden_states, **options)[0]
 
 
 class _Encode(nn.Module):
@@ -65,7 +76,7 @@ class _Decode(nn.Module):
 
 
 def trace_text(module: Any) -> Any:
-    ids = torch.ones(2, module.config.max_position_embeddings, dtype=torch.long)
+    ids = torch.ones(2, getattr(module.config, "max_position_embeddings", _TOKENS), dtype=torch.long)
     with torch.no_grad():
         outputs = list(_Text(module)(ids))
     return trace(_Text(module), {"input_ids": ids}, outputs).model
@@ -78,9 +89,11 @@ def trace_unet(pipeline: Any) -> Any:
     width = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else config.cross_attention_dim[0]
     inputs = {
         "sample": torch.randn(2, config.in_channels, size, size),
-        "timestep": torch.tensor(10.0),
+        "timestep": torch.tensor([10]),
         "encoder_hidden_states": torch.randn(2, 7, width),
     }
+    if config.time_cond_proj_dim is not None:
+        inputs["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
     if config.addition_embed_type == "text_time":
         pooled = pipeline.text_encoder_2.config.projection_dim
         times = (config.projection_class_embeddings_input_dim - pooled) // config.addition_time_embed_dim
@@ -90,6 +103,22 @@ def trace_unet(pipeline: Any) -> Any:
             f"this U-Net has further conditions ({config.addition_embed_type}), which no pipeline here gives it"
         )
     return trace(_Further(unet), inputs, ["out_sample"]).model
+
+
+def trace_transformer(transformer: Any) -> Any:
+    config = transformer.config
+    inputs = {
+        "hidden_states": torch.randn(2, config.in_channels, 8, 8),
+        "timestep": torch.tensor([0.5, 0.25]),
+        "encoder_hidden_states": torch.randn(2, 7, config.joint_attention_dim),
+        "pooled_projections": torch.randn(2, config.pooled_projection_dim),
+    }
+    if type(transformer).__name__ == TRANSFORMERS[0]:
+        inputs["hidden_states"] = torch.randn(2, 16, config.in_channels)
+        if config.guidance_embeds:
+            inputs["guidance"] = torch.tensor([3.5, 3.0])
+        inputs |= {"txt_ids": torch.zeros(7, 3), "img_ids": torch.rand(16, 3)}
+    return trace(transformer, inputs, ["out_sample"], {"return_dict": False}).model
 
 
 def trace_vae(vae: Any) -> dict[str, Any]:

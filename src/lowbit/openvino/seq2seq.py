@@ -20,11 +20,13 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
 from lowbit.errors import LowbitError, RecipeError
-from lowbit.openvino.base import replace_graph
+from lowbit.openvino.base import GraphConfig, copy_graphs
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import example_of
 from lowbit.openvino.exporting import compress
-from lowbit.openvino.opening import compile_model, read_model
+from lowbit.openvino.folders import replace_graph
+from lowbit.openvino.library import halved
+from lowbit.openvino.opening import compile_model, infer, read_model
 from lowbit.openvino.stepping import trace_decoder
 from lowbit.openvino.traced import OVTraced
 from lowbit.openvino.tracing import trace
@@ -76,6 +78,10 @@ class Part:
     def release(self) -> None:
         self._compiled = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made: Self = copy_graphs(self, memo)
+        return made
+
 
 class Encoder(Part):
     """Called by generate, once for each text or sound."""
@@ -106,7 +112,7 @@ class Encoder(Part):
         missing = [name for name in names if given.get(name) is None]
         if missing:
             raise LowbitError(f"the encoder needs {missing[0]}, and takes {', '.join(names)}")
-        found = self.compiled({name: np.asarray(given[name]) for name in names})
+        found = infer(self.compiled, {name: np.asarray(given[name]) for name in names})
         return BaseModelOutput(last_hidden_state=torch.from_numpy(found[0].copy()))
 
 
@@ -120,7 +126,7 @@ class Decoder(Part):
         if any("encoder_attention_mask" in port.get_names() for port in self.model.inputs):
             whole = torch.ones(encoder_hidden_states.shape[:2]) if mask is None else mask
             given["encoder_attention_mask"] = whole.long()
-        request.infer({name: np.asarray(value) for name, value in given.items()})
+        infer(request.infer, {name: np.asarray(value) for name, value in given.items()})
         return torch.from_numpy(request.get_output_tensor(0).data.copy())
 
 
@@ -163,6 +169,11 @@ class OVModelForSeq2SeqLM(OVTraced, transformers.GenerationMixin):  # type: igno
     def clear_requests(self) -> None:
         self.encoder.release()
         self.decoder.release()
+
+    def half(self) -> Self:
+        for part in (self.encoder, self.decoder):
+            part.model = halved(part.model)
+        return self
 
     def get_encoder(self, *_: Any) -> Any:
         return self.encoder
@@ -255,3 +266,8 @@ class OVModelForSpeechSeq2Seq(OVModelForSeq2SeqLM, WhisperGenerationMixin):  # t
     def forward(self, input_features: Any = None, attention_mask: Any = None, **named: Any) -> Any:  # type: ignore[override]
         """As above; the encoder hears all of its thirty seconds, whatever a mask says of them."""
         return super().forward(input_features=input_features, **named)
+
+
+# transformers' pipelines ask which classes are models of their task.
+for kind in (OVModelForSeq2SeqLM, OVModelForSpeechSeq2Seq):
+    kind.auto_model_class.register(GraphConfig, kind)

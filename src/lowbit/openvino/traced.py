@@ -11,11 +11,10 @@ which module that is, and which output class. Low-bit folders arrive with their 
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,12 +25,13 @@ from lowbit.checkpoint import auto, hub
 from lowbit.checkpoint.companions import copy_companions, travels
 from lowbit.configs.base import WeightOnlyConfig
 from lowbit.errors import CheckpointError, LowbitError, RecipeError
-from lowbit.openvino.base import OVModel, drop_idle, find_graph, is_exported_again
+from lowbit.openvino.base import GraphConfig, OVModel
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of
-from lowbit.openvino.exporting import compress, quantization_asked
+from lowbit.openvino.exporting import compress
+from lowbit.openvino.folders import make_folder
 from lowbit.openvino.library import ov
-from lowbit.openvino.opening import read_model
+from lowbit.openvino.opening import infer
 from lowbit.openvino.recipes import LARGE
 from lowbit.openvino.tokenizer import has_tokenizer, write_tokenizers
 from lowbit.openvino.tracing import Traced, trace
@@ -55,59 +55,29 @@ class OVTraced(OVModel):
     output_class: ClassVar[Any] = modeling_outputs.BaseModelOutput
 
     @classmethod
-    def from_pretrained(
+    def _write(
         cls,
-        model_id: str | Path,
-        *,
-        export: bool | None = None,
-        load_in_8bit: bool | None = None,
-        load_in_4bit: bool | None = None,
-        quantization_config: Any = None,
-        device: str = "CPU",
-        ov_config: Mapping[str, Any] | None = None,
-        compile: bool = True,
-        config: Any = None,
-        **keywords: Any,
-    ) -> Self:
-        """A model from a folder in OpenVINO's form, or from any other that transformers or lowbit read, which is exported first.
-
-        Without a word about bits a model above 1e9 weights is exported in 8, and says so; load_in_8bit=False keeps its own type.
-        """
-        asked = quantization_asked(load_in_8bit, load_in_4bit, quantization_config)
-        drop_idle(keywords)
-        source = Path(model_id).expanduser()
-        opened = {"device": device, "ov_config": ov_config, "config": config}
-        if "trust_remote_code" in keywords:
-            opened["trust_remote_code"] = keywords["trust_remote_code"]
-        graph = find_graph(model_id, keywords, cls.graph_name)
-        if graph is not None and not is_exported_again(graph, export):
-            made = cls._open(graph, compile=compile and asked is None, **opened)
-            if asked is not None:
-                made._compress_(asked, graph, keywords)
-                if compile:
-                    made.compile()
-            return made
-        if export is False and source.is_dir():
-            read_model(source, cls.graph_name)  # says what the folder lacks
-        kept = tempfile.TemporaryDirectory(prefix="lowbit-openvino-")
-        out = Path(kept.name)
-        cls.export(model_id, out, asked, large_in_8_bits=load_in_8bit is None, **keywords)
-        made = cls._open(out, compile=compile, **opened)
-        made._kept = kept
-        return made
+        source: str | Path,
+        folder: Path,
+        asked: Quantization | None,
+        large_in_8_bits: bool,
+        keywords: dict[str, Any],
+    ) -> None:
+        cls.export(source, folder, asked, large_in_8_bits=large_in_8_bits, **keywords)
 
     @classmethod
     def export(
         cls,
-        source: str | Path,
-        out: Path,
+        source: Any,
+        out: str | Path,
         quantization: Quantization | None = None,
         *,
         large_in_8_bits: bool = True,
         convert_tokenizer: bool = True,
         **keywords: Any,
     ) -> None:
-        """Write the graph of a model, and everything beside it, into a folder."""
+        """Write the graph of a model, given as itself, a folder or a name, and everything beside it into a folder."""
+        out = make_folder(out)
         module = load_module(cls.auto_model_class, source, quantization, keywords)
         if quantization is None and large_in_8_bits and count_weights(module) >= LARGE:
             print("lowbit: above 1e9 weights, exported in 8 bits; load_in_8bit=False keeps their type", file=sys.stderr)
@@ -159,16 +129,21 @@ class OVTraced(OVModel):
         given = dict(zip(names, values, strict=False)) | {n: v for n, v in named.items() if v is not None}
         if "labels" in given:
             raise LowbitError("the graph gives no loss: call it without labels, or train the original model")
-        odd = [name for name in given if name not in names and not (name in _IDLE or given[name] is False)]
+        odd = [name for name in given if name not in names and not _says_nothing(name, given[name])]
         if odd:
             raise LowbitError(f"{odd[0]} is no input of the graph, which takes {', '.join(names)}")
         arrays = {name: np.asarray(given[name]) for name in names if name in given}
-        found = self.compiled(_completed(arrays, names))
+        found = infer(self.compiled, _completed(arrays, names))
         tensors = {port.get_any_name(): torch.from_numpy(found[port].copy()) for port in self.compiled.outputs}
         return tuple(tensors.values()) if return_dict is False else self._answer(tensors)
 
     def _answer(self, tensors: dict[str, torch.Tensor]) -> Any:
         return self.output_class(**tensors)
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether an argument changes nothing: one of those above, one that is off, a mask that hides nothing."""
+    return name in _IDLE or value is False or (name == "attention_mask" and bool(np.all(np.asarray(value) == 1)))
 
 
 def _completed(arrays: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -290,3 +265,11 @@ class OVModelForCTC(OVTraced):
     auto_model_class = transformers.AutoModelForCTC
     output_class = modeling_outputs.CausalLMOutput
     main_input_name = "input_values"
+
+
+# transformers' pipelines ask which classes are models of their task.
+for kind in (
+    OVModelForFeatureExtraction, OVModelForSequenceClassification, OVModelForTokenClassification, OVModelForQuestionAnswering,
+    OVModelForMaskedLM, OVModelForImageClassification, OVModelForAudioClassification, OVModelForCTC,
+):  # fmt: skip
+    kind.auto_model_class.register(GraphConfig, kind)

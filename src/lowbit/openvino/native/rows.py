@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lowbit.errors import LowbitError
 from lowbit.openvino.library import ov
+from lowbit.openvino.opening import infer
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -102,7 +103,7 @@ class Rows:
             self._empty(rows)
         given = {name: value for name, value in inputs.items() if name in self._inputs}
         self.count = 0  # until it has ended well
-        found = self._request.infer(given, share_inputs=True)[LOGITS]
+        found = infer(self._request.infer, given, share_inputs=True)[LOGITS]
         self.count, self.length = rows, length
         logits: Floats = found if WANTED in self._inputs or wanted is None else found[:, wanted]
         return logits

@@ -24,32 +24,18 @@ NEAREST = {
 }
 HOMES = {name: "lowbit.openvino" for name in lowbit.openvino.__all__ if name.startswith("OV")}
 
-__all__ = [
-    "OVConfig",
-    "OVModelForAudioClassification",
-    "OVModelForCTC",
-    "OVModelForCausalLM",
-    "OVModelForFeatureExtraction",
-    "OVModelForImageClassification",
-    "OVModelForMaskedLM",
-    "OVModelForQuestionAnswering",
-    "OVModelForSeq2SeqLM",
-    "OVModelForSequenceClassification",
-    "OVModelForSpeechSeq2Seq",
-    "OVModelForTokenClassification",
-    "OVQuantizationMethod",
-    "OVWeightQuantizationConfig",
-]
+__all__ = sorted(HOMES)
 __getattr__ = refuse_unknown(__name__, NEAREST, HOMES)
 
 _PLACE = "optimum.intel"
 _UNIT = "tests/unit/test_compat_optimum.py::"
 _SEEDS = "tests/seeds/test_guide5.py::"
+_SHOWN = f"{_UNIT}test_classes_are_ours"
 _LOADS = f"{_PLACE}.OVModelForCausalLM.from_pretrained"
 _OURS = "lowbit.openvino.OVModelForCausalLM.from_pretrained"
 _REFUSED = f"{_UNIT}test_what_is_not_there_is_named"
 NAMES = (
-    *(Name(f"{_PLACE}.{name}", f"lowbit.openvino.{name}", WORKS, f"{_UNIT}test_classes_are_ours") for name in __all__),
+    *(Name(f"{_PLACE}.{name}", f"lowbit.openvino.{name}", WORKS, _SHOWN) for name in __all__),
     Name(f"{_LOADS}(export=)", _OURS, WORKS, f"{_SEEDS}test_export_and_save", "may be left out"),
     Name(
         f"{_LOADS}(device=)",
