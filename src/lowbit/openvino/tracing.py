@@ -141,6 +141,9 @@ def trace(
     `outputs` names what the module gives: keys where that is a mapping, places in order where it is a tuple.
     """
     copied = copy_model(module).float().eval()
+    for part in copied.modules():  # the tracer looks at every attribute; that of a loss warns where a model has none
+        if getattr(part, "loss_type", "") is None:
+            vars(part)["loss_type"] = "ForCausalLM"
     slots, packed = _open_slots(copied)
     call = _Call(copied, list(inputs), outputs, fixed or {})
     call.slots = slots
