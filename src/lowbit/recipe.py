@@ -188,7 +188,7 @@ def recipe_named(name: str | Format | Recipe) -> Recipe:
     if isinstance(name, Recipe):
         return name
     if isinstance(name, Format):
-        return Recipe(name, head=name, name=name.name)
+        return Recipe(name, head=name, name=_name_of(name))
     if not isinstance(name, str) or not name.strip():
         raise FormatError(f"{name!r} names no format: give a name as text, such as 'int4', 'int3_g32' or 'nf4'")
     key = name.strip().lower()
@@ -205,7 +205,12 @@ def recipe_named(name: str | Format | Recipe) -> Recipe:
     if key in CASTS:
         raise FormatError(f"{name} packs nothing, it is a plain type: ask for dtype {CASTS[key]} instead of a format")
     format = as_format(key)
-    return Recipe(format, head=format, name=key if key in ALIASES else format.name)
+    return Recipe(format, head=format, name=key if key in ALIASES else _name_of(format))
+
+
+def _name_of(format: Format) -> str:
+    """The name of a format for every weight, apart from that of a recipe which is called like it."""
+    return f"{format.name}_g{format.group_size}" if format.name in RECIPES else format.name
 
 
 def _stand_in(name: str) -> Recipe:

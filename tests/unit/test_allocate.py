@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,10 @@ def test_the_command_spends_a_budget(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert 3.5 < sum(row["bytes_after"] for row in free) * 8 / weights <= 4
     assert main([*words[:4], "nf4", *words[5:], "--force"]) == FAILED
     assert "name an int format" in capsys.readouterr().err
+    assert main([*words[:6], "2.1", *words[7:], "--force"]) == FAILED
+    said = capsys.readouterr().err
+    least = re.search(r"2\.1 bits a weight are too few: .* need ([\d.]+); ask for more bits", said)
+    assert least is not None and main([*words[:6], least[1], *words[7:], "--force"]) == OK
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])

@@ -166,6 +166,34 @@ def test_quantize_tells_what_contradicts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_quantised_measured_and_compared_by_the_shortest_commands(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No option but those that say what is wanted: windows, text and page are the defaults."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(text("sqlite_train")[:30000])
+    words = ["--algorithm", "gptq", "--scaler", "awq", "--format", "int4_g64", "--calibration", "text.txt"]
+    assert main(["quantize", str(dense), "small", *words]) == OK
+    captured = capsys.readouterr()
+    assert "int4_g64, gptq after awq" in captured.out and "error of the block with gptq" in captured.out
+    assert "text.txt holds 58 windows of 512 tokens, less than the 128 asked for" in captured.err
+    assert "windows of 512 tokens are cut to the model's 128 positions" in captured.err
+    assert main(["evaluate", "small", "--against", str(dense)]) == OK
+    assert {"perplexity", "measured", "original", "KL", "same"} <= set(capsys.readouterr().out.split())
+    assert main(["quantize", str(dense), "smaller", "--format", "int3"]) == OK
+    assert main(["compare", "small", "smaller", "--against", str(dense)]) == OK
+    assert Path("comparison.html").read_text().count("<svg") == 3
+
+
+def test_a_model_without_a_tokenizer_is_not_calibrated_on_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model_in_memory("llama").save_pretrained(tmp_path / "bare")
+    assert main(["quantize", str(tmp_path / "bare"), str(tmp_path / "out"), "--algorithm", "gptq"]) == FAILED
+    assert "bare has no tokenizer, which a calibration text is cut with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("low_bit", [None, "bf16"])
 def test_calibration_of_what_is_not_rounded_is_told(low_bit: str | None, tmp_path: Path) -> None:
     model = tiny_model_in_memory("llama")

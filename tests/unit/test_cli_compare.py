@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -138,6 +139,22 @@ def test_a_page_that_cannot_be_written_is_told_before_anything_is_measured(
         words = ["compare", str(home / "four"), "--against", str(tmp_path / "absent"), "--page", str(page)]
         assert main(words) == FAILED
         assert said in capsys.readouterr().err
+
+
+def test_a_page_for_which_there_is_no_room_leaves_the_one_before_and_the_table(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the page needs more
+    try:
+        assert main(["compare", str(home / "four"), str(home / "three"), "--page", str(page)]) == FAILED
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    captured = capsys.readouterr()
+    assert f"{page} was not written: File too large" in captured.err and "three" in captured.out
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"] and page.read_text() == "before"
 
 
 def test_whatever_is_plotted_is_well_formed() -> None:

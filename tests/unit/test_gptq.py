@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lowbit import AwqConfig, GPTQConfig
 from lowbit.algorithms import ROUNDERS, SCALERS
 from lowbit.algorithms.gptq import invert_factor, order_columns, round_gptq, turn_
 from lowbit.algorithms.rtn import importance_of, relative_error, round_weight
@@ -218,6 +219,15 @@ def test_recipe_keeps_its_options() -> None:
     wrong = recipe.to_dict() | {"rounder_options": {"dampening": 1.0}}
     with pytest.raises(RecipeError, match="no option 'dampening': did you mean damping"):
         Recipe.from_dict(wrong)
+
+
+def test_a_report_names_the_algorithms_of_its_recipe() -> None:
+    """And tells the recipe int4 from the format int4 for every weight."""
+    gptq = recipe_named("int4_g64").replace(rounder="gptq", scaler="awq")
+    assert (recipe_named("int4").title, gptq.title) == ("int4", "int4_g64, gptq after awq")
+    assert recipe_named("nf4").replace(rounder="hqq").title == "nf4, hqq"
+    assert GPTQConfig().to_recipe().title == "GPTQConfig int4_g32"
+    assert AwqConfig(bits=3).to_recipe().title == "AwqConfig int3_asym_g32"
 
 
 def test_options_as_they_are_typed() -> None:

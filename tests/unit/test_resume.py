@@ -170,7 +170,7 @@ def test_the_same_command_goes_on(
     # Another recipe is refused, and both are named.
     assert main([*words, "--format", "int3_g64"]) == FAILED
     said = capfd.readouterr().err
-    assert "begun with the recipe int4 (" in said and "cannot be resumed with int3 (" in said
+    assert "begun with the recipe int4_g64 (" in said and "cannot be resumed with int3 (" in said
     assert main(words) == OK
     assert weights_of(out) == weights_of(home / "whole")
     assert first.stat().st_mtime_ns == written, "a finished block was computed again"
@@ -189,6 +189,16 @@ def test_ctrl_c_without_a_folder_names_the_way_to_keep_blocks(home: Path, tmp_pa
         [sys.executable, "-c", program, "2", "0", *words], capture_output=True, text=True, check=False
     )
     assert done.returncode == INTERRUPTED and "no finished block was kept: --resume FOLDER keeps them" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--resume", "--spill"])
+def test_a_folder_inside_what_is_written_is_refused(
+    option: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([*command(home, option, str(out / "run")), str(out)]) == FAILED
+    assert f"{option} {out / 'run'} lies in {out}, where only the model will be" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("more", [["--resume", "run"], ["--spill", "run"]], ids=["blocks", "activations"])

@@ -21,6 +21,7 @@ counts as the mean of the others of its layer, and is named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,7 +167,15 @@ def allocate_formats(
             error[format] = error.get(format, 0.0) + _error(weight, format, moments[name], rounder)
         if advance is not None:
             advance(name)
-    return allocate(sizes, errors, byte_budget(bits_per_weight, [tuple(w.shape) for w in measured.values()]))
+    shapes = [tuple(weight.shape) for weight in measured.values()]
+    budget, least = byte_budget(bits_per_weight, shapes), sum(min(size.values()) for size in sizes.values())
+    if least > budget:
+        needed = math.ceil(800 * least / sum(map(math.prod, shapes))) / 100
+        raise RecipeError(
+            f"{bits_per_weight:g} bits a weight are too few: with their scales the smallest formats that are offered need "
+            f"{needed:g}; ask for more bits, or name a format with larger groups"
+        )
+    return allocate(sizes, errors, budget)
 
 
 def module_of(name: str, weight: torch.Tensor) -> str:

@@ -179,8 +179,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-    except SafetensorError as error:  # its name for whatever the disk refuses
-        reason = one_line(str(error)).rstrip(".")
+    except (OSError, SafetensorError) as error:  # the second is safetensors' name for whatever the disk refuses
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(str(error)).rstrip(".")
         raise CheckpointError(
             f"{path} was not written ({reason}): see to its disk; finished blocks are kept, and the same run goes on there"
         ) from None

@@ -79,16 +79,16 @@ def run(options: argparse.Namespace) -> int:
     output = Output(options.json)
     check_page(options.page)
     text = chosen_text(options) if options.against or options.text is not None else None
-    sources = [find_source(name) for name in options.folders]
+    folders = list(dict.fromkeys(options.folders))
+    sources = [find_source(name) for name in folders]
     entries = [
-        Entry(name, source, read_report(source), {})
-        for name, source in zip(short_names(options.folders), sources, strict=True)
+        Entry(name, source, read_report(source), {}) for name, source in zip(short_names(folders), sources, strict=True)
     ]
     original: dict[str, Any] = {}
     if text is not None:
         entries, original = measure(entries, text, options, output)
-    options.page.write_text(page_of(entries, original, options), encoding="utf-8")
     output.table(*table_of(entries))
+    write_page(options.page, page_of(entries, original, options))
     output.say(f"\nwritten: {options.page}")
     output.result({"page": str(options.page), "models": [entry.facts() for entry in entries]} | original)
     return 0
@@ -103,6 +103,18 @@ def check_page(page: Path) -> None:
         raise LowbitError(f"{page} cannot be written: {folder} is no folder that you may write to")
     if page.exists() and not os.access(page, os.W_OK):
         raise LowbitError(f"{page} is read-only for you: name another page")
+
+
+def write_page(page: Path, content: str) -> None:
+    """The whole page or nothing: one that lies there already stays until then."""
+    temporary = page.with_name(f".{page.name}.part")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(page)
+    except OSError as error:
+        raise LowbitError(f"{page} was not written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_report(source: Source) -> Report:

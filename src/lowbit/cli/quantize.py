@@ -154,6 +154,7 @@ def run(options: argparse.Namespace) -> int:
     calibrating = calibrating_from(options, recipe)
     source = find_source(options.source)
     check_target(options.out, source, options.force)
+    check_beside(options.out, resume=options.resume, spill=options.spill)
     load = LoadOptions(recipe, options.dtype, options.device, options.allow_pickle, options.trust_remote_code)
     load = replace(load, imatrix=options.imatrix)
     with _telling_what_is_kept(calibrating, output):
@@ -277,6 +278,10 @@ def _tokens_for(source: Source, tokenizer: Any, calibrating: Calibrating) -> Cal
     """The windows, shared evenly among the texts."""
     from lowbit.calibration import OWN_TEXT, calibration_from, joined, own_text
 
+    if tokenizer is None and any(text != OWN_TEXT for text in calibrating.texts):
+        raise RecipeError(
+            f"{source.name} has no tokenizer, which a calibration text is cut with: put the files of its tokenizer beside it"
+        )
     count = len(calibrating.texts)
     parts = []
     for number, text in enumerate(calibrating.texts):
@@ -351,6 +356,15 @@ def check_target(out: Path, source: Source, force: bool) -> None:
     if not force:
         raise LowbitError(f"{out} holds a model already: name another folder, or replace it with --force")
     refuse_to_replace_others(out)
+
+
+def check_beside(out: Path, **folders: Path | None) -> None:
+    """Refuse folders of a calibration that lie inside OUT, which is replaced as a whole at the end."""
+    for option, folder in folders.items():
+        if folder is not None and folder.absolute().is_relative_to(out.absolute()):
+            raise LowbitError(
+                f"--{option} {folder} lies in {out}, where only the model will be: name a folder beside it"
+            )
 
 
 def folder_bytes(folder: Path) -> int:
