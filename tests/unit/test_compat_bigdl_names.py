@@ -247,6 +247,13 @@ REFUSED = {
     "from ipex_llm.transformers.qlora import LoraLowBitLinear": "peft.tuners.lora.Linear",
     "from ipex_llm.transformers import AutoModelForCausalML": "did you mean AutoModelForCausalLM",
     "import bigdl.llm.optimise": "did you mean optimize",
+    "from ipex_llm.transformers.models.utils import update_past_key_value": "transformers' own models",
+    "from ipex_llm.transformers.speculative import speculative_generate": "model.speculative_generate",
+    "from ipex_llm.transformers.lookup import lookup_generate": "model.lookup_generate",
+    "from ipex_llm.transformers.kv import DynamicFp8Cache": "keeps its own cache",
+    "from ipex_llm.transformers.gguf.api import load_gguf_model": "AutoModelForCausalLM.from_gguf",
+    "from ipex_llm.transformers.training_patch import fix_torch_fsdp": "transformers' Trainer",
+    "from ipex_llm.transformers.utils import get_autocast_dtype": "ipex_llm.utils, or torch itself",
 }
 
 

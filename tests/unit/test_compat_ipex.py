@@ -178,6 +178,7 @@ def test_small_switches() -> None:
         ("optim", "_lamb", "AdamW"),
         ("quantization", "gptq", "GPTQConfig"),
         ("quantization", "preparr", "did you mean .*prepare"),
+        ("xpu", "synchronise", "did you mean synchronize"),
         ("cpu", "runtime", "set_num_threads"),
         ("nn.modules", "MergedEmbeddingBag", "EmbeddingBag"),
     ],

@@ -312,6 +312,14 @@ def test_the_wrong_stage_is_told(tmp_path: Path) -> None:
         prepare(convert(prepared), settings, example_inputs=X[:1])
     with pytest.raises(AssertionError, match="takes a configuration of ipex"):
         prepare(original, "int8")
+    for other in (get_weight_only_quant_qconfig_mapping(), ipex.quantization.default_dynamic_qconfig_mapping):
+        alone: Any = prepare(original, other)
+        for call in (alone.save_qconf_summary, alone.load_qconf_summary):
+            with pytest.raises(
+                AssertionError, match="a summary holds ranges of activations, and this configuration has none"
+            ):
+                call(qconf_summary=tmp_path / "a.json")
+        assert not hasattr(convert(alone), "save_qconf_summary")
     prepared.save_qconf_summary(qconf_summary=tmp_path / "a.json")
     other = Small().eval()
     with torch.no_grad():

@@ -38,7 +38,10 @@ COMPRESSION = (
 )  # fmt: skip
 ABSENT = (
     "OVQuantizer", "OVQuantizationConfig", "OVMixedQuantizationConfig", "OVPipelineQuantizationConfig", "OVTrainer",
-    "IPEXModelForCausalLM", "INCModelForCausalLM", "INCQuantizer",
+    "IPEXModelForCausalLM", "INCModelForCausalLM", "IPEXModelForMaskedLM", "INCModelForMaskedLM", "IPEXModel", "INCQuantizer",
+    "IPEXModelForQuestionAnswering", "INCModelForQuestionAnswering", "IPEXModelForSeq2SeqLM", "INCModelForSeq2SeqLM", "ipex",
+    "IPEXModelForSequenceClassification", "INCModelForSequenceClassification", "IPEXModelForTokenClassification",
+    "INCModelForTokenClassification", "neural_compressor",
 )  # fmt: skip
 UNCOMPRESSED = (
     "quantize", "quantize_with_accuracy_control", "QuantizationPreset", "TargetDevice", "NNCFConfig", "strip", "torch",

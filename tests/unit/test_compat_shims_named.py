@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +101,17 @@ SAID: dict[str, tuple[str, Callable[[Old], object]]] = {
         "LlamaSdpaAttention",
         lambda old: importlib.import_module("transformers.models.llama.modeling_llama").LlamaSdpaAttention,
     ),
+    "words_of_old": ("encode_plus", lambda old: old.tokenizer().encode_plus("a")),
+    "what_generate_returns": (
+        "SampleDecoderOnlyOutput",
+        lambda old: importlib.import_module("transformers.generation.utils").SampleDecoderOnlyOutput,
+    ),
+    "logits_warper": (
+        "LogitsWarper",
+        lambda old: importlib.import_module("transformers.generation.logits_process").LogitsWarper,
+    ),
+    "utilities": ("send_example_telemetry", lambda old: transformers.utils.send_example_telemetry),
+    "no_init_weights": ("no_init_weights", lambda old: transformers.modeling_utils.no_init_weights),
     "peft_names": ("prepare_model_for_int8_training", Old.in8bit),
     "no_neural_compressor": ("", lambda old: importlib.import_module("peft.import_utils").is_inc_available()),
 }
@@ -124,3 +137,30 @@ def test_each_row_has_its_reason_and_its_test() -> None:
         assert shim.reason and shim.test in here, shim.old
     assert len({shim.old for shim in SHIMS}) == len(SHIMS)
     assert [shim.changes.__name__ for shim in SHIMS if shim.changes.__name__ not in SAID] == []
+
+
+def test_undo_gives_todays_libraries_back() -> None:
+    script = """
+import importlib, lowbit.compat, transformers
+from transformers.models.llama import modeling_llama
+owners = [transformers.Trainer, transformers.DynamicCache, transformers.PreTrainedModel, transformers.GenerationMixin,
+    transformers.TrainingArguments, transformers.PreTrainedTokenizerBase, modeling_llama,
+    importlib.import_module("transformers.optimization"), importlib.import_module("transformers.pipelines")]
+one = transformers.TrainingArguments.__new__
+def state():
+    return [{name: value for name, value in vars(owner).items() if name != "__new__"} for owner in owners]
+before = state()
+installed = lowbit.compat.install(children=False)
+changed = [now != then for now, then in zip(state(), before)]
+transformers.AutoModelForVision2Seq, modeling_llama.LlamaSdpaAttention, importlib.import_module("transformers.deepspeed")
+installed.undo()
+print(changed.count(True), [now == then for now, then in zip(state(), before)].count(False))
+for module, name in ((transformers, "AutoModelForVision2Seq"), (modeling_llama, "LlamaSdpaAttention")):
+    print(hasattr(module, name))
+try:
+    importlib.import_module("transformers.deepspeed")
+except ModuleNotFoundError:
+    print("gone")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["8", "0", "False", "False", "gone"], done.stdout + done.stderr[-2000:]

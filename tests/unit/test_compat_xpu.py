@@ -97,6 +97,13 @@ def test_a_second_device_is_not_there() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_one_device_for_several_copies() -> None:
+    model, x = torch.nn.Linear(3, 4).to("xpu"), torch.rand(2, 3).to("xpu")
+    assert torch.equal(torch.nn.DataParallel(model)(x), model(x))
+    assert torch.equal(torch.nn.DataParallel(model, device_ids=[0]).to("xpu")(x), model(x))
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_mixed_precision() -> None:
     a, b = torch.rand(4, 4), torch.rand(4, 4)
     with torch.autocast(device_type="xpu", dtype=torch.bfloat16, enabled=True):

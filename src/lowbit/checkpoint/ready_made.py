@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.contents import CONFIG, quantization_config, read_json
+from lowbit.contents import CONFIG, missing, quantization_config, read_json
 from lowbit.errors import CheckpointError, RecipeError, nearest
 from lowbit.formats import Format
 from lowbit.interop import awq, gptq
@@ -109,7 +109,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
     """The tensors of a folder's files, and its quantization_config. Files of torch are read as tensors and nothing else."""
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise CheckpointError(f"{folder} is no folder with a low-bit checkpoint")
+        raise CheckpointError(f"{folder} is no folder with a low-bit checkpoint" if path.exists() else missing(path))
     config = packing_fields(path)
     if config is None:
         raise CheckpointError(f"{folder} says nowhere how it is packed: its {CONFIG} needs a quantization_config")

@@ -78,7 +78,12 @@ def sentence(module: str, name: str, more: list[str]) -> str:
 def refuse_module(asked: str, face: str) -> UnknownModuleError:
     """The refusal of a module that no face has; `asked` is the name in the user's import."""
     parent, _, name = face.rpartition(".")
-    importlib.import_module(parent)
+    try:  # a face knows best itself what is nearest
+        getattr(importlib.import_module(parent), name)
+    except UnknownNameError as refusal:
+        return UnknownModuleError(str(refusal), name=old_name(asked))
+    except AttributeError:
+        pass
     return UnknownModuleError(sentence(parent, name, _submodules(parent)), name=old_name(asked))
 
 

@@ -122,14 +122,14 @@ def _systems() -> Iterator[str]:
 
 def _shims() -> str:
     from lowbit.compat.shims import SHIMS
-    from lowbit.compat.shims.gone import GONE_MODULES, MOVED_MODULES
+    from lowbit.compat.shims.gone import FAST_MODULES, GONE_MODULES, MOVED_MODULES
     from lowbit.compat.shims.trainer import ARGUMENTS, VALUES
 
     calls = table(("old call", "today", "test"), ((_code(shim.old), shim.reason, _code(shim.test)) for shim in SHIMS))
     tests = "tests/unit/test_compat_shims.py::"
     moved = (
         (_code(old), f"is {now} today", _code(f"{tests}test_modules_that_are_elsewhere"))
-        for old, now in MOVED_MODULES.items()
+        for old, now in (*MOVED_MODULES.items(), FAST_MODULES)
     )
     gone = (
         (_code(old), f"**refused**: use {now}", _code(f"{tests}test_modules_that_are_gone"))

@@ -73,8 +73,14 @@ GUESSES = (*FIGURES, *DRAFTING, *_LOOKING, "speculative_generate", "bigdl_transf
 TIMES = ("token_latency", "trace_graph")
 # What older transformers and peft had, and only the runner's shims answer: keywords of any call, attributes of caches, names.
 OLDER_KEYWORDS = frozenset((*LOADING_KEYWORDS, FORCED))
-OLDER_ATTRIBUTES = frozenset(("to_legacy_cache", "from_legacy_cache", "get_usable_length", "key_cache", "value_cache"))
-OLDER_NAMES = ("peft.prepare_model_for_int8_training", "transformers.AdamW", "transformers.optimization.AdamW")
+OLDER_ATTRIBUTES = frozenset((
+    "to_legacy_cache", "from_legacy_cache", "get_usable_length", "key_cache", "value_cache",
+    "encode_plus", "batch_encode_plus", "as_target_tokenizer", "additional_special_tokens", "additional_special_tokens_ids",
+))  # fmt: skip
+OLDER_NAMES = (
+    "peft.prepare_model_for_int8_training",
+    *(f"{home}.{name}" for (home, name), (now, _) in MOVED_NAMES.items() if now.startswith("lowbit.")),
+)
 OLDER_TASKS = (*RESULTS, ANSWERS)
 OLDER_MODULES = (*MOVED_MODULES, *GONE_MODULES)
 PIPELINE = "transformers.pipeline"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit.compat.aliases import AliasLoader
 from lowbit.compat.missing import UnknownModuleError
 from lowbit.compat.replacing import Replacement
+from lowbit.compat.shims.answers import REASONS
 from lowbit.compat.shims.shim import say
 
 if TYPE_CHECKING:
@@ -19,13 +21,47 @@ if TYPE_CHECKING:
 else:  # a name alone: importing its home takes 8 ms
     MetaPathFinder = object
 
-# Where transformers has them now, by the module and name that a script asks for.
+_ANSWERS, _UTILS, _GENERATION = "lowbit.compat.shims.answers", "transformers.utils", "transformers.generation"
+_ADAMW = ("lowbit.compat.shims.adamw", "AdamW")
+_LLAMA = "transformers.models.llama.modeling_llama"
+# What `generate` returns had a name for each way of searching.
+_OUTPUTS = {
+    **dict.fromkeys(("GreedySearch", "Sample", "ContrastiveSearch"), "Generate"),
+    **dict.fromkeys(("BeamSearch", "BeamSample"), "GenerateBeam"),
+}
+_ENDS = ("DecoderOnlyOutput", "EncoderDecoderOutput")
+# Where names are now, by the module and name that a script asks for.
 MOVED_NAMES = {
     ("transformers", "AutoModelForVision2Seq"): ("transformers", "AutoModelForImageTextToText"),
     ("transformers", "AutoModelWithLMHead"): ("transformers", "AutoModelForCausalLM"),
-    ("transformers", "is_torch_tpu_available"): ("transformers.utils", "is_torch_xla_available"),
-    ("transformers", "AdamW"): ("lowbit.compat.shims.adamw", "AdamW"),
+    ("transformers", "is_torch_tpu_available"): (_UTILS, "is_torch_xla_available"),
+    ("transformers", "AdamW"): _ADAMW,
+    ("transformers.optimization", "AdamW"): _ADAMW,
+    (_LLAMA, "LlamaSdpaAttention"): (_LLAMA, "LlamaAttention"),
+    (_LLAMA, "LlamaFlashAttention2"): (_LLAMA, "LlamaAttention"),
+    ("transformers.modeling_utils", "no_init_weights"): (_ANSWERS, "no_init_weights"),
+    **{
+        (place, f"{old}{end}"): (place, f"{now}{end}")
+        for place in (_GENERATION, f"{_GENERATION}.utils")
+        for old, now in _OUTPUTS.items()
+        for end in _ENDS
+    },
+    **{
+        (place, "LogitsWarper"): (place, "LogitsProcessor")
+        for place in ("transformers", _GENERATION, f"{_GENERATION}.logits_process")
+    },
+    **{
+        (place, name): (_ANSWERS, name)
+        for place in ("transformers", _UTILS)
+        for name in REASONS
+        if name not in ("AdamW", "no_init_weights")
+    },
 }
+# Those that made pictures into tensors are called otherwise.
+_EXTRACTOR, _PROCESSOR = "FeatureExtractor", "ImageProcessor"
+# The tokenizers in Rust had a file of their own.
+FAST_MODULES = ("transformers.models.NAME.tokenization_NAME_fast", "transformers.models.NAME.tokenization_NAME")
+_FAST = re.compile(r"(transformers\.models\.\w+\.tokenization_\w+)_fast")
 # What takes the place of a module that is nowhere.
 GONE_MODULES = {
     "transformers.onnx": "torch.onnx.export, or the package optimum-onnx",
@@ -58,8 +94,14 @@ class MovedFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname in GONE_MODULES:
             raise UnknownModuleError(f"transformers has no {fullname} today: use {GONE_MODULES[fullname]}")
-        now = MOVED_MODULES.get(fullname)
+        now = moved_module(fullname)
         return None if now is None else ModuleSpec(fullname, MovedLoader(now), is_package=False)
+
+
+def moved_module(name: str) -> str | None:
+    """Where a module is today; None for one that nobody moved."""
+    fast = _FAST.fullmatch(name)
+    return MOVED_MODULES.get(name) or (fast[1] if fast else None)
 
 
 def lazy_names(module: ModuleType) -> Iterator[Replacement]:
@@ -72,27 +114,57 @@ def lazy_names(module: ModuleType) -> Iterator[Replacement]:
         try:
             return original(self, name)
         except AttributeError:
-            place = MOVED_NAMES.get((self.__name__, name))
+            place = MOVED_NAMES.get((self.__name__, name)) or _of_pictures(self, name)
             if place is None:
                 raise
         return moved(self.__name__, name, *place)
+
+    def _of_pictures(module: ModuleType, name: str) -> tuple[str, str] | None:
+        if not name.endswith(_EXTRACTOR):
+            return None
+        now = name.removesuffix(_EXTRACTOR) + _PROCESSOR
+        try:
+            original(module, now)
+        except AttributeError:
+            return None
+        return module.__name__, now
 
     yield Replacement(cls, "__getattr__", find)
 
 
 def optimization(module: ModuleType) -> Iterator[Replacement]:
     """`transformers.optimization.AdamW`."""
-    return added_names(module, {"AdamW": ("lowbit.compat.shims.adamw", "AdamW")})
+    return added_names(module)
 
 
 def attention_classes(module: ModuleType) -> Iterator[Replacement]:
     """One class of attention has taken the place of three."""
-    now = (module.__name__, "LlamaAttention")
-    return added_names(module, dict.fromkeys(("LlamaSdpaAttention", "LlamaFlashAttention2"), now))
+    return added_names(module)
 
 
-def added_names(module: ModuleType, homes: Mapping[str, tuple[str, str]]) -> Iterator[Replacement]:
+def what_generate_returns(module: ModuleType) -> Iterator[Replacement]:
+    """Classes that were one for each way of searching."""
+    return added_names(module)
+
+
+def logits_warper(module: ModuleType) -> Iterator[Replacement]:
+    """The base class of scripts' own ways to change logits."""
+    return added_names(module)
+
+
+def utilities(module: ModuleType) -> Iterator[Replacement]:
+    """Questions about packages, and what transformers' example scripts called."""
+    return added_names(module)
+
+
+def no_init_weights(module: ModuleType) -> Iterator[Replacement]:
+    """A context that is elsewhere."""
+    return added_names(module)
+
+
+def added_names(module: ModuleType) -> Iterator[Replacement]:
     """Names that a module has no longer, each found in its home and named when a script first asks for it."""
+    homes = {name: place for (home, name), place in MOVED_NAMES.items() if home == module.__name__}
     missing = {name: home for name, home in homes.items() if not hasattr(module, name)}
     if not missing:
         return
@@ -110,7 +182,7 @@ def added_names(module: ModuleType, homes: Mapping[str, tuple[str, str]]) -> Ite
 
 def moved(module: str, name: str, home: str, now: str) -> Any:
     """The thing that a script asks for by its old name."""
-    say(f"{module}.{name}", "is torch's today" if home.startswith("lowbit") else f"is {home}.{now} today")
+    say(f"{module}.{name}", REASONS[name] if home.startswith("lowbit") else f"is {home}.{now} today")
     return getattr(importlib.import_module(home), now)
 
 

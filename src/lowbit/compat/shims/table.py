@@ -104,7 +104,14 @@ SHIMS = (
         "test_pipelines_that_are_gone",
     ),
     _row(
-        "transformers.AdamW, AutoModelForVision2Seq, AutoModelWithLMHead, is_torch_tpu_available",
+        "tokenizer.encode_plus, batch_encode_plus, as_target_tokenizer, additional_special_tokens",
+        "a tokenizer is called today, and its special tokens have another name",
+        "transformers.tokenization_utils_base",
+        tokenizers.words_of_old,
+        "test_words_of_tokenizers_that_are_gone",
+    ),
+    _row(
+        "transformers.AdamW, AutoModelForVision2Seq, AutoModelWithLMHead, CLIPFeatureExtractor (and its like), ...",
         "are elsewhere today",
         "transformers.utils.import_utils",
         gone.lazy_names,
@@ -122,6 +129,34 @@ SHIMS = (
         "there is one class of attention today",
         "transformers.models.llama.modeling_llama",
         gone.attention_classes,
+        "test_names_that_are_elsewhere",
+    ),
+    _row(
+        "transformers.generation.utils.GreedySearchDecoderOnlyOutput, and its like",
+        "there is one class for each kind of answer today",
+        "transformers.generation.utils",
+        gone.what_generate_returns,
+        "test_names_that_are_elsewhere",
+    ),
+    _row(
+        "transformers.generation.logits_process.LogitsWarper",
+        "is LogitsProcessor today",
+        "transformers.generation.logits_process",
+        gone.logits_warper,
+        "test_names_that_are_elsewhere",
+    ),
+    _row(
+        "transformers.utils.send_example_telemetry, get_full_repo_name, is_ipex_available, is_tf_available, ...",
+        "were taken away",
+        "transformers.utils",
+        gone.utilities,
+        "test_names_that_are_elsewhere",
+    ),
+    _row(
+        "transformers.modeling_utils.no_init_weights",
+        "is elsewhere today",
+        "transformers.modeling_utils",
+        gone.no_init_weights,
         "test_names_that_are_elsewhere",
     ),
     _row(
@@ -164,6 +199,7 @@ class Applied:
         sys.meta_path.remove(self.finder)
         for module, action in self.waiting:
             hook.no_longer_when_imported(module, action)
-        for old, now in gone.MOVED_MODULES.items():
-            if sys.modules.get(old) is not None and sys.modules[old] is sys.modules.get(now):
+        for old, held in list(sys.modules.items()):
+            now = gone.moved_module(old)
+            if now is not None and held is not None and held is sys.modules.get(now):
                 del sys.modules[old]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -61,3 +62,54 @@ def chat_template(module: ModuleType) -> Iterator[Replacement]:
         return original(self, *args, return_dict=False, **kwargs)
 
     yield Replacement(cls, "apply_chat_template", apply_chat_template)
+
+
+def words_of_old(module: ModuleType) -> Iterator[Replacement]:
+    """What a tokenizer had beside `__call__`, where it has it no longer."""
+    cls = module.PreTrainedTokenizerBase
+
+    def encode_plus(self: Any, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
+        say("tokenizer.encode_plus", "is tokenizer(...) today")
+        # The places of the others are those of today's call but for the targets, which came later.
+        return self(text, text_pair, None, None, *args, **kwargs)
+
+    def batch_encode_plus(self: Any, batch_text_or_text_pairs: Any, *args: Any, **kwargs: Any) -> Any:
+        say("tokenizer.batch_encode_plus", "is tokenizer(...) today")
+        texts = list(batch_text_or_text_pairs)
+        if texts and isinstance(texts[0], tuple):
+            return self(*map(list, zip(*texts, strict=True)), None, None, *args, **kwargs)
+        return self(texts, None, None, None, *args, **kwargs)
+
+    @contextmanager
+    def as_target_tokenizer(self: Any) -> Iterator[None]:
+        say("tokenizer.as_target_tokenizer", "is tokenizer(text_target=...) today")
+        there, back = (getattr(type(self), f"_switch_to_{mode}_mode", None) for mode in ("target", "input"))
+        self._in_target_context_manager = True
+        try:
+            if there is not None:
+                there(self)
+            yield
+        finally:
+            self._in_target_context_manager = False
+            if back is not None:
+                back(self)
+
+    def special_tokens(end: str) -> property:
+        old, now = f"additional_special_tokens{end}", f"extra_special_tokens{end}"
+
+        def find(self: Any) -> Any:
+            say(f"tokenizer.{old}", f"is called {now} today")
+            return getattr(self, now)
+
+        return property(find, lambda self, value: setattr(self, now, value))
+
+    words = {
+        "encode_plus": encode_plus,
+        "batch_encode_plus": batch_encode_plus,
+        "as_target_tokenizer": as_target_tokenizer,
+        "additional_special_tokens": special_tokens(""),
+        "additional_special_tokens_ids": special_tokens("_ids"),
+    }
+    for name, value in words.items():
+        if not hasattr(cls, name):
+            yield Replacement(cls, name, value)

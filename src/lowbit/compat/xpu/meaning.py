@@ -12,8 +12,9 @@ from lowbit.errors import LowbitError
 VARIABLE = "LOWBIT_XPU"
 KINDS = ("cuda", "cpu")
 XPU = "xpu"
-# torch's own compiler, which writes code for an Intel GPU where it hears of one, and stops where it hears of two kinds of GPU.
-_COMPILER = ("torch._inductor", "torch.utils._triton")
+# Who is told that there is no Intel GPU: torch's own compiler, which writes code for one where it hears of it, and stops where it
+# hears of two kinds of GPU; and what asks for the device that several copies of a model run on (nn.DataParallel).
+_OF_TORCH = ("torch._inductor", "torch.utils._triton", "torch._utils")
 
 
 class DeviceError(LowbitError, RuntimeError):
@@ -38,8 +39,8 @@ def an_intel_gpu_is_there() -> bool:
 
 
 def is_available() -> bool:
-    """`torch.xpu.is_available` where "xpu" has a meaning: yes, and to torch's compiler the truth."""
-    return not str(sys._getframe(1).f_globals.get("__name__")).startswith(_COMPILER)
+    """`torch.xpu.is_available` where "xpu" has a meaning: yes, and to those in torch who would go on to use one, the truth."""
+    return not str(sys._getframe(1).f_globals.get("__name__")).startswith(_OF_TORCH)
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,8 @@ def prepare(
     if stage.is_static:
         args, kwargs = _inputs_of(example_inputs, example_kwarg_inputs)
         stage.begin(args, kwargs)
-        prepared.save_qconf_summary = partial(_save, stage)  # type: ignore[assignment]
-        prepared.load_qconf_summary = partial(_load, stage)  # type: ignore[assignment]
+    prepared.save_qconf_summary = partial(_save, stage)  # type: ignore[assignment]
+    prepared.load_qconf_summary = partial(_load, stage)  # type: ignore[assignment]
     prepared.lowbit_stage = stage  # type: ignore[assignment]
     return prepared
 
@@ -155,13 +155,23 @@ def _inputs_of(inputs: Any, kwargs: dict[str, Any] | None) -> tuple[tuple[Any, .
     return (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs), {}
 
 
+def _refuse_without_ranges(stage: Stage) -> None:
+    if not stage.is_static:
+        raise StageError(
+            "a summary holds ranges of activations, and this configuration has none to calibrate: convert the prepared model, or "
+            "prepare it with the configuration of get_smooth_quant_qconfig_mapping"
+        )
+
+
 def _save(stage: Stage, qconf_summary: str | Path) -> None:
     """Write what was observed as JSON."""
+    _refuse_without_ranges(stage)
     write_summary(qconf_summary, stage.summary(), configs.observer_settings(stage.settings))
 
 
 def _load(stage: Stage, qconf_summary: str | Path) -> None:
     """Take what a file says for what was observed."""
+    _refuse_without_ranges(stage)
     found = read_summary(qconf_summary)
     check_summary(stage._model, found)
     stage.loaded = found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lowbit.compat.missing import UnknownNameError
 from lowbit.compat.names import WORKS, Name
+from lowbit.errors import nearest
 
 
 def __getattr__(name: str) -> Any:
@@ -12,9 +14,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     import torch
 
+    if not hasattr(torch.xpu, name):
+        raise UnknownNameError(f"lowbit has no {_PLACE}.{name}: {nearest(name, dir(torch.xpu))}")
     return getattr(torch.xpu, name)
 
 
-NAMES = (
-    Name("intel_extension_for_pytorch.xpu", "", WORKS, "tests/unit/test_compat_ipex.py::test_small_names", "torch.xpu"),
-)
+_PLACE = "intel_extension_for_pytorch.xpu"
+NAMES = (Name(_PLACE, "", WORKS, "tests/unit/test_compat_ipex.py::test_small_names", "torch.xpu"),)

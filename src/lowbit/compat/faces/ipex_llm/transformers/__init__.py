@@ -21,6 +21,13 @@ _NEAREST = {
     "relora": "ipex_llm.transformers.qlora with transformers' Trainer",
     "lisa": "ipex_llm.transformers.qlora with transformers' Trainer",
     "loader": "lowbit.AutoModelForCausalLM.from_pretrained",
+    "models": "transformers' own models: lowbit changes none of their code",
+    "speculative": "model.speculative_generate",
+    "lookup": "model.lookup_generate",
+    "kv": "model.generate: lowbit's engine keeps its own cache",
+    "gguf": "AutoModelForCausalLM.from_gguf",
+    "training_patch": "transformers' Trainer",
+    "utils": "ipex_llm.utils, or torch itself",
 }
 
 _ELSEWHERE = {

@@ -11,16 +11,24 @@ _COMPRESS = (
     "model.model = lowbit.openvino.compress_weights(model.model, ...), or quantization_config= of from_pretrained"
 )
 _ACTIVATIONS = "OVWeightQuantizationConfig: OpenVINO rounds activations itself where its plugins gain by it"
-_IPEX = "lowbit.AutoModelForCausalLM, which takes the place of ipex.optimize"
+# What its classes for two systems that are gone could do, by lowbit's own names.
+_TASKS = ("CausalLM", "MaskedLM", "QuestionAnswering", "Seq2SeqLM", "SequenceClassification", "TokenClassification")
+_GONE = {
+    f"{system}ModelFor{task}": f"lowbit.AutoModelFor{task}, which takes the place of ipex.optimize"
+    for system in ("INC", "IPEX")
+    for task in _TASKS
+}
 NEAREST = {
     "OVQuantizer": _COMPRESS,
     "OVQuantizationConfig": _ACTIVATIONS,
     "OVMixedQuantizationConfig": _ACTIVATIONS,
     "OVPipelineQuantizationConfig": "quantization_config= of each part",
     "OVTrainer": "transformers.Trainer, and the export of what it trained",
-    "IPEXModelForCausalLM": _IPEX,
-    "INCModelForCausalLM": _IPEX,
-    "INCQuantizer": _IPEX,
+    **_GONE,
+    "IPEXModel": "lowbit.AutoModel, which takes the place of ipex.optimize",
+    "INCQuantizer": "lowbit.optimize_model",
+    "ipex": "lowbit.AutoModelForCausalLM, which takes the place of ipex.optimize",
+    "neural_compressor": "lowbit.optimize_model, or neural_compressor.transformers",
 }
 HOMES = {name: "lowbit.openvino" for name in lowbit.openvino.__all__ if name.startswith("OV")}
 
