@@ -19,7 +19,7 @@ import glob
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +34,10 @@ _LEFT_SECONDS = 60.0
 def beside(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` if the block ends well, and vanishes if it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(target)
+    clear_left(target.parent.glob(f"{glob.escape(_stem(target))}*"))
     temporary = target.with_name(f"{_stem(target)}{os.getpid()}-{_unlike_others()}")
     temporary.mkdir()
-    lock = _lock(temporary)
+    lock = lock_folder(temporary)
     try:
         yield temporary
         if target.exists():
@@ -75,12 +75,12 @@ def _exchange_at_once(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def clear_leftovers(target: Path) -> None:
-    """Remove what killed processes left of saves to the same place."""
-    for path in target.parent.glob(f"{glob.escape(_stem(target))}*"):
+def clear_left(folders: Iterable[Path]) -> None:
+    """Remove those of some temporary folders that killed processes left."""
+    for path in folders:
         with contextlib.suppress(OSError):  # somebody else clears away too, or is at work
             is_old = time.time() - path.stat().st_mtime > _LEFT_SECONDS
-            lock = _lock(path) if is_old else None
+            lock = lock_folder(path) if is_old else None
             if lock is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
@@ -94,7 +94,7 @@ def _stem(target: Path) -> str:
     return f".{target.name}.partial-"
 
 
-def _lock(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """A handle that holds a folder's lock until it is closed, or its process is gone; None if another process has it.
 
     None too where the file system has no locks: there nothing is ever taken for a leftover.

@@ -8,7 +8,6 @@ tell_what_was_done(graph, folder)   openvino_config.json, from what the graph sa
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from lowbit.checkpoint.companions import travels
 from lowbit.checkpoint.hub import fetch_companions, find_model
+from lowbit.checkpoint.temporary import TemporaryFolder
 from lowbit.contents import GENERATION_CONFIG
 from lowbit.errors import CheckpointError
 from lowbit.openvino.compress import compression_report, is_compressed
@@ -48,9 +48,9 @@ def _belongs_to_a_graph(file: str) -> bool:
 
 def replace_graph(model: Any, path: Path) -> None:
     """Write a graph's two files. It may be reading its weights from the very files that it replaces."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing") as beside:
-        save_graph(model, Path(beside) / path.name)
-        for written in Path(beside).iterdir():
+    with TemporaryFolder(".lowbit-writing-", path.parent) as beside:
+        save_graph(model, beside / path.name)
+        for written in beside.iterdir():
             written.replace(path.parent / written.name)
 
 

@@ -8,18 +8,20 @@ What a class finds, opens, compresses and exports is its own affair; the words, 
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from lowbit.checkpoint.temporary import TemporaryFolder
 from lowbit.errors import LowbitError
 from lowbit.openvino.configs import Quantization
 from lowbit.openvino.exporting import quantization_asked
 from lowbit.openvino.opening import read_model
 
+# How the temporary folders are called that models are exported into.
+EXPORTED = "lowbit-openvino-"
 # Words of optimum-intel: the class is the task, every graph takes inputs of any size, and nothing is copied twice.
 _IDLE = ("task", "use_io_binding", "dynamic_shapes")
 # And those that name what is always so, with the one value that they may have.
@@ -33,7 +35,7 @@ class FromPretrained:
     writes: ClassVar[str] = "lowbit.openvino.{kind}.export(model, folder)"
     library: ClassVar[str] = "transformers"
     # Where the graphs were written to by an export: they are read from there as long as the model lives.
-    _kept: tempfile.TemporaryDirectory[str] | None = None
+    _kept: TemporaryFolder | None = None
 
     @classmethod
     def from_pretrained(
@@ -69,8 +71,8 @@ class FromPretrained:
             return made
         if export is False and Path(model_id).expanduser().is_dir():
             read_model(*cls._looked_for(Path(model_id).expanduser()))  # says what the folder lacks
-        kept = tempfile.TemporaryDirectory(prefix="lowbit-openvino-")
-        folder = Path(kept.name) / "model"
+        kept = TemporaryFolder(EXPORTED)
+        folder = kept.path / "model"
         cls._write(model_id, folder, asked, load_in_8bit is None, keywords)
         made = cls._open(folder, compile=compile, **opened)
         made._kept = kept
