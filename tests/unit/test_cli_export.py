@@ -16,9 +16,11 @@ import lowbit
 from lowbit.cli import main
 from lowbit.errors import LowbitError
 from lowbit.openvino import verify, write_decoder
-from lowbit.openvino.verify import Row, divergence
+from lowbit.openvino.comparison import Row, _truth, divergence
 from lowbit_assets import tiny_model, tiny_model_in_memory
-from lowbit_assets.tiny import write_byte_tokenizer
+from lowbit_assets.tiny import VOCABULARY, write_byte_tokenizer
+
+PROMPT = [1, 50, 60, 70, 80]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,21 @@ def test_a_folder_that_answers_otherwise_is_found_out(plain: Path, tmp_path: Pat
     (other.folder / "openvino_model.bin").unlink()
     broken = verify(dataclasses.replace(written, folder=other.folder))
     assert not broken.passed and "without its weights" in broken.rows[0].error
+
+
+def test_a_guess_is_no_answer(plain: Path, tmp_path: Path) -> None:
+    """Whatever the folder said first, the source's greedy answer is its own."""
+    written = write_decoder(plain, tmp_path / "out", "int8", tokenizer=False, keep=True)
+    assert written.kept is not None
+    own = _truth(written, PROMPT, [])
+    again = _truth(dataclasses.replace(written, kept=None), PROMPT, [])  # rounded once more
+    assert again.tokens == own.tokens and np.array_equal(again.logits, own.logits)
+    for wrong in (None, 0, 7, 30, 31):
+        guess = [(token + (place == wrong)) % VOCABULARY for place, token in enumerate(own.tokens)]
+        found = _truth(written, PROMPT, guess)
+        assert found.tokens == own.tokens and found.gaps.shape == (32, VOCABULARY)
+        np.testing.assert_allclose(found.gaps, own.gaps, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found.logits, own.logits, rtol=0, atol=1e-5)
 
 
 def test_what_counts_as_the_same() -> None:

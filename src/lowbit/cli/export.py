@@ -15,8 +15,8 @@ from lowbit.errors import RecipeError
 from lowbit.formats import PER_CHANNEL
 
 if TYPE_CHECKING:
+    from lowbit.openvino.comparison import Row, Verification
     from lowbit.openvino.export import Written
-    from lowbit.openvino.verify import Row, Verification
 
 DESCRIPTION = """\
 Write a model in another program's form. Today: openvino, a folder for openvino_genai.LLMPipeline, for OVModelForCausalLM and
@@ -79,12 +79,17 @@ def run(options: argparse.Namespace) -> int:
     for name in options.device or ():
         device(name)  # one that is not there is said before the work
     written = write_decoder(
-        source.name, options.out, format, ratio=options.ratio, large_in_8_bits=options.format != LEAVE
+        source.name,
+        options.out,
+        format,
+        ratio=options.ratio,
+        large_in_8_bits=options.format != LEAVE,
+        keep=options.verify,
     )
     print_written(output, written, options.out)
     found = None
     if options.verify:
-        from lowbit.openvino.verify import verify
+        from lowbit.openvino.comparison import verify
 
         found = verify(written, options.device)
         print_verification(output, found)

@@ -55,7 +55,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "OVModelForTokenClassification",
     ),
     "tracing": ("Traced", "trace"),
-    "verify": ("Verification", "verify"),
+    "comparison": ("Verification", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -12,8 +12,6 @@ one weight: what is mapped are clean pages of a file, which the system takes bac
 
 from __future__ import annotations
 
-import mmap
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,11 +21,9 @@ from numpy.typing import NDArray
 
 from lowbit.openvino.constants import Held, Numbers, hold, hold_dense
 from lowbit.openvino.library import Node, ops, ov
+from lowbit.openvino.spool import Spool, owned
 from lowbit.packing import PackedTensor
 from lowbit.runtime.stored import Weight
-
-# Smaller constants stay in memory: a map of its own would cost more than they are.
-_SMALL = 1 << 16
 
 
 class Arena:
@@ -36,9 +32,7 @@ class Arena:
     def __init__(self, folder: Path | None = None) -> None:
         self.notes: list[str] = []
         self._kept: list[Any] = []
-        # Without a name in the folder: it is gone when it is closed, however the process ends.
-        self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._end = 0
+        self._spool = None if folder is None else Spool(folder)
 
     def __enter__(self) -> Arena:
         return self
@@ -47,8 +41,8 @@ class Arena:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._kept.clear()
-        if self._file is not None:
-            self._file.close()
+        if self._spool is not None:
+            self._spool.close()
 
     def constant(self, numbers: Numbers, name: str = "") -> Node:
         """A Constant over memory that the arena keeps."""
@@ -93,16 +87,6 @@ class Arena:
         return node if numbers.type == kind else ops.convert(node, kind)
 
     def _keep(self, array: NDArray[Any]) -> NDArray[Any]:
-        if self._file is None or array.nbytes < _SMALL:
-            own = array.copy() if array.base is not None or not array.flags.owndata else array
-            self._kept.append(own)
-            return own
-        start = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        self._file.seek(start)
-        self._file.write(array.reshape(-1).view(np.uint8).data)
-        self._file.flush()
-        self._end = start + array.nbytes
-        mapped = mmap.mmap(self._file.fileno(), array.nbytes, access=mmap.ACCESS_COPY, offset=start)
-        view = np.frombuffer(mapped, array.dtype).reshape(array.shape)
-        self._kept.append(view)
-        return view
+        kept = owned(array) if self._spool is None else self._spool.keep(array)
+        self._kept.append(kept)
+        return kept

@@ -17,6 +17,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,8 @@ from lowbit.openvino.library import Node, ov, release
 from lowbit.openvino.opening import MODEL
 from lowbit.openvino.recipes import BACKUP, LARGE, export_recipe, with_ratio
 from lowbit.openvino.sources import HeldModel, check_generates, has_spec, load_model, needs_torch, open_source, rounded
+from lowbit.openvino.spool import Kept
+from lowbit.openvino.tokenizer import Conversion, write_tokenizers
 from lowbit.packing import PackedTensor
 from lowbit.progress import progress
 from lowbit.recipe import Recipe
@@ -51,7 +54,8 @@ _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 class Written:
     """What an export made, and of what. `recipe` is what plain weights were rounded by, None where none was.
 
-    A model that was followed has no spec; it is the `model` itself, low-bit where a format was asked for.
+    A model that was followed has no spec; it is the `model` itself, low-bit where a format was asked for. `kept` has the weights as
+    the recipe rounded them, where they were asked to be kept.
     """
 
     folder: Path
@@ -61,6 +65,7 @@ class Written:
     files: ModelFiles
     recipe: Recipe | None = None
     model: Any = None
+    kept: Kept | None = None
 
 
 def write_decoder(
@@ -71,10 +76,12 @@ def write_decoder(
     ratio: float | None = None,
     tokenizer: bool = True,
     large_in_8_bits: bool = True,
+    keep: bool = False,
 ) -> Written:
     """Export a decoder. Without a format weights stay as they are; plain ones of a model above 1e9 weights become 8 bits.
 
-    A model of a family that lowbit has no description of is followed for one call instead (other_decoders.py).
+    A model of a family that lowbit has no description of is followed for one call instead (other_decoders.py). With `keep` rounded
+    weights stay on the disk as long as the result lives, so that `verify` need not round them again.
     """
     started = time.perf_counter()
     check_generates(source)
@@ -104,18 +111,30 @@ def write_decoder(
         recipe = with_ratio(files, spec, recipe, ratio)
     report = Report(recipe=recipe.name if recipe else str(format or "as it was"))
     with replace_folder(Path(out).expanduser()) as folder:
-        with Arena(folder) as arena:
-            model = build(spec, _reported(read_weights(files, spec, recipe), spec, report), arena)
-            files.check()
-            describe_(model, report)
-            save_graph(model, folder / MODEL)
-            notes += [*files.notes, *arena.notes, *_remarks(report)]
-        _write_texts(files, folder, report)
-        if tokenizer:
-            notes += _write_tokenizer(folder)
+        kept = Kept(folder) if keep and recipe is not None else None
+        weights = read_weights(files, spec, recipe)
+        weights = _reported(weights if kept is None else kept.passing(weights), spec, report)
+        _write_texts(files, folder)
+        # Tokenizers are converted beside the work of the graph.
+        with Conversion(folder) if tokenizer else nullcontext() as conversion:
+            notes += _write_graph(files, spec, weights, report, folder)
+            notes += conversion.notes() if conversion is not None else []
+        write_ov_config(folder, report.recipe, report.formats())
         report.seconds = time.perf_counter() - started
         (folder / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
-    return Written(Path(out).expanduser(), spec, report, tuple(notes), files, recipe)
+    return Written(Path(out).expanduser(), spec, report, tuple(notes), files, recipe, kept=kept)
+
+
+def _write_graph(
+    files: ModelFiles, spec: DecoderSpec, weights: Iterable[Loaded], report: Report, folder: Path
+) -> list[str]:
+    """The graph of a description over weights as they come; returns what is to be said of them."""
+    with Arena(folder) as arena:
+        model = build(spec, weights, arena)
+        files.check()
+        describe_(model, report)
+        save_graph(model, folder / MODEL)
+        return [*files.notes, *arena.notes, *_remarks(report)]
 
 
 def _write_followed(
@@ -149,8 +168,9 @@ def _write_followed(
     with replace_folder(out) as folder:
         describe_(graph, report)
         save_graph(graph, folder / MODEL, halves)
-        _write_texts(cast(ModelFiles, files), folder, report)
-        notes += _write_tokenizer(folder) if tokenizer else []
+        _write_texts(cast(ModelFiles, files), folder)
+        write_ov_config(folder, report.recipe, report.formats())
+        notes += write_tokenizers(folder) if tokenizer else []
         report.seconds = time.perf_counter() - started
         (folder / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
     return Written(out, None, report, tuple(notes), cast(ModelFiles, files), recipe, model)
@@ -211,24 +231,17 @@ def _remarks(report: Report) -> list[str]:
 _WIDENED_FORMATS = tuple(f"fp8_{kind.removeprefix('f8')}" for kind in WIDENED)
 
 
-def _write_texts(files: ModelFiles, folder: Path, report: Report) -> None:
+def _write_texts(files: ModelFiles, folder: Path) -> None:
     if files.path.exists():
         copy_companions(files.path, folder)
     _write_json(folder / CONFIG, files.config)
     if files.generation_config:
         _write_json(folder / GENERATION_CONFIG, files.generation_config)
-    write_ov_config(folder, report.recipe, report.formats())
 
 
 def write_ov_config(folder: Path, recipe: str, formats: Mapping[str, int]) -> None:
     """What was done to the weights, for whoever looks into the folder."""
     _write_json(folder / OV_CONFIG, {"lowbit": {"recipe": recipe, "formats": formats}, "openvino": release()})
-
-
-def _write_tokenizer(folder: Path) -> list[str]:
-    from lowbit.openvino.tokenizer import write_tokenizers
-
-    return write_tokenizers(folder)
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -3,12 +3,19 @@
 The converter knows most tokenizers and not all of them exactly, so the numbers of a few texts are compared with those of
 tokenizer.json, which stays the truth. It reads the tokenizer through transformers. A tokenizer that cannot be converted
 is a remark and no failure: everything but OpenVINO's own pipelines reads tokenizer.json.
+
+transformers imports torch, which takes 3.5 s of a processor and 270 MB, and no tokenizer needs it. So where torch is not there yet
+a process of its own converts the tokenizer without it, beside whatever else is done (`Conversion`).
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from lowbit.errors import LowbitError, MissingPackageError, one_line
@@ -46,6 +53,45 @@ def write_tokenizers(folder: Path) -> list[str]:
     ov.save_model(tokenizer, folder / TOKENIZER, compress_to_fp16=False)
     ov.save_model(detokenizer, folder / DETOKENIZER, compress_to_fp16=False)
     return differences(folder)
+
+
+_WITHOUT_TORCH = """
+import json, sys
+from pathlib import Path
+sys.modules["torch"] = None
+from lowbit.openvino.tokenizer import write_tokenizers
+print(json.dumps(write_tokenizers(Path(sys.argv[1]))))
+"""
+
+
+class Conversion:
+    """`write_tokenizers`, begun; `notes` waits for its end. The tokenizer's files lie in the folder already."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._process = folder, None
+        if sys.modules.get("torch") is None and sys.executable and has_tokenizer(folder):
+            line = [sys.executable, "-c", _WITHOUT_TORCH, str(folder)]
+            quiet = subprocess.DEVNULL
+            self._process = subprocess.Popen(line, stdin=quiet, stdout=subprocess.PIPE, stderr=quiet, text=True)
+
+    def __enter__(self) -> Conversion:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            self._process.communicate()
+
+    def notes(self) -> list[str]:
+        """The remarks."""
+        if self._process is not None:
+            said, _ = self._process.communicate()
+            if self._process.returncode == 0:
+                found: list[str] = json.loads(said.splitlines()[-1])
+                return found
+        return write_tokenizers(self._folder)
 
 
 def differences(folder: Path) -> list[str]:

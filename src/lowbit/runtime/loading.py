@@ -10,7 +10,7 @@ read through the map, as all do with `mapped=True`. Either way a weight lies in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeGuard
@@ -113,9 +113,19 @@ def load_weights(
     tightening: Tightening | None = None,
 ) -> EngineWeights:
     """Every weight of a model as the engine takes it; `before` is called before each piece of the core's work."""
+    return lay_out(read_weights(files, spec, recipe), spec, before, tightening)
+
+
+def lay_out(
+    weights_read: Iterable[Loaded],
+    spec: DecoderSpec,
+    before: Callable[[], None] = lambda: None,
+    tightening: Tightening | None = None,
+) -> EngineWeights:
+    """The same of weights that are read already, or of some layers alone."""
     weights, preparation = EngineWeights(), Preparation(before)
     looked_up = _PLAIN_ROLES if spec.head.tied else (*_PLAIN_ROLES, "embedding")
-    for loaded in read_weights(files, spec, recipe):
+    for loaded in weights_read:
         key = (loaded.role, loaded.layer)
         bias = None if loaded.bias is None else np.array(loaded.bias.array, np.float32).ravel()
         if loaded.role not in MATRIX_ROLES:

@@ -1,0 +1,91 @@
+"""Memory that is a file without a name: as large as the disk, gone with its process, and given back as soon as nobody looks.
+
+    spool = Spool(folder)
+    view = spool.keep(array)            the same numbers, in clean pages of the file
+
+    kept = Kept(folder)
+    for loaded in kept.passing(read_weights(...)): ...       weights go by, and packed ones stay in a spool
+    for loaded in kept: ...                                  the same once more, one at a time
+
+`Kept` is what an export compares its result with: the codes as the rounding gave them, before they became anything of OpenVINO's.
+Rounding a plain model a second time costs as much as the export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbit.packing import PackedTensor
+from lowbit.runtime.files import Loaded
+from lowbit.runtime.mapped import mapped_bytes, release_pages
+from lowbit.runtime.stored import Dense, Weight
+
+# Smaller arrays stay in memory: a map of its own would cost more than they are.
+_SMALL = 1 << 16
+
+
+class Spool:
+    """Arrays in one file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it lives as long as this object
+        self._end = 0
+
+    def keep(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A copy of an array in the file; of a small one, in memory."""
+        if array.nbytes < _SMALL:
+            return owned(array)
+        array = np.ascontiguousarray(array)
+        start = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self._file.seek(start)
+        self._file.write(array.reshape(-1).view(np.uint8).data)
+        self._file.flush()
+        self._end = start + array.nbytes
+        mapped = mmap.mmap(self._file.fileno(), array.nbytes, access=mmap.ACCESS_COPY, offset=start)
+        return np.frombuffer(mapped, array.dtype).reshape(array.shape)
+
+    def close(self) -> None:
+        """Let go of the file; arrays in it stay as long as somebody has them."""
+        self._file.close()
+
+
+def owned(array: NDArray[Any]) -> NDArray[Any]:
+    """The array, or a copy where its memory is somebody else's."""
+    return array.copy() if array.base is not None or not array.flags.owndata else array
+
+
+class Kept:
+    """The weights of a model as they went by."""
+
+    def __init__(self, folder: Path) -> None:
+        self._spool = Spool(folder)
+        self._loaded: list[Loaded] = []
+
+    def passing(self, weights: Iterable[Loaded]) -> Iterator[Loaded]:
+        """The weights as they come. Those that lie in a mapped file stay there."""
+        for loaded in weights:
+            self._loaded.append(dataclasses.replace(loaded, weight=self._keep(loaded.weight)))
+            yield loaded
+        self._spool.close()
+
+    def _keep(self, weight: Weight) -> Weight:
+        if isinstance(weight, Dense):
+            mapped = mapped_bytes(weight.array)
+            return weight if mapped else Dense(self._spool.keep(weight.array), weight.dtype)
+        return weight.with_tensors({name: self._spool.keep(array) for name, array in weight.tensors().items()})
+
+    def __iter__(self) -> Iterator[Loaded]:
+        for loaded in self._loaded:
+            yield loaded
+            if isinstance(loaded.weight, PackedTensor):
+                for array in loaded.weight.tensors().values():
+                    if mapped_bytes(array):
+                        release_pages(array)
