@@ -72,10 +72,10 @@ def held_codes(source: Any) -> dict[str, bytes]:
     return found
 
 
-def written_codes(folder: Path, names: list[str]) -> dict[str, bytes]:
-    constants = {
-        node.get_friendly_name(): node for node in graph(folder).get_ops() if node.get_type_name() == "Constant"
-    }
+def written_codes(written: Any, names: list[str]) -> dict[str, bytes]:
+    """The codes of these weights in a folder, or in a graph."""
+    model = graph(written) if isinstance(written, Path) else written
+    constants = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
     return {name: np.ascontiguousarray(constants[name].data).tobytes() for name in names}
 
 

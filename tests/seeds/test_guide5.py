@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
-from cpu.test_openvino_export import gptq_folder
+from cpu.test_openvino_export import gptq_folder, held_codes, written_codes
+from lowbit.openvino.comparison import TEXT
 from lowbit.openvino.opening import EXACT
-from lowbit.openvino.verify import TEXT
 from lowbit_assets import reference_model, tiny_model
 from seeds.running import run_seed
 
@@ -121,9 +121,11 @@ def test_the_command_line(model: Path, original: str, tmp_path: Path) -> None:
 
 def test_gptq_is_kept(tmp_path: Path) -> None:
     tiny = tiny_model("llama", tmp_path / "tiny")
-    for ran in run_seed("guide5/gptq.py", tmp_path, gptq_folder(tmp_path), tiny):
-        kinds = ast.literal_eval(ran.lines[-1])
-        assert "u4" in kinds or "i4" in kinds
+    source = gptq_folder(tmp_path)
+    expected = held_codes(source)
+    assert len(expected) == 14
+    for ran in run_seed("guide5/gptq.py", tmp_path, source, tiny, "saved"):
+        assert written_codes(ran.folder / "saved", list(expected)) == expected
 
 
 def test_lora_fused_and_apart(model: Path, adapter: Path, tmp_path: Path) -> None:

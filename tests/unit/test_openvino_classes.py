@@ -13,9 +13,12 @@ import transformers
 from transformers import modeling_outputs
 
 import lowbit
+from cpu.test_openvino_export import written_codes
 from lowbit import openvino
+from lowbit.bridge.weights import held_weights
 from lowbit.errors import CheckpointError, LowbitError, RecipeError
 from lowbit.openvino import compress_weights, compression_report, traced
+from lowbit.openvino.constants import hold
 from lowbit.openvino.examples import example_of
 from lowbit.openvino.opening import EXACT
 from lowbit.openvino.sites import low_bit_weights
@@ -55,6 +58,11 @@ def qwen3() -> Any:
 
 def wave(head: str) -> Any:
     return getattr(transformers, f"Wav2Vec2For{head}")(transformers.Wav2Vec2Config(**WAVE))
+
+
+def held_codes(module: Any) -> dict[str, bytes]:
+    """The codes of a module's packed weights, as OpenVINO is to have them."""
+    return {name: hold(held.packed()).codes.array.tobytes() for name, held in held_weights(module).items()}
 
 
 # Class, what makes a module for it, the class of what it gives.
@@ -163,6 +171,7 @@ def test_a_low_bit_folder_keeps_its_codes(tmp_path: Path) -> None:
     model = openvino.OVModelForFeatureExtraction.from_pretrained(tmp_path / "low", export=True, ov_config=EXACT)
     names = low_bit_weights(model.model)
     assert len(names) == 13 and "encoder.layer.1.output.dense.weight" in names
+    assert written_codes(model.model, names) == held_codes(module)
     given = inputs(module)
     with torch.no_grad():
         expected = module(**given).last_hidden_state
@@ -174,7 +183,9 @@ def test_gptq_of_ours_rounds_before_the_export(tmp_path: Path) -> None:
     folder = saved(bert, tmp_path)
     config = lowbit.GPTQConfig(bits=4, group_size=32, dataset=torch.randint(3, 96, (4, 16)))
     model = openvino.OVModelForFeatureExtraction.from_pretrained(folder, export=True, quantization_config=config)
-    assert "encoder.layer.0.attention.self.query.weight" in low_bit_weights(model.model)
+    expected = held_codes(lowbit.AutoModel.from_pretrained(folder, quantization_config=config))
+    assert "encoder.layer.0.attention.self.query.weight" in expected
+    assert written_codes(model.model, low_bit_weights(model.model)) == expected
 
 
 @pytest.mark.slow
