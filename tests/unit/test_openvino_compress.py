@@ -252,7 +252,6 @@ REFUSED = {
     "a ratio of 80; it is a share": {"mode": Mode.INT4_SYM, "ratio": 80},
     "MXFP4 has groups of 32": {"mode": Mode.MXFP4, "group_size": 128},
     "a group size of 0": {"mode": Mode.INT4_SYM, "group_size": 0},
-    "CODEBOOK keeps a table of levels .* take NF4": {"mode": Mode.CODEBOOK},
     "scale_estimation rounds by what the model is given: pass a dataset": {"scale_estimation": True},
     "gptq rounds by what the model is given": {"gptq": True},
     "lora_correction adds two products": {"lora_correction": True},

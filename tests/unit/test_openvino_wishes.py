@@ -71,17 +71,31 @@ def test_each_wish_beside_awq_has_its_effect(tiny: Path) -> None:
     assert "i8" in made(backup_precision="int8_sym") and "f32" in made(backup_precision="none")
 
 
+def test_what_graphs_alone_have_is_scaled_in_the_graph(tiny: Path) -> None:
+    for wish in (
+        {"ratio": 0.5, "sensitivity_metric": "max_activation_variance"},
+        {"ignored_scope": {"patterns": [".*q_proj"]}},
+    ):
+        config = OVWeightQuantizationConfig(**AWQ, **wish)
+        made = OVModelForCausalLM.from_pretrained(tiny, export=True, ov_config=EXACT, quantization_config=config)
+        rows = compression_report(made.model).layers
+        assert any("awq: ratio" in row.note for row in rows)
+        assert ("ignored_scope" in wish) != any("q_proj" in row.path for row in rows)
+        assert {"u4", "u8"} <= large_constants(made).keys() and 0 < distance(made, tiny) < 0.1
+    # A folder that holds a graph has no torch model.
+    plain = OVModelForCausalLM.from_pretrained(tiny, export=True, load_in_8bit=False, compile=False)
+    plain.save_pretrained(tiny.parent / "plain")
+    config = OVWeightQuantizationConfig(**AWQ, tokenizer=str(tiny))
+    later = OVModelForCausalLM.from_pretrained(tiny.parent / "plain", quantization_config=config, ov_config=EXACT)
+    assert any("awq: ratio" in row.note for row in compression_report(later.model).layers)
+
+
 @pytest.mark.parametrize(
-    ("wish", "said"),
-    [
-        ({"ignored_scope": {"names": ["a"]}}, "modules_to_not_convert"), ({"lora_correction": True}, "gptq=True wins"),
-        ({"sensitivity_metric": "max_activation_variance"}, "a ratio spares"), ({"ratio": 0.5}, "leave out ratio="),
-        ({"group_size_fallback": "error"}, "leave the fallback out"),
-    ],
-)  # fmt: skip
+    ("wish", "said"), [({"lora_correction": True}, "gptq=True wins"), ({"bits": 8}, "is for 4 bits: leave it out")]
+)
 def test_what_awq_cannot_have_is_refused(wish: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        _ = OVWeightQuantizationConfig(**AWQ, **wish).of_torch
+        _ = OVWeightQuantizationConfig(**AWQ | wish).of_torch
 
 
 @pytest.mark.parametrize(
@@ -110,7 +124,7 @@ def test_awq_and_gptq_of_optimum_cli(tiny: Path, tmp_path: Path) -> None:
     made = {}
     for options in ("", "--awq", "--awq --gptq", "--awq --gptq --all-layers"):
         out = str(tmp_path / "out" / str(len(made)))
-        asked = ["export", "openvino", "-m", str(tiny), *words.split(), *options.split(), out]
+        asked = ["export", "openvino", "-m", str(tiny), "--no-verify", *words.split(), *options.split(), out]
         assert optimum_export.run(asked) == 0
         made[options] = large_constants(OVModelForCausalLM.from_pretrained(out))
     assert len({found["u4"] for found in made.values()}) == len(made)

@@ -57,6 +57,15 @@ class Statistics:
         if self.differences is not None and full is not None:
             self.differences.addmm_((full.float() - rows).t(), rows)
 
+    def divided(self, scale: torch.Tensor) -> Statistics:
+        """The statistics of the same inputs divided by a scale [in]."""
+        found = Statistics(len(scale), scale.device, hessian=False)
+        found.tokens, found.largest = self.tokens, self.largest / scale
+        found._square, found._size = self._square / scale.square(), self._size / scale
+        if self._products is not None:
+            found._products = self.products / scale / scale[:, None]
+        return found
+
     @property
     def mean_square(self) -> torch.Tensor:
         return self._square / max(self.tokens, 1)

@@ -8,7 +8,7 @@ fit into a gigabyte, and the inputs are run again for the rest.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -27,14 +27,23 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "
 
 @dataclass
 class Seen:
-    """Of one input of products: its statistics, and the sum of its values [in]."""
+    """Of one input of products: its statistics, the sum of its values [in], and some of its rows [tokens, in]."""
 
     statistics: Statistics
     total: torch.Tensor
+    rows: list[torch.Tensor] = field(default_factory=list)
 
-    def add_(self, x: torch.Tensor) -> None:
-        self.statistics.add_(x)
-        self.total += x.reshape(-1, x.shape[-1]).sum(0)
+    def add_(self, x: torch.Tensor, rows: int) -> None:
+        """Take an input [.., in] into account; so many of its rows are kept."""
+        flat = x.reshape(-1, x.shape[-1])
+        self.statistics.add_(flat)
+        self.total += flat.sum(0)
+        if rows:
+            self.rows.append(flat[:: max(len(flat) // rows, 1)][:rows].clone())
+
+    def divided(self, scale: torch.Tensor) -> Seen:
+        """What is seen of the input divided by a scale [in], but for its rows."""
+        return Seen(self.statistics.divided(scale), self.total / scale)
 
     @property
     def variance(self) -> torch.Tensor:
@@ -42,8 +51,10 @@ class Seen:
         return (self.statistics.mean_square - mean.square()).clamp_min(0)
 
 
-def collect(model: Any, sites: Sequence[Site], data: Iterable[Any], subset: int, hessian: bool) -> dict[str, Seen]:
-    """The statistics of the inputs of linear sites, by name."""
+def collect(
+    model: Any, sites: Sequence[Site], data: Iterable[Any], subset: int, hessian: bool, rows: int = 0
+) -> dict[str, Seen]:
+    """The statistics of the inputs of linear sites, by name; about so many of their rows, of all items together."""
     items = list(islice(data, subset))
     if not items:
         raise RecipeError("the dataset is empty: give at least one input of the model")
@@ -55,7 +66,7 @@ def collect(model: Any, sites: Sequence[Site], data: Iterable[Any], subset: int,
             sources.setdefault((source.get_node().get_friendly_name(), source.get_index()), []).append(site)
     found: dict[str, Seen] = {}
     for batch in _batches(list(sources.values()), hessian):
-        for group, seen in zip(batch, _run(model, batch, items, hessian), strict=True):
+        for group, seen in zip(batch, _run(model, batch, items, hessian, rows), strict=True):
             found |= {site.name: seen for site in group}
     return found
 
@@ -74,7 +85,7 @@ def _batches(groups: list[list[Site]], hessian: bool) -> Iterator[list[list[Site
         yield batch
 
 
-def _run(model: Any, batch: list[list[Site]], items: list[Any], hessian: bool) -> list[Seen]:
+def _run(model: Any, batch: list[list[Site]], items: list[Any], hessian: bool, rows: int) -> list[Seen]:
     """Run the model over all items with the inputs of a batch of sites as further outputs."""
     own = len(model.outputs)
     sources = [next(use for use in group[0].uses if use.role == "linear").operation.input_value(0) for group in batch]
@@ -84,11 +95,12 @@ def _run(model: Any, batch: list[list[Site]], items: list[Any], hessian: bool) -
         seen = [
             Seen(Statistics(group[0].shape[-1], "cpu", hessian), torch.zeros(group[0].shape[-1])) for group in batch
         ]
+        each = -(-rows // len(items))
         for item in items:
             request.reset_state()
             request.infer(inputs_of(model, item))
             for place, one in enumerate(seen):
-                one.add_(torch.from_numpy(np.asarray(request.get_output_tensor(own + place).data, np.float32)))
+                one.add_(torch.from_numpy(np.asarray(request.get_output_tensor(own + place).data, np.float32)), each)
         return seen
     finally:
         for output in added:

@@ -49,7 +49,7 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
         export_decoder(source, folder, asked, large_in_8_bits=large_in_8_bits, keywords=keywords)
 
     def _compress_(self, asked: Quantization, source: Path, keywords: Mapping[str, Any]) -> None:
-        if not isinstance(asked, OVWeightQuantizationConfig) or asked.of_torch is not None:
+        if not isinstance(asked, OVWeightQuantizationConfig):
             raise LowbitError(
                 "this configuration quantises a torch model, and the folder holds a graph: start from the original"
             )

@@ -8,7 +8,8 @@ weights to the mode. Which they are is found exactly: of all such choices the on
 (`allocate`), where the error of a weight is |w - w^|^2 / |w|^2, or with a dataset what `sensitivity_metric` says.
 
 Codes come from `grid.quantize`, whose scales are searched; with a dataset each input weighs as much as its mean square, or GPTQ
-rounds column after column. The model that is given stays as it was. What became of every weight is in `compression_report`.
+rounds column after column, behind AWQ's scales or without (`scaling`). Tables of numbers are `codebooks`. The model that is given
+stays as it was. What became of every weight is in `compression_report`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from lowbit.errors import RecipeError
 from lowbit.formats import PER_CHANNEL, Format
 from lowbit.grid import check_finite, unpack
 from lowbit.openvino.activations import Seen, collect
+from lowbit.openvino.codebooks import Codebook, codebook_of, place
 from lowbit.openvino.constants import hold
 from lowbit.openvino.groups import fitting, remark
 from lowbit.openvino.modes import (
+    MODES,
+    TABLES,
     AdvancedCompressionParameters,
     BackupMode,
     CompressWeightsMode,
@@ -42,17 +46,20 @@ from lowbit.openvino.modes import (
     backup_format,
     format_in_groups,
     is_8_bit,
-    mode_row,
 )
 from lowbit.openvino.recipes import beyond_ratio
+from lowbit.openvino.scaling import ROWS, Factors, scale_inputs_
 from lowbit.openvino.sites import Site, find_sites, low_bit_weights
 from lowbit.openvino.weights import weight_output
 from lowbit.options import GptqOptions
 from lowbit.packing import PackedTensor
 from lowbit.report import LayerReport, Report, Skipped
 
+# What a weight is rounded to.
+Rounding = Format | Codebook
 _PLACE = ["lowbit", "weight_compression", "report"]
 _MATRIX = 2
+_LEAST = 1e-30  # of a weight's size, so that one of zeros has no error
 _BYTE = 8
 _PLAIN_BYTES = 2  # of a weight in f16, as models are saved
 
@@ -71,13 +78,17 @@ class _Request:
     gptq: bool
     weighted: bool
     advanced: AdvancedCompressionParameters
+    book: Codebook | None = None
+    awq: bool = False
 
-    def format_for(self, in_features: int) -> Format | None:
-        """The mode's format for a width; None where no group size divides it."""
-        row = mode_row(self.mode)
+    def format_for(self, in_features: int) -> Rounding | None:
+        """What the mode makes of rows of a width; None where no group size divides them."""
+        row = MODES[self.mode]
         free = self.advanced.group_size_fallback_mode is GroupSizeFallbackMode.ADJUST and not row.sizes_fixed
         size = fitting(self.group_size, in_features, self.advanced.min_adjusted_group_size if free else self.group_size)
-        return None if size is None else format_in_groups(row.format, size)
+        if size is None or self.book is None:
+            return None if size is None else format_in_groups(row.format, size)
+        return self.book.with_group(size)
 
 
 def compress_weights(
@@ -105,14 +116,14 @@ def compress_weights(
             f"compress_weights takes an openvino.Model, not a {type(model).__name__}: a torch module becomes low-bit by "
             "lowbit.optimize_model, and its codes are kept when it is exported"
         )
-    _refuse(awq, lora_correction, compression_format)
-    if dataset is None and (scale_estimation or gptq):
+    _refuse(lora_correction, compression_format)
+    if dataset is None and (scale_estimation or gptq or awq):
         raise RecipeError(
-            f"{'gptq' if gptq else 'scale_estimation'} rounds by what the model is given: pass a dataset, "
+            f"{'gptq' if gptq else 'awq' if awq else 'scale_estimation'} rounds by what the model is given: pass a dataset, "
             "nncf.Dataset or any iterable of the model's inputs"
         )
     chosen = as_member(CompressWeightsMode, mode)
-    row = mode_row(chosen)
+    row = MODES[chosen]
     metric = as_member(SensitivityMetric, sensitivity_metric or _default_metric(dataset))
     if dataset is None and metric is not SensitivityMetric.WEIGHT_QUANTIZATION_ERROR:
         raise RecipeError(f"the metric {metric.value} looks at activations: pass a dataset, or leave the metric out")
@@ -126,8 +137,16 @@ def compress_weights(
         backup_format(row.backup if backup_mode is None else as_member(BackupMode, backup_mode)),
         bool(gptq),
         scale_estimation is not False,
-        advanced_parameters or AdvancedCompressionParameters(),
+        advanced := advanced_parameters or AdvancedCompressionParameters(),
+        codebook_of(chosen, advanced) if chosen in TABLES else None,
+        bool(awq),
     )
+    if request.awq and (request.book is not None or is_8_bit(chosen)):
+        raise RecipeError(
+            f"awq is for few bits with numbers that stand evenly, or NF4's: leave it out with {chosen.name}"
+        )
+    if request.gptq and request.book is not None:
+        raise RecipeError(f"gptq rounds to numbers that stand evenly, or to NF4's: leave it out with {chosen.name}")
     # NNCF's own class is understood too, by what it can do.
     items: Any = getattr(dataset, "get_inference_data", lambda: dataset)()
     return _compress(model.clone(), request, items, subset_size)
@@ -145,12 +164,7 @@ def compression_report(model: Any) -> Report:
     return Report.from_dict(json.loads(model.get_rt_info(_PLACE).astype(str)))
 
 
-def _refuse(awq: bool | None, lora_correction: bool | None, compression_format: Any) -> None:
-    if awq:
-        raise RecipeError(
-            "awq moves scales between layers, which a graph no longer names: quantise the torch model with it "
-            "(lowbit.quantize, scalers=['awq'], any rounder) and export that, which keeps its codes"
-        )
+def _refuse(lora_correction: bool | None, compression_format: Any) -> None:
     if lora_correction:
         raise RecipeError(
             "lora_correction adds two products to every layer at each inference: gptq=True wins more in the same bits, "
@@ -180,7 +194,7 @@ def _checked_ratio(mode: CompressWeightsMode, ratio: float | None) -> float:
 
 
 def _checked_size(mode: CompressWeightsMode, group_size: int | None) -> int:
-    row = mode_row(mode)
+    row = MODES[mode]
     if group_size is None or group_size == row.group_size:
         return row.group_size
     if row.sizes_fixed:
@@ -200,14 +214,20 @@ def _compress(model: Any, request: _Request, data: Iterable[Any] | None, subset_
             f"{len(held)} weights of this model are low-bit already and are not rounded twice: start from one in 16 or 32 "
             "bits (from_pretrained(..., export=True, load_in_8bit=False))"
         )
-    seen = {} if data is None else collect(model, first, data, subset_size, request.gptq)
+    rows = ROWS if request.awq else 0
+    seen = {} if data is None else collect(model, first, data, subset_size, request.gptq, rows)
     formats = _choose_formats(sites, first, request, seen)
+    factors = Factors()
+    if request.awq:
+        small = [site for site in first if (format := formats[site.name]) is not None and format.bits < _BYTE]
+        factors = scale_inputs_(small, formats, seen)
+        seen = seen | {name: seen[name].divided(scale) for name, scale in factors.inputs.items()}
     for site in sites:
         format = formats.get(site.name)
         if format is None:
             report.skipped.append(Skipped(site.name, "no backup was asked for", 4 * site.count))
         else:
-            _replace_(site, format, request, seen.get(site.name), report)
+            _replace_(site, format, request, seen.get(site.name), report, factors)
     report.skipped += [Skipped(name, "it is low-bit already") for name in held]
     model.validate_nodes_and_infer_types()
     model.set_rt_info(json.dumps(report.to_dict()), _PLACE)
@@ -241,9 +261,9 @@ def _ratio_defining(sites: list[Site], request: _Request) -> list[Site]:
 
 def _choose_formats(
     sites: list[Site], first: list[Site], request: _Request, seen: Mapping[str, Seen]
-) -> dict[str, Format | None]:
+) -> dict[str, Rounding | None]:
     """The format of every weight by name; None leaves it as it is."""
-    formats: dict[str, Format | None] = {site.name: request.backup for site in sites}
+    formats: dict[str, Rounding | None] = {site.name: request.backup for site in sites}
     wanted = {site.name: request.format_for(site.shape[-1]) for site in first}
     odd = [site.name for site in first if wanted[site.name] is None]
     if odd and request.advanced.group_size_fallback_mode is GroupSizeFallbackMode.ADJUST:
@@ -270,12 +290,13 @@ def _choose_formats(
     return formats | {site.name: wanted[site.name] for site in may if site.name not in kept}
 
 
-def error_of(weight: torch.Tensor, format: Format | None, request: _Request, seen: Seen | None) -> float:
+def error_of(weight: torch.Tensor, format: Rounding | None, request: _Request, seen: Seen | None) -> float:
     """What rounding costs a product by the metric of the request, so that weights of all layers compare."""
     if format is None:
         return 0.0
     weight = weight.reshape(-1, weight.shape[-1])
-    change = (unpack(round_weight(weight, format)) - weight).square().sum(0)
+    rounded = place(weight, format).restored() if isinstance(format, Codebook) else unpack(round_weight(weight, format))
+    change = (rounded - weight).square().sum(0)
     square = weight.square().sum(0)
     metric, factor = request.metric, 1.0
     if seen is not None and metric is not SensitivityMetric.WEIGHT_QUANTIZATION_ERROR:
@@ -294,26 +315,28 @@ _FACTORS = {
 }
 
 
-def _replace_(site: Site, format: Format, request: _Request, seen: Seen | None, report: Report) -> None:
+def _replace_(
+    site: Site, format: Rounding, request: _Request, seen: Seen | None, report: Report, factors: Factors
+) -> None:
     """Round one weight and put it in its place, with a line in the report."""
-    weight = torch.from_numpy(site.read())
+    weight = factors.applied(site.name, torch.from_numpy(site.read()))
     check_finite(weight, site.name)
-    packed = _round(weight, format, request, seen)
-    held = hold(packed)
-    shape = list(site.shape)
     before = site.constant.get_element_type().size * site.count
-    site.replace_(weight_output(held, site.name))
+    if isinstance(format, Codebook):
+        known = seen is not None and not seen.statistics.is_blank and request.weighted
+        placed = place(weight, format, importance_of(seen.statistics) if seen is not None and known else None)
+        site.replace_(placed.output(site.name))
+        error = float((placed.restored() - weight).norm() / weight.norm().clamp_min(_LEAST))
+        found = (placed.nbytes, error, placed.note)
+    else:
+        packed = _round(weight, format, request, seen)
+        held = hold(packed)
+        site.replace_(weight_output(held, site.name))
+        notes = [note for note in (held.note, factors.notes.get(site.name)) if note]
+        found = (packed.nbytes, relative_error(weight, packed), "; ".join(notes))
+    size, error, note = found
     report.layers.append(
-        LayerReport(
-            site.name,
-            site.role,
-            format.name,
-            shape,
-            before,
-            packed.nbytes,
-            relative_error(weight, packed),
-            note=held.note,
-        )
+        LayerReport(site.name, site.role, format.name, list(site.shape), before, size, error, note=note)
     )
 
 

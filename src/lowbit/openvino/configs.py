@@ -4,6 +4,7 @@
     OVWeightQuantizationConfig(bits=4, ratio=0.8)             the graph in 16 or 32 bits first, then `compress_weights`
     OVWeightQuantizationConfig(bits=4, dataset="auto", gptq=True)      the same, with what the model is given
     OVWeightQuantizationConfig(bits=4, quant_method="awq", dataset=texts)  the torch model by AWQ, then written (scaled.py)
+    ... with ratio=0.8, or another wish about which weights    the graph, AWQ in it too (scaling.py)
 
 Names, order and defaults of the fields are that package's; each class is also taken as a dict of its fields. Beside them stand
 lowbit's own configurations (RtnConfig, GPTQConfig, AwqConfig, TeqConfig, AutoRoundConfig), and GPTQConfig of transformers.
@@ -31,6 +32,7 @@ DEFAULT_GROUP = 128
 # dtype: the mode of compress_weights, and the format without one.
 _MODES = {
     "int8": ("int8_asym", "int8_sym"), "int4": ("int4_asym", "int4_sym"), "nf4": ("nf4", "nf4"), "mxfp4": ("mxfp4", "mxfp4"),
+    "cb4": ("cb4", "cb4"),
 }  # fmt: skip
 _FORMATS = {
     "int4_asym": "int4_asym", "int4_sym": "int4", "nf4": "nf4", "int8_asym": EIGHT.name, "int8_sym": "int8_channel",
@@ -38,6 +40,8 @@ _FORMATS = {
 }  # fmt: skip
 # The fields that a recipe takes; with any other the graph is compressed as a whole.
 _AS_READ = {"bits", "sym", "group_size", "tokenizer", "ratio", "num_samples", "dtype", "dq_group_size"}
+# Modes that the core does not round to: the graph is compressed as a whole.
+_OF_GRAPHS = ("mxfp4", "cb4")
 _BITS = (4, 8)
 _WITHOUT = {
     "statistics_path": "statistics are taken anew from the dataset: leave it out",
@@ -107,6 +111,8 @@ class OVWeightQuantizationConfig:
     @property
     def _format(self) -> Format:
         """The format of the products."""
+        if self.mode == "cb4":
+            raise RecipeError("dtype='cb4' is a table that graphs alone have: take dtype='nf4' with quant_method='awq'")
         format = format_from_name(_FORMATS[self.mode])
         grouped = format.bits < max(_BITS) and self.mode != "mxfp4"
         return format.with_group(self.group_size or DEFAULT_GROUP) if grouped else format
@@ -116,7 +122,7 @@ class OVWeightQuantizationConfig:
         """What is done to the weights as they are read, with the `ratio`; None where the whole graph, or what it is given, has a
         say."""
         said = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
-        if said - _AS_READ or self.mode == "mxfp4":
+        if said - _AS_READ or self.mode in _OF_GRAPHS:
             return None
         format = self._format
         backup = format if format.bits == max(_BITS) else EIGHT
@@ -124,8 +130,12 @@ class OVWeightQuantizationConfig:
 
     @property
     def of_torch(self) -> WeightOnlyConfig | None:
-        """The configuration by which the torch model is quantised: AWQ moves scales between layers, and a graph names none."""
-        return scaled(self, self._format, EIGHT) if self.quant_method == OVQuantizationMethod.AWQ else None
+        """The configuration by which the torch model is quantised: AWQ judges a scale there by what a whole block makes of it. None
+        where something is asked for that graphs alone have, which AWQ scales too."""
+        of_graphs = self.ratio != 1 or self.ignored_scope or self.sensitivity_metric or self.group_size_fallback
+        if self.quant_method != OVQuantizationMethod.AWQ or (of_graphs and self._format.bits < max(_BITS)):
+            return None
+        return scaled(self, self._format, EIGHT)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -144,6 +154,7 @@ class OVWeightQuantizationConfig:
             "sensitivity_metric": self.sensitivity_metric,
             "scale_estimation": self.scale_estimation,
             "gptq": self.gptq,
+            "awq": self.quant_method == OVQuantizationMethod.AWQ or None,
             "lora_correction": self.lora_correction,
             "backup_mode": self.backup_precision,
             "subset_size": self.num_samples,

@@ -163,7 +163,7 @@ def _zeros(grid: _Grid, index: Array, rows: list[int]) -> Numbers:
     zeros = _spread(grid.zeros, index, rows)
     shape = (*zeros.shape, 1)
     if zeros.dtype == np.uint8 and grid.type == "u4":
-        return Numbers(_pack(zeros.reshape(1, -1), 4), shape, "u4")
+        return Numbers(pack_numbers(zeros.reshape(1, -1), 4), shape, "u4")
     return Numbers(zeros, shape, "u8" if zeros.dtype == np.uint8 else _TYPES[str(zeros.dtype)])
 
 
@@ -172,10 +172,10 @@ def _dense(grid: _Grid, in_features: int) -> Array:
     width = _WIDTHS.get(grid.type, 8)
     if grid.codes.dtype == np.uint8 and grid.codes.shape[-1] * 8 == in_features * width:
         return np.ascontiguousarray(grid.codes)  # they lie so already
-    return _pack(grid.codes.reshape(1, -1), width)
+    return pack_numbers(grid.codes.reshape(1, -1), width)
 
 
-def _pack(codes: Array, width: int) -> Array:
+def pack_numbers(codes: Array, width: int) -> Array:
     if width == 8:
         return np.ascontiguousarray(codes)
     per_byte = 8 // width

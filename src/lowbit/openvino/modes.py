@@ -9,6 +9,9 @@ NF4, FP4      nf4, fp4_e2m1                    128           int8
 MXFP4         mxfp4                            32            mxfp8
 NVFP4         nvfp4                            16            fp8
 FP8, MXFP8    fp8_e4m3, mxfp8                  a row, 32     widened by the plugins at each inference
+CB4           16 numbers of 8-bit floats       128           int8; plain in memory: plugins know NF4's table alone
+CODEBOOK      a table of the caller's          128           the same
+ADAPTIVE_...  16 numbers of each weight's own  128           the same
 """
 
 from __future__ import annotations
@@ -117,6 +120,15 @@ class GPTQParams:
 
 
 @dataclass(frozen=True)
+class AdaptiveCodebookParams:
+    """Of tables that each weight has of its own: the type of their numbers (f8e4m3, f16, f32), and how many there are."""
+
+    value_type: str = "f8e4m3"
+    across_blocks: bool = False
+    num_elements: int = 16
+
+
+@dataclass(frozen=True)
 class AdvancedCompressionParameters:
     """Rare choices. By default a group size that does not divide a weight is halved until it does, and the report says so."""
 
@@ -125,11 +137,12 @@ class AdvancedCompressionParameters:
     gptq_params: GPTQParams = field(default_factory=GPTQParams)
     statistics_path: str | None = None
     codebook: Any = None
+    adaptive_codebook_params: AdaptiveCodebookParams = field(default_factory=AdaptiveCodebookParams)
 
 
 @dataclass(frozen=True)
 class ModeRow:
-    """A mode: its format in groups of some size, the size that it has by itself, and what it leaves to the backup."""
+    """A mode: its format in groups of some size, or the label of its table, the size that it has by itself, and its backup."""
 
     format: str
     group_size: int
@@ -153,7 +166,12 @@ MODES: dict[CompressWeightsMode, ModeRow] = {
     _M.NVFP4: ModeRow("nvfp4", 16, BackupMode.FP8_E4M3, True),
     _M.FP8_E4M3: ModeRow("fp8_e4m3", PER_CHANNEL, BackupMode.FP8_E4M3),
     _M.MXFP8_E4M3: ModeRow("mxfp8", 32, BackupMode.MXFP8_E4M3, True),
+    _M.CB4: ModeRow("cb4", 128),
+    _M.CB4_F8E4M3: ModeRow("cb4", 128),
+    _M.CODEBOOK: ModeRow("codebook", 128),
+    _M.ADAPTIVE_CODEBOOK: ModeRow("adaptive_codebook", 128),
 }
+TABLES = (_M.CB4, _M.CB4_F8E4M3, _M.CODEBOOK, _M.ADAPTIVE_CODEBOOK)
 # The kernels of the core have no row for it, so it is no format of lowbit's own: it exists here for the plugins.
 _MXFP8 = Format("mxfp8", 8, "float", table="e4m3", group_size=32, scale_dtype="e8m0")
 _BACKUPS: dict[BackupMode, tuple[str, int]] = {
@@ -162,16 +180,6 @@ _BACKUPS: dict[BackupMode, tuple[str, int]] = {
     BackupMode.FP8_E4M3: ("fp8_e4m3", PER_CHANNEL),
     BackupMode.MXFP8_E4M3: ("mxfp8", 32),
 }
-
-
-def mode_row(mode: CompressWeightsMode) -> ModeRow:
-    """What a mode means, or why there is none."""
-    if mode not in MODES:
-        raise RecipeError(
-            f"{mode.name} keeps a table of levels that OpenVINO's plugins look up anew at every inference, in 16 or 32 bits: "
-            "take NF4, whose table they know and read packed"
-        )
-    return MODES[mode]
 
 
 def is_8_bit(mode: CompressWeightsMode) -> bool:

@@ -1,5 +1,5 @@
-"""AWQ in the words of optimum-intel: `quant_method="awq"`, done to the torch model, since a graph names no layers between which
-scales could move. Every other wish of the configuration becomes a part of the recipe, or is refused with what to do instead.
+"""AWQ in the words of optimum-intel: `quant_method="awq"`, done to the torch model, where a scale is judged by what a block makes
+of it. Every other wish of the configuration becomes a part of the recipe, or is refused with what to do instead.
 
     gptq=True                    AWQ's scales first, then GPTQ's codes
     scale_estimation=False       scales of codes are searched without looking at what the model is given
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lowbit.openvino.configs import OVWeightQuantizationConfig
 
 _REFUSED = {
-    "ignored_scope": "names nodes of a graph, and AWQ scales the torch model: use AwqConfig(modules_to_not_convert=[...])",
-    "sensitivity_metric": "chooses what a ratio spares, and AWQ has none: leave it out",
     "lora_correction": "adds two products to every layer at each inference: gptq=True wins more in the same bits",
 }
 
@@ -41,18 +39,11 @@ class ScaledConfig(AwqConfig):
 
 def scaled(config: OVWeightQuantizationConfig, format: Format, eight: Format) -> ScaledConfig:
     """What the torch model is quantised by: products in a format, head and embedding in `eight` unless another is named."""
-    if format.bits == eight.bits or config.ratio != 1:
-        raise RecipeError(
-            "quant_method='awq' is for 4 bits everywhere: leave out ratio=, or take gptq=True, which takes one"
-        )
+    if format.bits == eight.bits:
+        raise RecipeError("quant_method='awq' is for 4 bits: leave it out with bits=8, where scales win nothing")
     for name, reason in _REFUSED.items():
         if getattr(config, name):
             raise RecipeError(f"{name}={getattr(config, name)!r} with quant_method='awq' {reason}")
-    if config.group_size_fallback not in (None, "adjust"):
-        raise RecipeError(
-            f"group_size_fallback={config.group_size_fallback!r} with quant_method='awq': the last group of a row is shorter "
-            "where the size does not divide it; take a group_size that does, and leave the fallback out"
-        )
     backup: Format | None = eight
     if config.all_layers:
         backup = format

@@ -133,7 +133,8 @@ def low_bit_weights(model: Any) -> list[str]:
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Constant" or node.get_element_type().to_string() not in _SMALL:
             continue
-        if int(np.prod(node.output(0).shape)) > 1 and _leads_to_use(node):
+        shape = node.output(0).shape
+        if len(shape) >= _MATRIX and int(np.prod(shape)) > 1 and _leads_to_use(node):
             found.append(node.get_friendly_name())
     return found
 
@@ -145,9 +146,18 @@ def _leads_to_use(node: Any) -> bool:
         after, kind = given.get_node(), given.get_node().get_type_name()
         if _use(given, {}) is not None:
             return True
-        if kind in _BETWEEN and given.get_index() == 0 and _leads_to_use(after):
+        if kind in _BETWEEN and (given.get_index() == 0 or _is_table(given)) and _leads_to_use(after):
             return True
     return False
+
+
+def _is_table(given: Any) -> bool:
+    """Whether an input says which numbers of a short table are meant."""
+    gather = given.get_node()
+    if gather.get_type_name() != "Gather" or given.get_index() != 1:
+        return False
+    rank = gather.input_value(0).get_partial_shape().rank
+    return bool(rank.is_static and rank.get_length() == 1)
 
 
 def _ends(node: Any) -> list[Any]:
