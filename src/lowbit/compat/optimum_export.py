@@ -18,6 +18,7 @@ import lowbit.openvino
 from lowbit.checkpoint.hub import find_model
 from lowbit.contents import CONFIG, read_config
 from lowbit.errors import LowbitError, nearest
+from lowbit.openvino.comparison import Verification, told
 
 # The types of weights that are not rounded, as torch names them.
 DENSE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -88,8 +89,12 @@ def export(
     *,
     dtype: str | None = None,
     tokenizer: bool = True,
-) -> None:
-    """Write a model of any task; `dtype` is one of DENSE, or None for the type that weights have."""
+    verify: bool = False,
+) -> Verification | None:
+    """Write a model of any task; `dtype` is one of DENSE, or None for the type that weights have.
+
+    With `verify` it is compared with its source, but for pipelines of pictures, whose parts are compared while they are followed.
+    """
     name = class_of(model, task, keywords)
     if dtype is not None:
         if dtype not in DENSE:
@@ -100,8 +105,9 @@ def export(
         from lowbit.openvino.exporting import export_decoder
 
         large = dtype is None
-        export_decoder(model, output, asked, large_in_8_bits=large, tokenizer=tokenizer, keywords=dict(keywords))
-        return
+        return export_decoder(
+            model, output, asked, large_in_8_bits=large, tokenizer=tokenizer, keywords=dict(keywords), verify=verify
+        )
     if name not in lowbit.openvino.__all__:
         raise LowbitError(f"lowbit.openvino has no {name} for this task: {nearest(name, lowbit.openvino.__all__)}")
     kept: dict[str, bool] = {} if dtype is None or asked is not None else {"load_in_8bit": False}
@@ -110,6 +116,13 @@ def export(
         model, export=True, quantization_config=asked, compile=False, **kept, **keywords
     )
     made.save_pretrained(output)
+    if not verify or name == TASKS["text-to-image"]:
+        return None
+    from lowbit.openvino.class_comparison import verify_class
+
+    kind = type(made)
+    del made
+    return verify_class(kind, output, model, keywords)
 
 
 def class_of(model: str | Path, task: str, keywords: Mapping[str, Any]) -> str:
@@ -149,7 +162,7 @@ def run(arguments: list[str]) -> int:
         "trust_remote_code": asked.trust_remote_code or None,
         "variant": asked.variant,
     }
-    export(
+    found = export(
         asked.model,
         asked.output,
         asked.task,
@@ -157,9 +170,13 @@ def run(arguments: list[str]) -> int:
         {name: value for name, value in keywords.items() if value is not None},
         dtype=asked.weight_format if asked.weight_format in DENSE else None,
         tokenizer=not asked.disable_convert_tokenizer,
+        verify=asked.verify,
     )
     print(f"{asked.output}: the model in OpenVINO's form")
-    return 0
+    if found is None:
+        return 0
+    print("against the source:", *told(found), sep="\n  ")
+    return 0 if found.passed else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(name)
     for name in ("--sym", "--all-layers", "--awq", "--scale-estimation", "--gptq", "--lora-correction"):
         parser.add_argument(name, action="store_true", default=None)
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare with the source")
     for name in ("--disable-stateful", "--disable-convert-tokenizer"):
         parser.add_argument(name, action="store_true")
     return parser
@@ -220,10 +238,6 @@ def _quantization(asked: argparse.Namespace) -> Any:
             odd = next(iter(given), "awq").replace("_", "-")
             raise LowbitError(f"--{odd} is about weights of few bits: add --weight-format int4 (or int8, nf4, mxfp4)")
         return None
-    if asked.weight_format == "cb4":
-        raise LowbitError(
-            "--weight-format cb4 is a table that the plugins look up anew each time: use nf4, which they know"
-        )
     method = {"quant_method": "awq"} if asked.awq else {}
     four = asked.weight_format not in ("int8", "int4")
     return lowbit.openvino.OVWeightQuantizationConfig(

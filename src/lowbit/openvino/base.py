@@ -92,6 +92,11 @@ class OVModel(FromPretrained, transformers.PreTrainedModel):  # type: ignore[mis
             super().__setattr__(name, value)
 
     @property
+    def graphs(self) -> tuple[Any, ...]:
+        """All graphs of the model."""
+        return (self._graph,)
+
+    @property
     def compiled(self) -> Any:
         """The graph, ready on its device."""
         if self._compiled is None:

@@ -13,6 +13,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from lowbit.checkpoint.auto import AutoModelForCausalLM
 from lowbit.configs.base import WeightOnlyConfig
 from lowbit.contents import REPORT
 from lowbit.errors import RecipeError
+from lowbit.openvino.comparison import Verification, rounding_of
+from lowbit.openvino.comparison import verify as compare
 from lowbit.openvino.compress import compress_weights, compression_report
-from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
+from lowbit.openvino.configs import OVQuantizationMethod, OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.configs import read_config as read_quantization
-from lowbit.openvino.export import write_decoder
+from lowbit.openvino.export import Written, write_decoder
 from lowbit.openvino.folders import replace_graph, tell_what_was_done
 from lowbit.openvino.opening import MODEL, read_model
 from lowbit.openvino.recipes import LARGE
@@ -60,15 +63,20 @@ def export_decoder(
     large_in_8_bits: bool = True,
     tokenizer: bool = True,
     keywords: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a language model; what was decided on the way is printed. `keywords` are those of transformers' from_pretrained."""
+    verify: bool = False,
+) -> Verification | None:
+    """Write a language model; what was decided on the way is printed. `keywords` are those of transformers' from_pretrained.
+
+    With `verify` it is compared with its source. Where the whole graph is rounded that is done before, and what the rounding moves
+    is measured behind it.
+    """
     config = quantization.of_torch if isinstance(quantization, OVWeightQuantizationConfig) else quantization
     check_generates(source)
     described = has_spec(source, keywords)
     if isinstance(config, WeightOnlyConfig):
-        _tell(write_decoder(_quantized(source, config, keywords), out, tokenizer=tokenizer).notes)
+        found = _write(_quantized(source, config, keywords), out, verify, tokenizer=tokenizer)[1]
         _note_dynamic_groups(out, quantization)
-        return
+        return found
     held = AutoModelForCausalLM.from_pretrained(source, **(keywords or {})) if keywords or not described else source
     if not described and quantization is None and large_in_8_bits and _is_large(held):
         _tell(["the model has more than a billion weights and is written in 8 bits; load_in_8bit=False keeps them"])
@@ -78,16 +86,25 @@ def export_decoder(
     if recipe is not None:
         assert asked is not None
         ratio = asked.ratio if asked.ratio < 1 else None
-        _tell(write_decoder(held, out, format=recipe, ratio=ratio, tokenizer=tokenizer).notes)
+        found = _write(held, out, verify, format=recipe, ratio=ratio, tokenizer=tokenizer)[1]
     else:
         eight = described and large_in_8_bits and asked is None
-        _tell(write_decoder(held, out, tokenizer=tokenizer, large_in_8_bits=eight).notes)
+        written, found = _write(held, out, verify, tokenizer=tokenizer, large_in_8_bits=eight)
         if asked is not None:
             graph = compress(read_model(out), asked, source, keywords)
             replace_graph(graph, Path(out) / MODEL)
             tell_what_was_done(graph, Path(out))
             (Path(out) / REPORT).write_text(compression_report(graph).to_json() + "\n", encoding="utf-8")
+            found = None if found is None else replace(found, rounding=rounding_of(written))
     _note_dynamic_groups(out, asked)
+    return found
+
+
+def _write(source: Any, out: str | Path, verify: bool, **wishes: Any) -> tuple[Written, Verification | None]:
+    """A folder, and how it compares with its source."""
+    written = write_decoder(source, out, keep=verify, **wishes)
+    _tell(written.notes)
+    return written, compare(written) if verify else None
 
 
 def _note_dynamic_groups(out: str | Path, asked: Quantization | None) -> None:
@@ -115,7 +132,8 @@ def compress(
     graph: Any, config: OVWeightQuantizationConfig, source: str | Path, keywords: Mapping[str, Any] | None = None
 ) -> Any:
     """A graph with the weights that a configuration asks for; `source` has the tokenizer of its text."""
-    if config.dataset is None and not config.gptq and not config.scale_estimation:
+    looks = config.gptq or config.scale_estimation or config.quant_method == OVQuantizationMethod.AWQ
+    if config.dataset is None and not looks:
         return compress_weights(graph, **config.arguments)
     named = isinstance(config.dataset, str) and not Path(config.dataset).expanduser().is_file()
     tokenizer = config.tokenizer if config.tokenizer is not None else _tokenizer(source, keywords)

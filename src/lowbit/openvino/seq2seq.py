@@ -21,7 +21,7 @@ from transformers.models.whisper.generation_whisper import WhisperGenerationMixi
 
 from lowbit.errors import LowbitError, RecipeError
 from lowbit.openvino.base import GraphConfig, copy_graphs
-from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
+from lowbit.openvino.configs import OVQuantizationMethod, OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import example_of
 from lowbit.openvino.exporting import compress
 from lowbit.openvino.folders import replace_graph
@@ -156,6 +156,10 @@ class OVModelForSeq2SeqLM(OVTraced, transformers.GenerationMixin):  # type: igno
     def model(self, graph: Any) -> None:
         raise LowbitError("this model has two graphs: exchange model.encoder.model and model.decoder.model")
 
+    @property
+    def graphs(self) -> tuple[Any, ...]:
+        return self.encoder.model, self.decoder.model
+
     def compile(self, *_: Any, **__: Any) -> None:
         _ = self.encoder.compiled, self.decoder.compiled
 
@@ -200,7 +204,10 @@ class OVModelForSeq2SeqLM(OVTraced, transformers.GenerationMixin):  # type: igno
 
     @classmethod
     def _asked(cls, quantization: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:
-        if quantization.dataset is not None or quantization.gptq or quantization.scale_estimation:
+        looks = (
+            quantization.gptq or quantization.scale_estimation or quantization.quant_method == OVQuantizationMethod.AWQ
+        )
+        if quantization.dataset is not None or looks:
             raise RecipeError(
                 "calibration of an encoder-decoder goes through the torch model: pass GPTQConfig or AwqConfig of lowbit, or "
                 "compress model.encoder.model and model.decoder.model with a dataset of their own inputs"

@@ -85,7 +85,7 @@ class OVTraced(OVModel):
         halves = module.dtype == torch.float16
         graphs = cls._graphs(module.float())
         for name, graph in graphs.items():
-            if isinstance(quantization, OVWeightQuantizationConfig):
+            if isinstance(quantization, OVWeightQuantizationConfig) and quantization.of_torch is None:
                 graph = compress(graph, cls._asked(quantization), source, keywords)
             ov.save_model(graph, out / name, compress_to_fp16=halves)
         module.config.architectures = [type(module).__name__]  # the head that the graph has, as transformers saves it
