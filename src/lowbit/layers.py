@@ -25,7 +25,7 @@ from torch import nn
 
 from lowbit.formats import Format
 from lowbit.grid import check_finite, quantize, unpack
-from lowbit.kernels.autograd import look_up, multiply, multiply_experts
+from lowbit.kernels.autograd import is_recorded, look_up, multiply, multiply_experts
 from lowbit.kernels.table import Kernel, choose
 from lowbit.packing import BUFFERS, PackedTensor
 from lowbit.search import Search
@@ -85,6 +85,10 @@ class PackedWeight(nn.Module):
 
     def dense(self) -> torch.Tensor:
         """The weight unpacked, in the type that the model computes in."""
+        if (
+            is_recorded() and len(self.shape) == 2
+        ):  # what unpacks it is no operation of torch; looking all rows up is one
+            return self.rows(torch.arange(self.shape[0], device=self.device))
         return unpack(self.packed(), self.dtype)
 
     def set_dense_(self, weight: torch.Tensor) -> None:

@@ -95,6 +95,13 @@ def test_one_optional_library_in_one_room() -> None:
     assert all(len(places) == 1 for places in rooms.values()), rooms
 
 
+def test_what_stands_in_for_others_stays_with_the_tests() -> None:
+    """tests/stand_ins answers names that the package itself knows nothing of."""
+    names = {path.name for path in (Path(__file__).parents[1] / "stand_ins").iterdir() if path.is_dir()}
+    assert "torchvision" in names
+    assert not [path for path in FILES for name in imports(path) if name.partition(".")[0] in names]
+
+
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     tree = ast.parse(path.read_text())
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]

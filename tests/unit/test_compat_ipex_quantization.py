@@ -271,7 +271,7 @@ def test_dynamic_needs_no_calibration() -> None:
         assert made.up.packed_weight.format.name == "w8a8" and error_of(made, original) < 0.05
 
 
-def test_a_convolution_and_a_linear() -> None:
+def test_a_convolution_and_a_linear(tmp_path: Path) -> None:
     torch.manual_seed(0)
     original = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)
@@ -289,6 +289,10 @@ def test_a_convolution_and_a_linear() -> None:
         assert torch.equal(both[0](x), made(x)) and isinstance(made[1], nn.BatchNorm2d)
     assert isinstance(made[0], LowBitConv) and made[0].packed_weight.format.bits == 8
     assert made[4].packed_weight.format.name == "w8a8_static" and error_of(made, original, x) < 0.05
+    with torch.no_grad():  # as that library's examples go on
+        torch.jit.freeze(torch.jit.trace(made, x)).save(tmp_path / "quantized.pt")
+        loaded = torch.jit.load(tmp_path / "quantized.pt")
+        torch.testing.assert_close(loaded(x), made(x), atol=1e-5, rtol=1e-4)
 
 
 def test_the_wrong_stage_is_told(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from unit.checkpoint_cases import EVEN, make
 from unit.ir_cases import Toy
+from unit.test_packed_saves import KINDS, write
 
 pytestmark = [pytest.mark.transformers, pytest.mark.slow]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -92,6 +93,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     make("llama", root / "owner" / "tiny", **EVEN)
     make("llama", root / "owner" / "pickled", **EVEN)
     (root / "owner" / "pickled" / "model.safetensors").rename(root / "owner" / "pickled" / "pytorch_model.bin")
+    write(root / "owner" / "tiny", root / "owner" / "gptq", *KINDS["gptq"][:2])
     Toy.make().save(root / "owner" / "graph")
     (root / "tiny").symlink_to(root / "owner" / "tiny")
     with serving(root) as endpoint:
@@ -131,6 +133,7 @@ def fetched(hub: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
 told = {
     "packed": said("owner/tiny", load_in_4bit=True),
     "one word": said("tiny", load_in_4bit=True),
+    "packed elsewhere": said("owner/gptq", load_in_4bit=True),
     "source": str(find_source("owner/tiny")),
     "mistyped": said("tiny-4bits"),
     "another": said("owner/large"),
@@ -143,7 +146,7 @@ told = {
 
 def test_names_of_the_hub_are_found_whatever_lies_here(fetched: tuple[dict[str, str], Path]) -> None:
     told, _ = fetched
-    assert told["packed"] == told["one word"] == "loaded"
+    assert told["packed"] == told["one word"] == told["packed elsewhere"] == "loaded"
     assert told["source"] == "Source(kind='hub', name='owner/tiny')"
 
 
@@ -196,13 +199,14 @@ def test_where_nobody_answers_what_was_fetched_is_taken(fetched: tuple[dict[str,
     script = """
 told = {
     "again": said("owner/tiny", load_in_4bit=True),
+    "packed elsewhere": said("owner/gptq", load_in_4bit=True),
     "source": find_source("owner/tiny").kind,
     "mistyped": said("tiny-4bits"),
     "not to be asked": said("owner/large", local_files_only=True),
 }
 """
     told = run(script, NOBODY, fetched[1])
-    assert (told["again"], told["source"]) == ("loaded", "folder")
+    assert (told["again"], told["packed elsewhere"], told["source"]) == ("loaded", "loaded", "folder")
     assert "did you mean Tiny-4bit" in told["mistyped"] and "and the hub does not answer: " in told["mistyped"]
     assert "was not to be asked (local_files_only)" in told["not to be asked"]
 

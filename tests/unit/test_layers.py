@@ -122,6 +122,17 @@ def test_compiles_as_one_graph() -> None:
 
 
 @pytest.mark.slow
+def test_a_convolution_compiles_as_one_graph() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2, padding=1)).eval()
+    lowbit.optimize_model(model, low_bit="sym_int8", conv="int8_channel")
+    assert all(isinstance(model[place], LowBitConv) for place in (0, 2))
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["core", "reference"])
 def test_a_whole_model_compiles_as_one_graph(kernel: str) -> None:
     """The packed embedding included, which int4 ties to the head."""

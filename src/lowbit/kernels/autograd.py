@@ -64,7 +64,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> t
 linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether somebody writes down what is computed: a call that no operation of torch stands for would be lost."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
@@ -73,7 +73,7 @@ def multiply(
     x: torch.Tensor, buffers: dict[str, torch.Tensor], kernel: Kernel, format: str, shape: tuple[int, ...], compute: str
 ) -> torch.Tensor:
     """x times a packed weight, through the op where compilation or gradients need it and directly where they do not."""
-    if _is_recorded() or (x.requires_grad and torch.is_grad_enabled()):
+    if is_recorded() or (x.requires_grad and torch.is_grad_enabled()):
         names = ",".join(buffers)
         y: torch.Tensor = linear(x, list(buffers.values()), names, kernel.name, format, list(shape), compute)
         return y
@@ -167,7 +167,7 @@ def multiply_experts(
     compute: str,
 ) -> torch.Tensor:
     """Rows sorted by expert times their experts, through the op where compilation or gradients need it."""
-    if _is_recorded() or (x.requires_grad and torch.is_grad_enabled()):
+    if is_recorded() or (x.requires_grad and torch.is_grad_enabled()):
         names = ",".join(buffers)
         y: torch.Tensor = experts(x, begins, list(buffers.values()), names, kernel.name, format, list(shape), compute)
         return y
@@ -194,7 +194,7 @@ def look_up(
     ids: torch.Tensor, buffers: dict[str, torch.Tensor], kernel: Kernel, format: Format, shape: tuple[int, ...]
 ) -> torch.Tensor:
     """Rows of a packed weight in fp32, through the op where compilation needs it."""
-    if _is_recorded():
+    if is_recorded():
         found: torch.Tensor = rows(
             ids, list(buffers.values()), ",".join(buffers), kernel.name, format.name, list(shape)
         )
