@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,50 @@ def test_one_block_is_in_memory_at_a_time(recipe: Recipe, tmp_path: Path) -> Non
     assert len(report.layers) == 6 * 7
     assert max(pages.dense) >= block and max(pages.dense) <= block + norms
     assert len(pages.states) >= 7 and 0 < max(pages.states[3:]) <= max(pages.states[:3])
+
+
+def states_in_memory(spilled: Path) -> int:
+    """The bytes of hidden states of a batch, of those made since `gc.freeze`, that are not mapped from files."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(spilled) in line]
+    mapped = [tuple(int(end, 16) for end in words[0].split("-")) for words in lines]
+    states = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == (8, 32, 64)]
+    return sum(t.nbytes for t in states if not any(low <= t.data_ptr() < high for low, high in mapped))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is read from /proc")
+def test_spilled_activations_are_in_files_and_not_in_memory(tmp_path: Path) -> None:
+    """Eight batches: without spilling each step holds a state for every one of them, with it for the one that is run."""
+    many = Calibration(torch.randint(3, 280, (64, 32), generator=torch.Generator().manual_seed(2)))
+    found: dict[str, int] = {}
+    logits = []
+    for name, where in {"memory": Where(), "files": Where(spill=tmp_path / "spilled")}.items():
+        model, held = tiny_model_in_memory("llama"), []
+        hook = model.model.layers[1].input_layernorm.register_forward_hook(
+            lambda *_, held=held: held.append(states_in_memory(tmp_path / "spilled"))
+        )
+        gc.collect()
+        gc.freeze()
+        quantize_(model, GPTQ, calibration=many, where=where)
+        gc.unfreeze()
+        hook.remove()
+        found[name] = max(held[-8:])  # the last pass over all batches
+        with torch.no_grad():
+            logits.append(model(IDS).logits)
+    assert torch.equal(*logits)
+    state = 8 * 32 * 64 * 4
+    assert found["memory"] >= 8 * state and found["files"] <= 3 * state
+    assert not list((tmp_path / "spilled").iterdir())
+
+
+def test_a_scale_is_tried_on_spilled_activations_as_on_others(tmp_path: Path) -> None:
+    recipe = GPTQ.replace(scaler="awq", scaler_options=AwqOptions(steps=2))
+    logits = []
+    for where in (Where(), Where(spill=tmp_path)):
+        model = tiny_model_in_memory("llama")
+        quantize_(model, recipe, calibration=CALIBRATION, where=where)
+        with torch.no_grad():
+            logits.append(model(IDS).logits)
+    assert torch.equal(*logits) and not list(tmp_path.iterdir())
 
 
 def test_linears_with_one_input_share_a_hessian(monkeypatch: pytest.MonkeyPatch) -> None:

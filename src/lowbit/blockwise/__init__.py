@@ -29,7 +29,7 @@ from lowbit.blockwise.rounding import BlockRounding, Job
 from lowbit.blockwise.weights import Chosen, describe_packed
 from lowbit.calibration import Calibration
 from lowbit.errors import RecipeError
-from lowbit.models.capture import Call, Stored, beside_of_blocks, find_blocks, first_calls, run_block
+from lowbit.models.capture import Call, Stored, beside_of_blocks, find_blocks, first_calls, loaded, run_block
 from lowbit.progress import Advance
 from lowbit.recipe import Recipe
 from lowbit.report import LayerReport
@@ -109,9 +109,12 @@ class _Run:
         }
         batches = calibration.batches()
         self.beside = beside_of_blocks(model, self.blocks, batches)
-        calls = first_calls(model, batches, self.blocks)
-        self.common = [call.beside() for call in calls]
-        self.calls = [self._keep(call, call.hidden, f"calls_{i}") for i, call in enumerate(calls)]
+        self.common: list[dict[int | str, Any]] = []
+        self.calls: list[Call] = []
+        for batch in batches:
+            for call in first_calls(model, [batch], self.blocks):
+                self.common.append(call.beside())
+                self.calls.append(self._keep(call, call.hidden, f"calls_{len(self.calls)}"))
         # The stream of the model in full precision, beside that of the rounded one.
         self.full_calls = list(self.calls) if ROUNDERS[recipe.rounder].full(recipe.rounder_options) else []
         self.folder: ResumeFolder | None = None
@@ -172,11 +175,11 @@ class _Run:
         if done.last:
             return
         if self.full_calls:
-            targets = done.targets or [run_block(done.block, call) for call in self.full_calls]
-            pairs = zip(self.full_calls, targets, strict=True)
-            self.full_calls = [self._keep(call, target, f"full_{i}") for i, (call, target) in enumerate(pairs)]
+            for i, call in enumerate(self.full_calls):
+                target = loaded(done.targets[i]) if done.targets else run_block(done.block, call)
+                self.full_calls[i] = self._keep(call, target, f"full_{i}")
         for i, call in enumerate(self.calls):
-            output = done.outputs[i] if done.outputs else run_block(done.block, call)
+            output = loaded(done.outputs[i]) if done.outputs else run_block(done.block, call)
             self.calls[i] = self._keep(call, output, f"calls_{i}")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lowbit.algorithms.statistics import Statistics
-from lowbit.models.capture import Call, Given, Stored, watch_block
+from lowbit.models.capture import Call, Given, Stored, loaded, watch_block
 from lowbit.models.groups import short_call
 
 # The inputs of some linears by path: a tensor for each time that they are called.
@@ -38,7 +38,7 @@ class InputGroups:
 class FullPass:
     """A block in full precision: what it gives for every call, and what the first linear of each group gets there."""
 
-    outputs: list[torch.Tensor]
+    outputs: list[torch.Tensor | Stored]
     inputs: list[Kept]
 
 
@@ -92,7 +92,7 @@ def collect_full(block: nn.Module, calls: list[Call], visits: dict[str, int], wh
             }
         )
         if whole and output is not None:
-            found.outputs.append(output)
+            found.outputs.append(keep(output, f"targets_{index}"))
     return found
 
 
@@ -116,5 +116,5 @@ def collect(
             others = full[index].pop(path, []) if full is not None else []
             pairs = others if len(others) == len(tensors) else [None] * len(tensors)
             for tensor, other in zip(tensors, pairs, strict=True):
-                found[path].add_(tensor, other.load() if isinstance(other, Stored) else other)
+                found[path].add_(tensor, None if other is None else loaded(other))
     return found

@@ -37,7 +37,7 @@ from lowbit.blockwise.weights import (
 from lowbit.formats import Format
 from lowbit.grid import check_finite, unpack
 from lowbit.layers import PackedWeight
-from lowbit.models.capture import Call, run_block
+from lowbit.models.capture import Call, Stored, loaded, run_block
 from lowbit.models.walk import dense_weights
 from lowbit.progress import Advance
 from lowbit.recipe import Recipe
@@ -64,7 +64,7 @@ class _Attempt:
     weights: dict[str, torch.Tensor]
     rows: list[LayerReport]
     packed: dict[str, list[PackedWeight]]
-    outputs: list[torch.Tensor]
+    outputs: list[torch.Tensor | Stored]
     error: float
 
 
@@ -79,8 +79,8 @@ class BlockRounding:
         self.block = job.model.get_submodule(name)
         self.rounder, self.options = ROUNDERS[job.recipe.rounder], job.recipe.rounder_options
         # What the block gives in full precision, and after rounding, call by call; empty until somebody has run it.
-        self.targets: list[torch.Tensor] = []
-        self.outputs: list[torch.Tensor] = []
+        self.targets: list[torch.Tensor | Stored] = []
+        self.outputs: list[torch.Tensor | Stored] = []
         self.full_inputs: list[Kept] | None = None
         self.groups = InputGroups([], {})
         self.rows: list[LayerReport] = []
@@ -94,7 +94,7 @@ class BlockRounding:
                 check_finite(weight, f"{self.name}.{path}.{suffix}")
         by_block = self.rounder.round_block is not None
         if self.full_calls and (self.job.recipe.scaler or by_block):
-            self.targets = [run_block(self.block, call) for call in self.full_calls]
+            self.targets = self._run_all(self.full_calls)
         if self.job.recipe.scaler and self.chosen and (self.rounder.hessian or by_block):
             self._round_with_and_without_scale_()
         else:
@@ -105,16 +105,16 @@ class BlockRounding:
 
     def _round_with_and_without_scale_(self) -> None:
         """Round the block as it is, and scaled; keep what is nearer to the block in full precision."""
-        wanted = self.targets or [run_block(self.block, call) for call in self.calls]
+        wanted = self.targets or self._run_all(self.calls)
         before = {name: parameter.clone() for name, parameter in self.block.named_parameters()}
         self.counts = False
         self._round_linears_()
-        plain = self._attempt(wanted)
+        plain = self._attempt(wanted, "plain")
         self._put_back_(before)
         self.rows, self.packed, self.full_inputs, self.counts = [], {}, None, True
         self._scale_()
         self._round_linears_()
-        scaled = self._attempt(wanted)
+        scaled = self._attempt(wanted, "scaled")
         better = scaled.error < plain.error
         kept = scaled if better else plain
         if not better:
@@ -125,12 +125,17 @@ class BlockRounding:
         for row in self.rows:
             row.note = "; ".join(text for text in (row.note, said if better else f"{said}, so none is kept") if text)
 
-    def _attempt(self, wanted: list[torch.Tensor]) -> _Attempt:
+    def _run_all(self, calls: list[Call]) -> list[torch.Tensor | Stored]:
+        """What the block gives as it is."""
+        return [self.job.keep(run_block(self.block, call), f"targets_{i}") for i, call in enumerate(calls)]
+
+    def _attempt(self, wanted: list[torch.Tensor | Stored], name: str) -> _Attempt:
         outputs, error, size = [], 0.0, 0.0
-        for call, target in zip(self.calls, wanted, strict=True):
-            outputs.append(run_block(self.block, call))
-            error += float((outputs[-1].float() - target.float()).square().sum())
+        for i, (call, target) in enumerate(zip(self.calls, map(loaded, wanted), strict=True)):
+            output = run_block(self.block, call)
+            error += float((output.float() - target.float()).square().sum())
             size += float(target.float().square().sum())
+            outputs.append(self.job.keep(output, f"{name}_{i}"))
         weights = {name: parameter.clone() for name, parameter in self.block.named_parameters()}
         return _Attempt(weights, self.rows, self.packed, outputs, error / size if size else 0.0)
 
@@ -156,7 +161,8 @@ class BlockRounding:
         everything = self.job.model.named_parameters(remove_duplicate=False)
         outside = {id(p) for name, p in everything if not name.startswith(f"{self.name}.")}
         shared = frozenset(name for name, parameter in own.items() if id(parameter) in outside)
-        return BlockWork(self.block, formats, self.calls, self.targets, self.full_calls, experts, shared)
+        targets = list(map(loaded, self.targets))
+        return BlockWork(self.block, formats, self.calls, targets, self.full_calls, experts, shared)
 
     def _round_linears_(self) -> None:
         done: set[str] = set()

@@ -33,7 +33,7 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk, mapped from its file when it is read."""
+    """A tensor on disk, mapped from its file when it is read. A new one at the same place leaves what was mapped as it is."""
 
     path: Path
     dtype: torch.dtype
@@ -41,6 +41,7 @@ class Stored:
 
     @classmethod
     def save(cls, tensor: torch.Tensor, path: Path) -> Stored:
+        path.unlink(missing_ok=True)  # to write into a file that is mapped would end the process
         try:
             np.save(path, tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         except OSError as error:  # numpy tells how many numbers were written, and not why no more
@@ -55,6 +56,11 @@ class Stored:
         return torch.from_numpy(mapped).view(self.dtype).to(self.device)
 
 
+def loaded(kept: torch.Tensor | Stored) -> torch.Tensor:
+    """A tensor that may lie on disk."""
+    return kept.load() if isinstance(kept, Stored) else kept
+
+
 @dataclass(frozen=True)
 class Call:
     """One batch's input of a block. `slot` is the place of the hidden state among the arguments, or its keyword."""
@@ -65,8 +71,7 @@ class Call:
 
     @property
     def hidden(self) -> torch.Tensor:
-        value = self._stored
-        return value.load() if isinstance(value, Stored) else value
+        return loaded(self._stored)
 
     @property
     def _stored(self) -> Any:
