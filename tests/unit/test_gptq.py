@@ -142,6 +142,9 @@ def test_damping_rises_for_a_hessian_of_rank_one() -> None:
     assert output_error(weight, rounded.packed, x) < output_error(
         weight, round_weight(weight, as_format("int4_g32")), x
     )
+    uneven = x / 30 * torch.randn(1, IN, generator=torch.Generator().manual_seed(2)).exp() * 1e3
+    noted = round_gptq(weight, as_format("int4_g32"), statistics_of(uneven), GptqOptions(damping=1e-6))
+    assert noted.note.startswith("damping raised to ") and bool(torch.isfinite(unpack(noted.packed)).all())
     broken = torch.eye(8)
     broken[0, 1] = broken[1, 0] = 1.02  # no matrix of inner products, but within rounding of one
     _, damping = invert_factor(broken, 0.01)
