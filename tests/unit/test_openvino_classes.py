@@ -42,6 +42,10 @@ def bert(head: str = "Model") -> Any:
     return getattr(transformers, f"Bert{head}")(transformers.BertConfig(**BERT))
 
 
+def roberta() -> Any:
+    return transformers.RobertaModel(transformers.RobertaConfig(**BERT))
+
+
 def vit() -> Any:
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
     return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
@@ -69,6 +73,7 @@ def held_codes(module: Any) -> dict[str, bytes]:
 TASKS: dict[str, tuple[str, Callable[[], Any], Any]] = {
     "bert": ("FeatureExtraction", bert, modeling_outputs.BaseModelOutputWithPooling),
     "qwen3": ("FeatureExtraction", qwen3, modeling_outputs.BaseModelOutput),
+    "roberta": ("FeatureExtraction", roberta, modeling_outputs.BaseModelOutputWithPooling),
     "masks": ("MaskedLM", lambda: bert("ForMaskedLM"), modeling_outputs.MaskedLMOutput),
     "texts": (
         "SequenceClassification",
@@ -126,6 +131,12 @@ def test_every_class_gives_what_transformers_gives(task: str, tmp_path: Path) ->
         torch.testing.assert_close(
             value, expected[key], rtol=0, atol=CLOSE * max(1.0, float(expected[key].abs().max()))
         )
+    if "attention_mask" in given:
+        padded = given | {"attention_mask": given["attention_mask"].flip(1)}  # on the left, and no places are named
+        with torch.no_grad():
+            expected_left = original(**padded)[0]
+        seen = padded["attention_mask"].bool() if expected_left.dim() == 3 else slice(None)
+        torch.testing.assert_close(model(**padded)[0][seen], expected_left[seen], rtol=0, atol=10 * CLOSE)
     model.save_pretrained(tmp_path / "graph")
     again = ours.from_pretrained(tmp_path / "graph", ov_config=EXACT)
     assert torch.equal(again(**given)[0], found[0])
@@ -227,6 +238,42 @@ def test_what_a_call_leaves_out_is_made(tmp_path: Path) -> None:
         model(ids, labels=ids)
     with pytest.raises(LowbitError, match=r"there is no device 'NPU' here: OpenVINO 2026\.4.* sees CPU"):
         model.to("NPU")
+
+
+def test_what_is_given_is_looked_at(tmp_path: Path) -> None:
+    folder = saved(bert, tmp_path / "torch")
+    load = openvino.OVModelForFeatureExtraction.from_pretrained
+    model = load(folder, export=True, ov_config=EXACT)
+    with pytest.raises(LowbitError, match=r"^token 9999 is none of the vocabulary, which has 0 to 95: "):
+        model(torch.tensor([[1, 9999]]))
+    with pytest.raises(LowbitError, match=r"^input_ids is a tensor of numbers, not a str$"):
+        model("hello")
+    with pytest.raises(LowbitError, match=r"^4 inputs are given, and the graph takes input_ids, attention_mask, "):
+        model(*[torch.ones(1, 2, dtype=torch.long)] * 4)
+    # A module in memory that is being trained, whose dropout is on.
+    module = transformers.BertModel.from_pretrained(folder).train()
+    openvino.OVModelForFeatureExtraction.export(module, tmp_path / "graph")
+    ids = torch.tensor([[5, 6, 7]])
+    assert module.training and torch.equal(load(tmp_path / "graph", ov_config=EXACT)(ids)[0], model(ids)[0])
+
+
+def test_what_is_no_model_of_the_class_is_a_sentence(tmp_path: Path) -> None:
+    saved(bert, tmp_path / "bert")
+    said = r"bert cannot be opened by AutoModelForCTC \(Unrecognized configuration class .*BertConfig"
+    with pytest.raises(CheckpointError, match=said) as caught:
+        openvino.OVModelForCTC.from_pretrained(tmp_path / "bert")
+    assert "\n" not in str(caught.value) and "Model type should be one of" not in str(caught.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty cannot be opened by AutoModel \(Unrecognized model in "):
+        openvino.OVModelForFeatureExtraction.from_pretrained(tmp_path / "empty")
+
+
+def test_awq_of_an_encoder_is_written_as_it_is(tmp_path: Path) -> None:
+    config = {"bits": 4, "group_size": 32, "quant_method": "awq", "dataset": torch.randint(3, 96, (4, 16))}
+    model = openvino.OVModelForFeatureExtraction.from_pretrained(
+        saved(bert, tmp_path), export=True, quantization_config=config, compile=False
+    )
+    assert "encoder.layer.0.attention.self.query.weight" in low_bit_weights(model.model)
 
 
 def test_folders_that_lack_something_say_what(tmp_path: Path) -> None:

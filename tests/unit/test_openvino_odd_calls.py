@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from lowbit.errors import LowbitError
+from lowbit.errors import CheckpointError, LowbitError
 from lowbit.openvino import OVModelForCausalLM, OVModelForFeatureExtraction, OVModelForImageClassification, native
 from lowbit.openvino.opening import EXACT
 from lowbit_assets import tiny_model
@@ -52,6 +52,60 @@ def test_a_decoder_of_fixed_sizes_says_which_it_refuses(graph: Path) -> None:
     with pytest.raises(LowbitError, match=rf"^OpenVINO refuses input_ids \[2, {len(PROMPT)}\], "):
         model(torch.tensor([PROMPT] * 2))
     assert model(torch.tensor([PROMPT])).logits.shape[:2] == (1, len(PROMPT))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("hello", "a str"), ([[1, 2]], "a list"), (torch.tensor([1, 2]), r"\[2\] of torch\.int64"),
+        (torch.rand(1, 2), r"\[1, 2\] of torch\.float32"), (torch.zeros(1, 0, dtype=torch.long), r"\[1, 0\] of"),
+    ],
+)  # fmt: skip
+def test_what_are_no_tokens(graph: Path, given: Any, said: str) -> None:
+    model = OVModelForCausalLM.from_pretrained(graph, compile=False)
+    with pytest.raises(LowbitError, match=rf"^input_ids is a tensor of whole numbers \[rows, tokens\] .*, not {said}"):
+        model(given)
+
+
+def test_a_folder_is_named_in_more_ways_than_one(graph: Path) -> None:
+    load = OVModelForCausalLM.from_pretrained
+    expected = load(graph, ov_config=EXACT)(torch.tensor([PROMPT])).logits
+    for named in (
+        load(graph / "openvino_model.xml", ov_config=EXACT),
+        load(graph.parent, subfolder="graph", ov_config=EXACT),
+        load(str(graph), file_name="openvino_model.xml", ov_config=EXACT),
+    ):
+        assert torch.equal(named(torch.tensor([PROMPT])).logits, expected)
+
+
+def test_words_that_do_nothing_are_told(graph: Path, tmp_path: Path) -> None:
+    load = OVModelForCausalLM.from_pretrained
+    with pytest.warns(UserWarning, match=r"^dtype, odd: is for an export, and .*graph has its graph already$"):
+        load(graph, dtype="float16", odd=1, compile=False)
+    with pytest.raises(
+        LowbitError, match=r"^file_name='other\.xml' is not what an exported model has here: leave it out"
+    ):
+        load(graph, file_name="other.xml")
+    with pytest.raises(LowbitError, match=r"^ov_config is a dict of OpenVINO's properties, not a list"):
+        load(graph, ov_config=["a"])
+    with pytest.raises(
+        LowbitError, match=r"^OpenVINO refuses the model on CPU: NotFound: Unsupported property ODD by CPU"
+    ):
+        load(graph, ov_config={"ODD": 1})
+    for name in ("openvino_model.xml", "openvino_model.bin"):
+        (tmp_path / name).write_bytes((graph / name).read_bytes())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: .*not a valid JSON file"):
+        load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json: copy the one of the original model"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_bytes((graph / "config.json").read_bytes())
+    (tmp_path / "openvino_model.bin").write_bytes(b"short")
+    with pytest.raises(
+        CheckpointError, match=r"openvino_model\.xml cannot be read \(.*[Ii]ncorrect weights.*export the model again"
+    ):
+        load(tmp_path)
 
 
 class _BreaksOff(transformers.generation.streamers.BaseStreamer):  # type: ignore[misc]  # transformers is not typed

@@ -17,17 +17,17 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import transformers
 
 from lowbit.contents import CONFIG, GENERATION_CONFIG
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import CheckpointError, LowbitError, one_line
 from lowbit.openvino.folders import find_graph, has_source, make_folder, replace_graph, tell_what_was_done
 from lowbit.openvino.library import device as find_device
 from lowbit.openvino.library import halved, ov
-from lowbit.openvino.opening import MODEL, compile_model, read_model
+from lowbit.openvino.opening import compile_model, read_model
 from lowbit.openvino.pretrained import FromPretrained
 
 # What a graph's folder holds beside the graph and what transformers writes: copied on to the next folder.
@@ -50,8 +50,6 @@ class OVModel(FromPretrained, transformers.PreTrainedModel):  # type: ignore[mis
 
     config_class = GraphConfig
     _supports_sdpa = True
-    # The file of the graph.
-    graph_name: ClassVar[str] = MODEL
 
     def __init__(
         self,
@@ -210,7 +208,10 @@ class OVModel(FromPretrained, transformers.PreTrainedModel):  # type: ignore[mis
                 f"{folder} has no {CONFIG}: copy the one of the original model beside {cls.graph_name}"
             )
         if config is None:
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            try:
+                config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{folder / CONFIG} cannot be read: {one_line(str(error))}") from error
         cls._check_head(folder, config)
         made = cls(read_model(folder, cls.graph_name), config, folder=folder, **keywords)
         if made.can_generate() and (folder / GENERATION_CONFIG).is_file():
@@ -227,6 +228,15 @@ def copy_graphs(held: Any, memo: dict[int, Any], shared: tuple[str, ...] = ()) -
         {name: fields[name] if name in fields else copy.deepcopy(value, memo) for name, value in vars(held).items()}
     )
     return made
+
+
+def check_tokens(tokens: Any, words: int) -> None:
+    """Refuse what is no token: the graph reads some row or other of its table for it."""
+    odd = tokens[(tokens < 0) | (tokens >= words)]
+    if odd.size:
+        raise LowbitError(
+            f"token {int(odd[0])} is none of the vocabulary, which has 0 to {words - 1}: is the tokenizer this model's?"
+        )
 
 
 def device_name(place: Any) -> str:

@@ -19,7 +19,7 @@ import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowbit.errors import LowbitError
-from lowbit.openvino.base import GraphConfig, OVModel
+from lowbit.openvino.base import GraphConfig, OVModel, check_tokens
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.exporting import compress, export_decoder
 from lowbit.openvino.native.graph import ask_for_logits
@@ -83,8 +83,7 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
                 "the graph gives logits alone: leave out output_attentions= and output_hidden_states=, or ask the original model"
             )
         cache = self._cache() if past_key_values is None else past_key_values
-        tokens = input_ids.cpu().numpy()
-        _check_tokens(tokens, self.config.get_text_config().vocab_size)
+        tokens = _tokens(input_ids, self.config.get_text_config().vocab_size)
         mask = _whole_mask(attention_mask, tokens.shape, cache.rows.length)
         positions = None if position_ids is None else position_ids.cpu().numpy()
         if positions is None and mask is not None:
@@ -121,13 +120,16 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
 transformers.AutoModelForCausalLM.register(GraphConfig, OVModelForCausalLM)
 
 
-def _check_tokens(tokens: Integers, words: int) -> None:
-    """OpenVINO reads some row or other for a token that is none."""
-    odd = tokens[(tokens < 0) | (tokens >= words)]
-    if odd.size:
-        raise LowbitError(
-            f"token {int(odd[0])} is none of the vocabulary, which has 0 to {words - 1}: is the tokenizer this model's?"
+def _tokens(given: Any, words: int) -> Integers:
+    """The tokens of a call."""
+    if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.is_floating_point() or not given.shape[1]:
+        said = (
+            f"{list(given.shape)} of {given.dtype}" if isinstance(given, torch.Tensor) else f"a {type(given).__name__}"
         )
+        raise LowbitError(f"input_ids is a tensor of whole numbers [rows, tokens] with a token at least, not {said}")
+    tokens: Integers = given.cpu().numpy()
+    check_tokens(tokens, words)
+    return tokens
 
 
 def _whole_mask(mask: torch.Tensor | None, shape: tuple[int, ...], length: int) -> Integers | None:

@@ -24,8 +24,13 @@ _PICTURE = 224
 _DENSE, _PACKED = 1e-3, 0.2
 
 
-def example_of(model: Any, rows: int = _ROWS, tokens: int = _TOKENS) -> dict[str, torch.Tensor]:
-    """Inputs of a model by its kind: tokens with their mask, pictures, or sound."""
+def example_of(
+    model: Any, rows: int = _ROWS, tokens: int = _TOKENS, positions: bool = False
+) -> dict[str, torch.Tensor]:
+    """Inputs of a model by its kind: tokens with their mask, pictures, or sound.
+
+    Places of tokens are the model's own affair (RoBERTa begins with 2), unless it cannot be followed without them.
+    """
     main = str(model.main_input_name)
     if main == "pixel_values":
         return {main: torch.rand(rows, *_picture(model.config))}
@@ -43,9 +48,14 @@ def example_of(model: Any, rows: int = _ROWS, tokens: int = _TOKENS) -> dict[str
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "token_type_ids" in named and getattr(model.config, "type_vocab_size", 0) > 1:
         found["token_type_ids"] = torch.zeros_like(ids)
-    if getattr(model.config, "is_decoder", False) or _is_causal(model):
+    if positions:
         found["position_ids"] = torch.arange(tokens)[None].repeat(rows, 1)
     return found
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether a model of text can be told the places of its tokens."""
+    return model.main_input_name == "input_ids" and "position_ids" in inspect.signature(model.forward).parameters
 
 
 def fixed_for(model: Any) -> dict[str, Any]:
@@ -82,9 +92,3 @@ def _picture(config: Any) -> tuple[int, int, int]:
     size = getattr(config, "image_size", None) or _PICTURE
     height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
     return getattr(config, "num_channels", 3), height, width
-
-
-def _is_causal(model: Any) -> bool:
-    """Whether the model is a decoder, whose positions the trace must not make up from a past."""
-    named = inspect.signature(model.forward).parameters
-    return "position_ids" in named and "past_key_values" in named and not model.config.is_encoder_decoder

@@ -29,6 +29,8 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 def find_graph(model_id: str | Path, keywords: Mapping[str, Any], name: str = MODEL) -> Path | None:
     """The folder of a graph, here or fetched from the hub; None where the model has to be exported first."""
     path = Path(model_id).expanduser()
+    if path.name == name and path.is_file():
+        return path.parent
     if path.exists():
         return path if has_graph(path, name) else None
     found = find_model(model_id, keywords)

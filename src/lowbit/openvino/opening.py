@@ -64,7 +64,7 @@ def infer(run: Callable[..., Any], given: Mapping[str, Any], **options: Any) -> 
     """What a compiled model, or a request's `infer`, answers to inputs by name; a refusal names their shapes."""
     try:
         return run(given, **options)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
         raise LowbitError(f"OpenVINO refuses {shapes}: {_reason(str(error))}") from None
 

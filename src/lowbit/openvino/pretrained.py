@@ -18,7 +18,7 @@ from lowbit.checkpoint.temporary import TemporaryFolder
 from lowbit.errors import LowbitError
 from lowbit.openvino.configs import Quantization
 from lowbit.openvino.exporting import quantization_asked
-from lowbit.openvino.opening import read_model
+from lowbit.openvino.opening import MODEL, read_model
 
 # How the temporary folders are called that models are exported into.
 EXPORTED = "lowbit-openvino-"
@@ -26,6 +26,8 @@ EXPORTED = "lowbit-openvino-"
 _IDLE = ("task", "use_io_binding", "dynamic_shapes")
 # And those that name what is always so, with the one value that they may have.
 _ALWAYS = {"use_cache": True, "stateful": True, "use_safetensors": True, "from_onnx": False}
+# What says whose copy of a model is meant; other keywords are for an export.
+_WHERE = {"revision", "cache_dir", "token", "use_auth_token", "local_files_only", "force_download", "trust_remote_code"}
 
 
 class FromPretrained:
@@ -34,6 +36,8 @@ class FromPretrained:
     # The call that writes a model in memory into a folder, and what such models are written in.
     writes: ClassVar[str] = "lowbit.openvino.{kind}.export(model, folder)"
     library: ClassVar[str] = "transformers"
+    # The file of the graph.
+    graph_name: ClassVar[str] = MODEL
     # Where the graphs were written to by an export: they are read from there as long as the model lives.
     _kept: TemporaryFolder | None = None
 
@@ -58,11 +62,16 @@ class FromPretrained:
         `keywords` are those of transformers that say whose copy of a model is meant, and trust_remote_code.
         """
         asked = quantization_asked(load_in_8bit, load_in_4bit, quantization_config)
-        cls._check(model_id, keywords)
+        cls._check(model_id, ov_config, keywords)
+        if keywords.get("subfolder") and Path(model_id).expanduser().is_dir():
+            model_id = Path(model_id).expanduser() / keywords.pop("subfolder")
         opened = {"device": device, "ov_config": ov_config, "config": config}
         opened["trust_remote_code"] = bool(keywords.get("trust_remote_code"))
         found = cls._find(model_id, keywords)
         if found is not None and not (export and cls._has_source(found)):
+            unused = sorted(keywords.keys() - _WHERE - {"subfolder"})
+            if unused:
+                warnings.warn(f"{', '.join(unused)}: is for an export, and {found} has its graph already", stacklevel=2)
             made = cls._open(found, compile=compile and asked is None, **opened)
             if asked is not None:
                 made._compress_(asked, found, keywords)
@@ -86,14 +95,16 @@ class FromPretrained:
         )
 
     @classmethod
-    def _check(cls, model_id: Any, keywords: dict[str, Any]) -> None:
+    def _check(cls, model_id: Any, ov_config: Any, keywords: dict[str, Any]) -> None:
         """Refuse what has no meaning here, and take away what changes nothing."""
         if not isinstance(model_id, str | Path):
             raise LowbitError(
                 f"from_pretrained takes a folder or a name, not a {type(model_id).__name__}: "
                 f"{cls.writes.format(kind=cls.__name__)} writes a model in memory into a folder to open here"
             )
-        for name, usual in (_ALWAYS | {"library_name": cls.library}).items():
+        if not isinstance(ov_config, Mapping | None):
+            raise LowbitError(f"ov_config is a dict of OpenVINO's properties, not a {type(ov_config).__name__}")
+        for name, usual in (_ALWAYS | {"file_name": cls.graph_name, "library_name": cls.library}).items():
             given = keywords.pop(name, usual)
             if given not in (usual, None):
                 raise LowbitError(f"{name}={given!r} is not what an exported model has here: leave it out")

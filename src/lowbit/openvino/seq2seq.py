@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
 from lowbit.errors import LowbitError, RecipeError
-from lowbit.openvino.base import GraphConfig, copy_graphs
+from lowbit.openvino.base import GraphConfig, check_tokens, copy_graphs
 from lowbit.openvino.configs import OVQuantizationMethod, OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import example_of
 from lowbit.openvino.exporting import compress
@@ -28,7 +28,7 @@ from lowbit.openvino.folders import replace_graph
 from lowbit.openvino.library import halved
 from lowbit.openvino.opening import compile_model, infer, read_model
 from lowbit.openvino.stepping import trace_decoder
-from lowbit.openvino.traced import OVTraced
+from lowbit.openvino.traced import OVTraced, numbers
 from lowbit.openvino.tracing import trace
 
 ENCODER, DECODER = "openvino_encoder_model.xml", "openvino_decoder_model.xml"
@@ -107,12 +107,15 @@ class Encoder(Part):
     ) -> Any:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "input_features": input_features}
         names = [port.get_any_name() for port in self.model.inputs]
-        if input_ids is not None and attention_mask is None:
+        if isinstance(input_ids, torch.Tensor) and attention_mask is None:
             given["attention_mask"] = torch.ones_like(input_ids)
         missing = [name for name in names if given.get(name) is None]
         if missing:
             raise LowbitError(f"the encoder needs {missing[0]}, and takes {', '.join(names)}")
-        found = infer(self.compiled, {name: np.asarray(given[name]) for name in names})
+        arrays = {name: numbers(name, given[name]) for name in names}
+        if "input_ids" in arrays:
+            check_tokens(arrays["input_ids"], self._owner.config.get_text_config().vocab_size)
+        found = infer(self.compiled, arrays)
         return BaseModelOutput(last_hidden_state=torch.from_numpy(found[0].copy()))
 
 

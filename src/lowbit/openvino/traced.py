@@ -24,10 +24,10 @@ from transformers import modeling_outputs
 from lowbit.checkpoint import auto, hub
 from lowbit.checkpoint.companions import copy_companions, travels
 from lowbit.configs.base import WeightOnlyConfig
-from lowbit.errors import CheckpointError, LowbitError, RecipeError
-from lowbit.openvino.base import GraphConfig, OVModel
+from lowbit.errors import CheckpointError, LowbitError, RecipeError, one_line
+from lowbit.openvino.base import GraphConfig, OVModel, check_tokens
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
-from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of
+from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of, takes_positions
 from lowbit.openvino.exporting import compress
 from lowbit.openvino.folders import make_folder
 from lowbit.openvino.library import ov
@@ -35,6 +35,7 @@ from lowbit.openvino.opening import infer
 from lowbit.openvino.recipes import LARGE
 from lowbit.openvino.tokenizer import has_tokenizer, write_tokenizers
 from lowbit.openvino.tracing import Traced, trace
+from lowbit.swap import copy_model
 
 # What a call may name though the graph does not take it: it changes nothing, or names what is always so here.
 _IDLE = {"token_type_ids", "use_cache", "past_key_values", "interpolate_pos_encoding"}
@@ -126,13 +127,18 @@ class OVTraced(OVModel):
     def forward(self, *values: Any, return_dict: bool | None = None, **named: Any) -> Any:
         """What the module of torch gives, under the same names."""
         names = [port.get_any_name() for port in self.model.inputs]
+        if len(values) > len(names):
+            raise LowbitError(f"{len(values)} inputs are given, and the graph takes {', '.join(names)}")
         given = dict(zip(names, values, strict=False)) | {n: v for n, v in named.items() if v is not None}
         if "labels" in given:
             raise LowbitError("the graph gives no loss: call it without labels, or train the original model")
         odd = [name for name in given if name not in names and not _says_nothing(name, given[name])]
         if odd:
             raise LowbitError(f"{odd[0]} is no input of the graph, which takes {', '.join(names)}")
-        arrays = {name: np.asarray(given[name]) for name in names if name in given}
+        arrays = {name: numbers(name, given[name]) for name in names if name in given}
+        words = getattr(self.config.get_text_config(), "vocab_size", None)
+        if "input_ids" in arrays and words is not None:
+            check_tokens(arrays["input_ids"], words)
         found = infer(self.compiled, _completed(arrays, names))
         tensors = {port.get_any_name(): torch.from_numpy(found[port].copy()) for port in self.compiled.outputs}
         return tuple(tensors.values()) if return_dict is False else self._answer(tensors)
@@ -141,32 +147,44 @@ class OVTraced(OVModel):
         return self.output_class(**tensors)
 
 
+def numbers(name: str, value: Any) -> Any:
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf" or array.ndim == 0:
+        raise LowbitError(f"{name} is a tensor of numbers, not a {type(value).__name__}")
+    return array
+
+
 def _says_nothing(name: str, value: Any) -> bool:
     """Whether an argument changes nothing: one of those above, one that is off, a mask that hides nothing."""
     return name in _IDLE or value is False or (name == "attention_mask" and bool(np.all(np.asarray(value) == 1)))
 
 
 def _completed(arrays: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Inputs of text that were left out: nothing is hidden, all of it is one sentence."""
+    """Inputs of text that were left out: nothing is hidden, all of it is one sentence, tokens are counted from its beginning."""
     ids = arrays.get("input_ids")
     for name in names:
         if name in arrays:
             continue
         if ids is None or name not in ("attention_mask", "token_type_ids", "position_ids"):
             raise LowbitError(f"the graph needs {name}, and takes {', '.join(names)}")
-        mask = arrays.get("attention_mask", np.ones_like(ids))
-        made = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        arrays[name] = made[name] if name in made else np.maximum(mask.cumsum(-1) - 1, 0)
+        if name == "position_ids":
+            arrays[name] = np.tile(np.arange(ids.shape[-1]), (len(ids), 1))
+        else:
+            arrays[name] = np.full_like(ids, name == "attention_mask")
     return arrays
 
 
 def load_module(kind: Any, source: Any, quantization: Quantization | None, keywords: Mapping[str, Any]) -> Any:
     """The module of torch: dense, low-bit as its folder has it, or quantised by a configuration of lowbit's own."""
     if isinstance(source, torch.nn.Module):
-        return source
+        return copy_model(source).eval()
     config = quantization.of_torch if isinstance(quantization, OVWeightQuantizationConfig) else quantization
     if not isinstance(config, WeightOnlyConfig):
-        return kind.from_pretrained(source, **keywords).eval()
+        try:
+            return kind.from_pretrained(source, **keywords).eval()
+        except (OSError, ValueError, TypeError) as error:
+            said = one_line(str(error).partition("\n")[0])
+            raise CheckpointError(f"{source} cannot be opened by {kind.__name__} ({said})") from error
     own = getattr(auto, kind.__name__, None)
     if own is None:
         raise RecipeError(
@@ -177,11 +195,29 @@ def load_module(kind: Any, source: Any, quantization: Quantization | None, keywo
 
 
 def trace_model(module: Any) -> Traced:
-    """A module of transformers as a graph, compared with it at another size."""
-    inputs, fixed = example_of(module), fixed_for(module)
+    """A module of transformers as a graph, compared with it at another size.
+
+    A model that reads in one direction sees nothing where a text begins with padding. Its attention is followed with masks of
+    large numbers, which give some average there; those of true and false give what is no number, and no token after it is one.
+    """
+    if any(getattr(part, "is_causal", False) for part in module.modules()):
+        module = copy_model(module)
+        module.set_attn_implementation("eager")
+    try:
+        return _followed(module, positions=False)
+    except LowbitError:
+        if not takes_positions(module):
+            raise
+        return _followed(module, positions=True)
+
+
+def _followed(module: Any, positions: bool) -> Traced:
+    inputs, fixed = example_of(module, positions=positions), fixed_for(module)
     outputs = outputs_of(module, inputs, fixed)
     traced = trace(module, inputs, outputs, fixed)
-    other = example_of(module, rows=3, tokens=10)
+    other = example_of(module, rows=3, tokens=10, positions=positions)
+    if "attention_mask" in other:
+        other["attention_mask"][0, 6:] = 0
     wrong = differs(traced.model, module, other, fixed, bool(traced.packed))
     if wrong:
         raise LowbitError(
