@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.algorithms.rtn import relative_error
+from lowbit.algorithms.rtn import relative_error, round_weight
 from lowbit.errors import WeightError
 from lowbit.formats import FINE_BITS, FORMATS, LEVELS, ZERO_COUNTS, format_from_name
 from lowbit.grid import (
@@ -250,6 +250,16 @@ def test_importance_shifts_the_error_to_where_it_does_not_count() -> None:
     blind, seeing = define(weight, "int3", Search()), define(weight, "int3", Search(), importance)
     assert squared_error(weight, seeing, importance) < squared_error(weight, blind, importance)
     assert squared_error(weight, blind) < squared_error(weight, seeing)
+
+
+@pytest.mark.parametrize(("name", "wider"), [("int4_g64", True), ("int6_channel", True), ("int3_g64", False)])
+def test_a_large_weight_that_little_comes_to_is_given_up(name: str, wider: bool) -> None:
+    """From 4 bits on: with fewer the steps are too coarse for it to pay."""
+    weight, importance = random_weight(32, 256), torch.ones(256)
+    weight[:, ::64], importance[::64] = 2 * weight.abs().amax(), 1e-3
+    narrow = squared_error(weight, define(weight, name, Search(), importance), importance)
+    found = squared_error(weight, round_weight(weight, format_from_name(name), importance=importance), importance)
+    assert found < 0.8 * narrow if wider else found == narrow
 
 
 @pytest.mark.parametrize("name", ["int4", "int5_asym", "int4_fine", "nf4", "mxfp4", "nvfp4"])

@@ -3,7 +3,8 @@
 plain_rtn   the scale that covers the group, nothing searched
 clip_rtn    that scale shrunk to the least squared error of the group's weights (mse clip)
 rtn         the scale of each group searched for the least squared error (see `search.Search`); the default. Where
-            calibration tokens are given, the error of an input weighs as much as the mean square of what it gets
+            calibration tokens are given, the error of an input weighs as much as the mean square of what it gets, and the
+            search is wider
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lowbit.grid import quantize, unpack
 from lowbit.grid_core import core_distance
 from lowbit.options import Options, RtnOptions
 from lowbit.packing import PackedTensor
-from lowbit.search import CLIP, SEARCHES, Search
+from lowbit.search import CLIP, SEARCHES, Search, weighed
 
 # An input that was never seen still counts this share of the mean, so that its weights are not thrown away.
 _LEAST_IMPORTANCE = 1e-3
@@ -30,7 +31,10 @@ def round_weight(
 
     Rounders that need data fall back to `rtn` here.
     """
-    return quantize(weight, format, SEARCHES.get(rounder, Search()), importance)
+    search = SEARCHES.get(rounder, Search())
+    if importance is not None and format.kind == "int":
+        search = weighed(search, format.bits)
+    return quantize(weight, format, search, importance)
 
 
 def round_to_nearest(
