@@ -8,6 +8,9 @@
 // 128 times the sum of the query is taken off once. Probabilities are relative to the largest of their own tile: next to a key that
 // takes nearly everything (the first token often does) the others of later tiles keep all their bits.
 //
+// Where no key takes nearly all of a tile, one byte for each is enough, and the product with the values half the work. What a row gets does
+// not depend on the rows beside it: such bytes count as an upper plane over a lower one of zeros, whether those are multiplied or not.
+//
 // A query, key or value that holds a NaN or an infinity has no bytes; its scale is NaN, and so is all that looks at it.
 #pragma once
 #include "byte_lanes.h"
@@ -17,16 +20,22 @@ namespace lowbit {
 namespace {
 
 constexpr int kQueryMost = kQueryPlanes == 1 ? 127 : (63 << kQueryBits) + 31;
-constexpr int kShareBits = 7;
+constexpr int kShareBits = 7, kTileBlocks = kKeyTile / kKeyBlock;
 constexpr float kShareMost = 16383.0f;  // two planes of 7 bits
-constexpr float kLeast = 0x1p-110f;     // vectors without larger numbers count as zeros, whose scale has an inverse
+// One byte a share is enough where a row's bytes of a tile add up to so much: rounding 128 of them is then wrong by at most about
+// 0.29 sqrt(128) / 512 = 0.6% of their sum. So predictions are as far from those of an fp32 cache as with two planes; with one byte
+// everywhere they were twice as far (docs/notes/cpu_engine.md).
+constexpr float kByteSum = 512.0f;
+constexpr float kLeast = 0x1p-110f;  // vectors without larger numbers count as zeros, whose scale has an inverse
 
 // The room of an item, by row of queries. Bytes come first, so that they lie as the room does: at whole lines.
 struct ByteRoom {
-    uint8_t *queries, *shares;      // [rows][planes][padded], [rows][2][kKeyTile]
+    uint8_t *queries, *shares;      // [rows][planes][padded], [rows][2][kKeyTile]: the upper plane first
     uint8_t* last_values;           // [kValueStep / 4][padded][4]
     float *query_scales, *peaks, *weights;  // of a tile of keys: its largest score, and what its sums of values are worth
     int32_t* starts;                // what the sums of a row's scores begin at
+    int32_t* row_of;                // whose shares lie in a place
+    uint8_t* lower;                 // whether the shares in a place have a lower plane, or that is zeros
 
     ByteRoom(uint8_t* room, int64_t rows, int64_t padded) {
         queries = room;
@@ -36,8 +45,16 @@ struct ByteRoom {
         peaks = query_scales + rows;
         weights = peaks + rows;
         starts = reinterpret_cast<int32_t*>(weights + rows);
+        row_of = starts + rows;
+        lower = reinterpret_cast<uint8_t*>(row_of + rows);
     }
 };
+
+inline bool any_of(const uint8_t* flags, int64_t count) {
+    uint8_t any = 0;
+    for (int64_t i = 0; i < count; ++i) any |= flags[i];
+    return any != 0;
+}
 
 // Four bytes of each row, again and again, times `right`: lanes of `right` are `step` bytes apart and successive fours `right_stride`.
 struct ByteProduct {
@@ -46,14 +63,17 @@ struct ByteProduct {
     const uint8_t* right;
     int64_t right_stride, step, fours;
     const uint8_t* ahead;  // what is read next, fetched at the pace at which `right` is read; NULL when rows are many enough to hide it
+    const uint8_t* lower;  // values only: by row, whether its lower plane holds anything
 };
 
 // With so few rows the memory is slower than the products: cold keys and values came at 14 GB/s to one core, fetched
 // ahead at 20.
 inline bool few_rows(const AttendJob& job) { return job.rows <= 16; }
 
-template <bool kKeys, int kPlanes, int kBits, int kRows, int kVectors, class Start, class Finish>
-inline void dot_tile(const ByteProduct& job, int64_t row, const Start& start, const Finish& finish) {
+// kRead: of the planes, how many are read; the others are zeros. `start` and `finish` are copies: what they hold stays in registers, while
+// through references it was read again behind each store (2% of attention).
+template <bool kKeys, int kPlanes, int kRead, int kBits, int kRows, int kVectors, class Start, class Finish>
+inline void dot_planes(const ByteProduct& job, int64_t row, Start start, Finish finish) {
     I32 total[kRows][kVectors];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
@@ -67,6 +87,7 @@ inline void dot_tile(const ByteProduct& job, int64_t row, const Start& start, co
             for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) total[r][v] = shift_left<kBits>(total[r][v]);
+        if (plane >= kRead) continue;
         for (int64_t i = 0; i < job.fours; ++i) {
             Quads right[kVectors];
 #pragma GCC unroll 4
@@ -91,8 +112,15 @@ inline void dot_tile(const ByteProduct& job, int64_t row, const Start& start, co
     }
 }
 
+template <bool kKeys, int kPlanes, int kBits, int kRows, int kVectors, class Start, class Finish>
+inline void dot_tile(const ByteProduct& job, int64_t row, Start start, Finish finish) {
+    if constexpr (!kKeys)
+        if (!any_of(job.lower + row, kRows)) return dot_planes<kKeys, kPlanes, 1, kBits, kRows, kVectors>(job, row, start, finish);
+    dot_planes<kKeys, kPlanes, kPlanes, kBits, kRows, kVectors>(job, row, start, finish);
+}
+
 template <bool kKeys, int kPlanes, int kBits, int kVectors, class Start, class Finish>
-inline void dot_rows(const ByteProduct& job, int64_t rows, const Start& start, const Finish& finish) {
+inline void dot_rows(const ByteProduct& job, int64_t rows, Start start, Finish finish) {
     int64_t r = 0;
     for (; r + kRowTile <= rows; r += kRowTile) dot_tile<kKeys, kPlanes, kBits, kRowTile, kVectors>(job, r, start, finish);
     switch (rows - r) {
@@ -137,18 +165,20 @@ inline void round_query(const AttendJob& job, const ByteRoom& room, int64_t r) {
 inline void score_bytes(const AttendJob& job, const ByteRoom& room, int64_t first, int64_t blocks) {
     const int64_t block = static_cast<int64_t>(job.padded) * kKeyBlock;
     ByteProduct product{room.queries, kQueryPlanes * job.padded, job.padded, static_cast<const uint8_t*>(job.keys) + first * job.padded,
-                        4 * kKeyBlock, block, (job.head_dim + 3) / 4, nullptr};
+                        4 * kKeyBlock, block, (job.head_dim + 3) / 4, nullptr, nullptr};
     if (few_rows(job)) product.ahead = static_cast<const uint8_t*>(job.values) + first * job.padded;
     float* scores = job.scores;
-    const auto start = [&](int64_t r) { return static_cast<float>(room.starts[r]); };
-    const auto finish = [&](int64_t r, int v, F32 total, float begin) { store(scores + r * kKeyTile + v * kLane, total + splat(begin)); };
+    const auto start = [starts = room.starts](int64_t r) { return static_cast<float>(starts[r]); };
+    const auto finish = [&] {
+        return [to = scores](int64_t r, int v, F32 total, float begin) { store(to + r * kKeyTile + v * kLane, total + splat(begin)); };
+    };
     int64_t b = 0;
     for (; b + kVectorTile <= blocks; b += kVectorTile, product.right += kVectorTile * block, scores += kVectorTile * kKeyBlock) {
-        dot_rows<true, kQueryPlanes, kQueryBits, kVectorTile>(product, job.rows, start, finish);
+        dot_rows<true, kQueryPlanes, kQueryBits, kVectorTile>(product, job.rows, start, finish());
         if (product.ahead) product.ahead += kVectorTile * block;
     }
     for (; b < blocks; ++b, product.right += block, scores += kKeyBlock)
-        dot_rows<true, kQueryPlanes, kQueryBits, 1>(product, job.rows, start, finish);
+        dot_rows<true, kQueryPlanes, kQueryBits, 1>(product, job.rows, start, finish());
 }
 
 // What a probability is multiplied with to become a whole number, for each key of a tile, and the value of 1 in those numbers.
@@ -174,6 +204,7 @@ struct KeyTile {
     bool plain;                           // every row sees every key, and scores are neither capped nor moved
     float unit;                           // the probability that one share stands for
     alignas(64) float factors[kKeyTile];  // what a probability is multiplied with to become a share
+    alignas(64) float narrow[kKeyTile];   // the same where a share is one byte
 };
 
 inline bool all_see_all(const AttendJob& job, int64_t first, int64_t end) {
@@ -190,6 +221,7 @@ inline KeyTile key_tile_at(const AttendJob& job, int64_t first) {
     keys.blocks = (keys.count + kKeyBlock - 1) / kKeyBlock;
     keys.plain = !job.soft_cap && !job.slopes && all_see_all(job, first, first + keys.blocks * kKeyBlock);
     keys.unit = plan_shares(job, first, keys.count, keys.factors);
+    for (int64_t i = 0; i < keys.blocks * kKeyBlock; i += kLane) store(keys.narrow + i, load(keys.factors + i) * splat(kShareByte / kShareMost));
     return keys;
 }
 
@@ -197,7 +229,7 @@ inline KeyTile key_tile_at(const AttendJob& job, int64_t first) {
 // exponential takes as long for one number as for 16), and the shares. So no row waits for what its own maximum sets off.
 
 // The largest score of one row, as `read` takes them. Of a plain tile the scores lack the scale of the query, which is one factor later on.
-template <class Read>
+template <int kBlocks, class Read>
 inline void find_peak(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys, const Read& read) {
     if (!keys.plain) {
         room.peaks[r] = largest_of(mask_scores(job, r, keys.first, keys.blocks, room.query_scales[r], read));
@@ -205,7 +237,9 @@ inline void find_peak(const AttendJob& job, const ByteRoom& room, int64_t r, con
     }
     float* scores = job.scores + r * kKeyTile;
     F32 most = splat(kMasked);
-    for (int64_t b = 0; b < keys.blocks; ++b) {
+    const int64_t blocks = kBlocks ? kBlocks : keys.blocks;
+#pragma GCC unroll 8
+    for (int64_t b = 0; b < blocks; ++b) {
         const F32 s = read(scores + b * kKeyBlock) * load(job.key_scales + keys.first + b * kKeyBlock);
         store(scores + b * kKeyBlock, s);
         most = larger(most, s);
@@ -229,56 +263,91 @@ inline void meet_peaks(const AttendJob& job, const ByteRoom& room, int64_t begin
     }
 }
 
-// Scores of one row become shares, and their sum joins the row's.
-inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys) {
-    constexpr int kBlocks = 4;
-    const float* scores = job.scores + r * kKeyTile;
-    uint8_t *high = room.shares + r * 2 * kKeyTile, *low = high + kKeyTile;
-    const F32 scale = splat((keys.plain ? room.query_scales[r] : 1.0f) * kLog2E), lowered = splat(-room.peaks[r] * kLog2E);
-    F32 total = splat(0.0f);
-    const auto share = [&](int64_t key) {
-        const F32 p = power_for_shares(multiply_add(load(scores + key), scale, lowered));
-        total = total + p;
-        return p * load(keys.factors + key);
-    };
-    int64_t key = 0;
-    for (const int64_t end = keys.blocks * kKeyBlock; key < end;) {
-        if (key + kBlocks * kKeyBlock <= end) {
-            const F32 shares[kBlocks] = {share(key), share(key + kKeyBlock), share(key + 2 * kKeyBlock), share(key + 3 * kKeyBlock)};
-            store_planes(high + key, low + key, shares);
-            key += kBlocks * kKeyBlock;
-        } else {
-            store_planes(high + key, low + key, share(key));
-            key += kKeyBlock;
-        }
+// Where the shares of rows go: each to its own place, or rows without a lower plane to the front and the others to the back, so that
+// few blocks of rows have some of both.
+struct Places {
+    int64_t front, back;
+    bool sorted;
+    int64_t take(int64_t r, bool lower) { return !sorted ? r : lower ? --back : front++; }
+};
+
+// Shares of one row, probabilities times their factors, as bytes. Four vectors at a time pack better than one.
+template <int kBlocks, class Store>
+inline void store_shares(const F32 (&p)[kTileBlocks], const float* factors, int64_t blocks, Store store) {
+    const auto share = [&](int64_t b) { return p[b] * load(factors + b * kKeyBlock); };
+#pragma GCC unroll 2
+    for (int64_t b = 0; b < kBlocks; b += 4) {
+        const F32 shares[4] = {share(b), share(b + 1), share(b + 2), share(b + 3)};
+        store(b * kKeyBlock, shares);
     }
-    job.total[r] += room.weights[r] * sum_of(total);
-    room.weights[r] *= keys.unit;
+    for (int64_t b = kBlocks; b < blocks; ++b) store(b * kKeyBlock, share(b));
 }
 
-template <class ReadOf>
-inline void soften_bytes(const AttendJob& job, const ByteRoom& room, int64_t begin, int64_t end, const KeyTile& keys, const ReadOf& read_of) {
-    for (int64_t r = begin; r < end; ++r) find_peak(job, room, r, keys, read_of(r));
+// Scores of one row become shares, and their sum joins the row's. kBlocks: of all tiles but the last, whose number is not known here.
+template <int kBlocks>
+inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys, Places& places) {
+    const float* scores = job.scores + r * kKeyTile;
+    const F32 scale = splat((keys.plain ? room.query_scales[r] : 1.0f) * kLog2E), lowered = splat(-room.peaks[r] * kLog2E);
+    F32 p[kTileBlocks], total = splat(0.0f), sum = splat(0.0f);
+    const int64_t blocks = kBlocks ? kBlocks : keys.blocks;
+#pragma GCC unroll 8
+    for (int64_t b = 0; b < blocks; ++b) {
+        p[b] = power_for_shares(multiply_add(load(scores + b * kKeyBlock), scale, lowered));
+        total = total + p[b];
+        sum = multiply_add(p[b], load(keys.factors + b * kKeyBlock), sum);
+    }
+    const bool lower = !(sum_of(sum) >= kByteSum * (kShareMost / kShareByte));
+    const int64_t place = places.take(r, lower);
+    uint8_t *high = room.shares + place * 2 * kKeyTile, *low = high + kKeyTile;
+    job.total[r] += room.weights[r] * sum_of(total);
+    room.row_of[place] = static_cast<int32_t>(r);
+    room.lower[place] = lower;
+    if (lower) {
+        const auto store = [=](int64_t key, const auto& x) { store_planes(high + key, low + key, x); };
+        store_shares<kBlocks>(p, keys.factors, blocks, store);
+        room.weights[r] *= keys.unit;
+    } else {
+        const auto store = [=](int64_t key, const auto& x) { store_plane(high + key, x); };
+        store_shares<kBlocks>(p, keys.narrow, blocks, store);
+        memset(low, 0, static_cast<size_t>(blocks * kKeyBlock));
+        room.weights[r] *= keys.unit * (kShareMost / (kShareByte * (1 << kShareBits)));
+    }
+}
+
+template <int kBlocks, class ReadOf>
+inline void soften_blocks(const AttendJob& job, const ByteRoom& room, Places& places, const KeyTile& keys, const ReadOf& read_of) {
+    const int64_t begin = places.front, end = places.back;
+    for (int64_t r = begin; r < end; ++r) find_peak<kBlocks>(job, room, r, keys, read_of(r));
     meet_peaks(job, room, begin, end);
-    for (int64_t r = begin; r < end; ++r) share_row(job, room, r, keys);
+    for (int64_t r = begin; r < end; ++r) share_row<kBlocks>(job, room, r, keys, places);
+}
+
+// Rows from places.front to places.back. With the number of a whole tile's blocks as a constant probabilities stay in registers from the
+// sum that decides on their bits to the bytes.
+template <class ReadOf>
+inline void soften_bytes(const AttendJob& job, const ByteRoom& room, Places places, const KeyTile& keys, const ReadOf& read_of) {
+    if (keys.blocks == kTileBlocks) soften_blocks<kTileBlocks>(job, room, places, keys, read_of);
+    else soften_blocks<0>(job, room, places, keys, read_of);
 }
 
 inline void add_bytes(const AttendJob& job, const ByteRoom& room, int64_t first, int64_t count) {
     ByteProduct product{room.shares, 2 * kKeyTile, kKeyTile, static_cast<const uint8_t*>(job.values) + first * job.padded, 4 * job.padded,
-                        4 * kLane, (count + 3) / 4, nullptr};
+                        4 * kLane, (count + 3) / 4, nullptr, room.lower};
     if (few_rows(job)) product.ahead = static_cast<const uint8_t*>(job.keys) + (first + kKeyTile) * job.padded;
     float* out = job.out;
-    const auto start = [&](int64_t r) { return room.weights[r]; };
-    const auto finish = [&](int64_t r, int v, F32 total, float weight) {
-        float* to = out + r * job.padded + v * kLane;
-        store(to, multiply_add(total, splat(weight), load(to)));
+    const auto start = [weights = room.weights, row_of = room.row_of](int64_t place) { return weights[row_of[place]]; };
+    const auto finish = [&] {
+        return [first = out, padded = int64_t{job.padded}, row_of = room.row_of](int64_t place, int v, F32 total, float weight) {
+            float* to = first + row_of[place] * padded + v * kLane;
+            store(to, multiply_add(total, splat(weight), load(to)));
+        };
     };
     int v = 0;
     for (; v + kVectorTile * kLane <= job.padded; v += kVectorTile * kLane, product.right += 4 * kVectorTile * kLane, out += kVectorTile * kLane) {
-        dot_rows<false, 2, kShareBits, kVectorTile>(product, job.rows, start, finish);
+        dot_rows<false, 2, kShareBits, kVectorTile>(product, job.rows, start, finish());
         if (product.ahead) product.ahead += product.fours * kVectorTile * 4 * kLane;
     }
-    for (; v < job.padded; v += kLane, product.right += 4 * kLane, out += kLane) dot_rows<false, 2, kShareBits, 1>(product, job.rows, start, finish);
+    for (; v < job.padded; v += kLane, product.right += 4 * kLane, out += kLane) dot_rows<false, 2, kShareBits, 1>(product, job.rows, start, finish());
 }
 
 inline void attend_bytes(const AttendJob& job) {
@@ -287,7 +356,7 @@ inline void attend_bytes(const AttendJob& job) {
     for (int64_t first = job.key_begin / kKeyBlock * kKeyBlock; first < job.key_end; first += kKeyTile) {
         const KeyTile keys = key_tile_at(job, first);
         score_bytes(job, room, first, keys.blocks);
-        soften_bytes(job, room, 0, job.rows, keys, [](int64_t) { return [](const float* p) { return load(p); }; });
+        soften_bytes(job, room, {0, job.rows, true}, keys, [](int64_t) { return [](const float* p) { return load(p); }; });
         add_bytes(job, room, first, keys.count);
     }
 }

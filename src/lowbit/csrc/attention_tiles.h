@@ -74,7 +74,7 @@ struct ValueSteps {
 };
 
 inline void share_rows(const AttendJob& job, const ByteRoom& room, int64_t begin, int64_t end, const KeyTile& keys, const ValueSteps& steps) {
-    soften_bytes(job, room, begin, end, keys, [&](int64_t r) {
+    soften_bytes(job, room, {begin, end, false}, keys, [&](int64_t r) {
         const F32 start = splat(static_cast<float>(room.starts[r]));
         return [start](const float* p) { return to_floats(load_ints(p)) + start; };
     });
@@ -88,12 +88,14 @@ inline void share_rows(const AttendJob& job, const ByteRoom& room, int64_t begin
 // Shares of the 16 rows from `row` times 16 channels.
 inline void multiply_values(const AttendJob& job, const ByteRoom& room, int64_t row, int64_t channel, const ValueSteps& steps, TileSums& sums) {
     const uint8_t* shares = room.shares + row * 2 * kKeyTile;
+    const bool lower = any_of(room.lower + row, kTileRows);
     zero_tile<0>();
     zero_tile<1>();
     for (int64_t step = 0; step < steps.count; ++step) {
         load_tile<3>(steps.at(step) + 4 * channel, 4 * job.padded);
         load_tile<2>(shares + step * kValueStep, 2 * kKeyTile);
         dot_unsigned_signed<0, 2, 3>();
+        if (!lower) continue;
         load_tile<2>(shares + kKeyTile + step * kValueStep, 2 * kKeyTile);
         dot_unsigned_signed<1, 2, 3>();
     }

@@ -2,7 +2,8 @@
 // vector_lanes.h for whole numbers; each instruction set's file compiles its own copy.
 //
 // A `Quads` holds four bytes for each of 16 lanes. dot_quads adds to every lane the four products of its unsigned and its signed
-// bytes; AVX2 adds pairs in 16 bits, so there an unsigned byte up to 255 allows signed ones up to 63, and one up to 127 all.
+// bytes; AVX2 adds pairs in 16 bits, so there an unsigned byte up to 255 allows signed ones up to 63, and one up to 127 all. kShareByte
+// is what an unsigned byte may reach next to any signed one.
 // Sums that come from memory are only needed beside register tiles (attention_tiles.h), so AVX2 and NEON lack their operations.
 #pragma once
 #include "vector_lanes.h"
@@ -17,6 +18,7 @@ namespace {
 #elif defined(__AVX512F__)
 
 constexpr int kQueryPlanes = 1, kQueryBits = 7;
+constexpr float kShareByte = 255.0f;
 struct I32 {
     __m512i v;
 };
@@ -47,9 +49,19 @@ inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 7)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(127))));
 }
+// Whole numbers up to 255, from their nearest float, as one byte each.
+inline void store_plane(uint8_t* to, F32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
 // Packing works within quarters of a vector, so that the fours of the four vectors come out in turn: they are put in order at the end.
+inline __m512i packed_order() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
+inline void store_plane(uint8_t* to, const F32 (&x)[4]) {
+    const __m512i first = _mm512_packus_epi32(_mm512_cvtps_epi32(x[0].v), _mm512_cvtps_epi32(x[1].v));
+    const __m512i second = _mm512_packus_epi32(_mm512_cvtps_epi32(x[2].v), _mm512_cvtps_epi32(x[3].v));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(packed_order(), _mm512_packus_epi16(first, second)));
+}
 inline void store_planes(uint8_t* high, uint8_t* low, const F32 (&x)[4]) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bits = _mm512_set1_epi16(127);
+    const __m512i order = packed_order(), bits = _mm512_set1_epi16(127);
     const __m512i first = _mm512_packus_epi32(_mm512_cvtps_epi32(x[0].v), _mm512_cvtps_epi32(x[1].v));
     const __m512i second = _mm512_packus_epi32(_mm512_cvtps_epi32(x[2].v), _mm512_cvtps_epi32(x[3].v));
     const __m512i upper = _mm512_packus_epi16(_mm512_srli_epi16(first, 7), _mm512_srli_epi16(second, 7));
@@ -61,6 +73,7 @@ inline void store_planes(uint8_t* high, uint8_t* low, const F32 (&x)[4]) {
 #elif defined(__AVX2__)
 
 constexpr int kQueryPlanes = 2, kQueryBits = 6;
+constexpr float kShareByte = 127.0f;
 struct I32 {
     __m256i a, b;
 };
@@ -98,10 +111,16 @@ inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
         low[i] = static_cast<uint8_t>(whole[i] & 127);
     }
 }
+inline void store_plane(uint8_t* to, F32 x) {
+    const __m256i shorts = _mm256_packus_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));  // 0-3 8-11 4-7 12-15
+    const __m256i ordered = _mm256_permute4x64_epi64(shorts, 0xD8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+}
 
 #else
 
 constexpr int kQueryPlanes = 1, kQueryBits = 7;
+constexpr float kShareByte = 255.0f;
 struct I32 {
     int32_t v[kLane];
 };
@@ -152,10 +171,16 @@ inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
         low[i] = static_cast<uint8_t>(whole & 127);
     }
 }
+inline void store_plane(uint8_t* to, F32 x) {
+    for (int i = 0; i < kLane; ++i) to[i] = static_cast<uint8_t>(nearbyintf(x.v[i]));
+}
 
 #endif
 
 #if defined(LOWBIT_NEON_LANES) || !defined(__AVX512F__)
+inline void store_plane(uint8_t* to, const F32 (&x)[4]) {
+    for (int i = 0; i < 4; ++i) store_plane(to + i * kLane, x[i]);
+}
 inline void store_planes(uint8_t* high, uint8_t* low, const F32 (&x)[4]) {
     for (int i = 0; i < 4; ++i) store_planes(high + i * kLane, low + i * kLane, x[i]);
 }

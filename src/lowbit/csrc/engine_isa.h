@@ -39,8 +39,8 @@ struct AttendJob {
     uint8_t* room;         // attend_room() bytes; int8 only
 };
 
-// By row queries in two planes of bytes, a tile's probabilities in two, four numbers; the last values of a tile (attention_tiles.h).
-inline int64_t attend_room(int64_t rows, int64_t padded) { return rows * (2 * padded + 2 * kKeyTile + 16) + kValueStep * padded; }
+// By row queries in two planes of bytes, a tile's probabilities in two, five numbers, a flag; the last values of a tile (attention_tiles.h).
+inline int64_t attend_room(int64_t rows, int64_t padded) { return rows * (2 * padded + 2 * kKeyTile + 21) + kValueStep * padded; }
 
 // y[t][r] = bias[r] + sum x[t][k] w[r][k] for rows [row_begin, row_end) of a plain or a tight matrix.
 struct DenseJob {

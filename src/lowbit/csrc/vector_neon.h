@@ -104,6 +104,7 @@ inline F32 select_negative(F32 s, F32 yes, F32 no) {
 }
 
 constexpr int kQueryPlanes = 1, kQueryBits = 7;
+constexpr float kShareByte = 255.0f;
 struct I32 {
     int32x4_t v[4];
 };
@@ -145,6 +146,12 @@ inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
             low[4 * i + k] = static_cast<uint8_t>(whole[k] & 127);
         }
     }
+}
+// Whole numbers up to 255, from their nearest float, as one byte each.
+inline void store_plane(uint8_t* to, F32 x) {
+    const uint16x8_t low = vcombine_u16(vqmovun_s32(vcvtnq_s32_f32(x.v[0])), vqmovun_s32(vcvtnq_s32_f32(x.v[1])));
+    const uint16x8_t high = vcombine_u16(vqmovun_s32(vcvtnq_s32_f32(x.v[2])), vqmovun_s32(vcvtnq_s32_f32(x.v[3])));
+    vst1q_u8(to, vcombine_u8(vqmovn_u16(low), vqmovn_u16(high)));
 }
 
 }  // namespace
