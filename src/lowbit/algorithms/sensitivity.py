@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.algorithms.rtn import round_weight
 from lowbit.allocate import allocate, byte_budget, stored_bytes
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
-from lowbit.grid import quantize, unpack
+from lowbit.grid import unpack
 from lowbit.models.walk import Target, dense_weights, find_targets, is_router, stored_order
 from lowbit.progress import Advance
-from lowbit.search import SEARCHES
 
 _MATRIX = 2
 
@@ -185,7 +185,7 @@ def module_of(name: str, weight: torch.Tensor) -> str:
 
 def _error(weight: torch.Tensor, format: Format, moments: Moments, rounder: str) -> float:
     importance = moments.inputs if rounder == "rtn" and weight.dim() == _MATRIX else None
-    packed = quantize(weight, format, SEARCHES[rounder], importance)
+    packed = round_weight(weight, format, rounder, importance)
     return expected_divergence(weight, unpack(packed), moments)
 
 

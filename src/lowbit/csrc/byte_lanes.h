@@ -49,9 +49,10 @@ inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 7)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(127))));
 }
-// Whole numbers up to 255, from their nearest float, as one byte each.
+// Whole numbers up to 255, from their nearest float, as one byte each. More counts as 255: next to scores of 1e4 and above the largest
+// probability is not exactly 1.
 inline void store_plane(uint8_t* to, F32 x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }
 // Packing works within quarters of a vector, so that the fours of the four vectors come out in turn: they are put in order at the end.
 inline __m512i packed_order() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
@@ -172,7 +173,7 @@ inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
     }
 }
 inline void store_plane(uint8_t* to, F32 x) {
-    for (int i = 0; i < kLane; ++i) to[i] = static_cast<uint8_t>(nearbyintf(x.v[i]));
+    for (int i = 0; i < kLane; ++i) to[i] = static_cast<uint8_t>(nearbyintf(x.v[i] < 255.0f ? x.v[i] : 255.0f));
 }
 
 #endif
