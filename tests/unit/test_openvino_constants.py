@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +103,29 @@ def test_arena_in_a_file_holds_the_same(tmp_path) -> None:
     with Arena(tmp_path) as arena, Arena() as memory:
         assert np.array_equal(arena.constant(codes).data, memory.constant(codes).data)
     assert not list(tmp_path.iterdir())
+
+
+_MANY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from lowbit.openvino import spool
+from lowbit.runtime.mapped import mapped_bytes, release_pages
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+spool._STRETCH = 1 << 21
+held = spool.Spool(Path(sys.argv[1]))
+kept = [held.keep(np.full((3, 1 << 14), i, np.float32)) for i in range(300)]
+kept.append(held.keep(np.full(1 << 20, 300, np.float32)))
+held.close()
+for i, array in enumerate(kept):
+    assert mapped_bytes(array) == array.nbytes and (array == i).all()
+    release_pages(array)
+assert all((array == i).all() for i, array in enumerate(kept))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of handles to set")
+def test_a_spool_of_many_arrays_takes_few_handles(tmp_path: Path) -> None:
+    """Maps of two megabytes, later of a sixteenth of the file, and one of an array that is larger than either."""
+    ended = subprocess.run([sys.executable, "-c", _MANY, tmp_path], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

@@ -13,8 +13,10 @@ import transformers
 import lowbit
 from lowbit import openvino
 from lowbit.compat import optimum_export
+from lowbit.errors import LowbitError
 from lowbit.openvino.class_comparison import verify_class
-from lowbit.openvino.comparison import Row, Verification, told
+from lowbit.openvino.comparison import Row, Verification, rounding_of, told
+from lowbit.openvino.export import write_decoder
 from lowbit_assets import tiny_model
 
 # Following a module takes torch seconds.
@@ -113,6 +115,15 @@ def test_codes_of_a_low_bit_module_are_compared_within_what_it_rounds(tmp_path: 
     kind.from_pretrained(tmp_path / "low", export=True).save_pretrained(tmp_path / "out")
     found = verify_class(kind, tmp_path / "out", tmp_path / "low", {})
     assert found.passed and found.rounding is None and found.rows[0].difference > 0
+
+
+def test_a_rounded_folder_that_does_not_run_is_found_out(tmp_path: Path) -> None:
+    written = write_decoder(tiny_model("llama", tmp_path / "source"), tmp_path / "out")
+    assert rounding_of(written) == pytest.approx(0, abs=1e-4)
+    (tmp_path / "out" / "openvino_model.bin").unlink()
+    with pytest.raises(LowbitError, match=r"^the graph that was rounded does not run on CPU: .* without its weights"):
+        rounding_of(written)
+    assert not Verification((), float("nan")).passed and Verification((), 0.1).passed
 
 
 def test_lines_say_what_rows_do() -> None:

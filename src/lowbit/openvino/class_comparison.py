@@ -117,4 +117,4 @@ def _away(truth: _Said, said: _Said) -> float:
     if truth.name == _LOGITS:
         rows = (each.output.reshape(-1, each.output.shape[-1]) for each in (truth, said))
         return divergence(*rows)
-    return float(np.square(said.output - truth.output).sum() / np.square(truth.output).sum())
+    return float(np.square(said.output - truth.output).sum() / (np.square(truth.output).sum() or 1.0))

@@ -83,7 +83,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return all(row.passed for row in self.rows)
+        return all(row.passed for row in self.rows) and (self.rounding is None or bool(np.isfinite(self.rounding)))
 
 
 def told(found: Verification) -> list[str]:
@@ -151,7 +151,9 @@ def rounding_of(written: Written) -> float | None:
         return None
     prompt, name = _prompt(written), devices()[0]
     answer = _ask(written.folder, prompt, name, SETTINGS[0], exact_settings(name))
-    return None if answer.logits is None else divergence(_Source(written).logits(prompt), answer.logits)
+    if answer.logits is None:
+        raise LowbitError(f"the graph that was rounded does not run on {name}: {answer.error}")
+    return divergence(_Source(written).logits(prompt), answer.logits)
 
 
 def _plain(written: Written, prompt: list[int]) -> Floats | None:

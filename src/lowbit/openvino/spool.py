@@ -30,6 +30,8 @@ from lowbit.runtime.stored import Dense, Weight
 
 # Smaller arrays stay in memory: a map of its own would cost more than they are.
 _SMALL = 1 << 16
+# A map keeps a handle of its file open, of which a process often has 1024: many arrays share one, and maps grow with the file.
+_STRETCH, _PART = 1 << 28, 16
 
 
 class Spool:
@@ -37,7 +39,8 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it lives as long as this object
-        self._end = 0
+        self._begin = self._end = 0
+        self._map: mmap.mmap | None = None
 
     def keep(self, array: NDArray[Any]) -> NDArray[Any]:
         """A copy of an array in the file; of a small one, in memory."""
@@ -45,16 +48,21 @@ class Spool:
             return owned(array)
         array = np.ascontiguousarray(array)
         start = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        if self._map is None or start + array.nbytes > self._begin + len(self._map):
+            size = max(array.nbytes, _STRETCH, self._end // _PART)
+            self._file.truncate(start + size)
+            self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=start)
+            self._begin = start
         self._file.seek(start)
         self._file.write(array.reshape(-1).view(np.uint8).data)
         self._file.flush()
         self._end = start + array.nbytes
-        mapped = mmap.mmap(self._file.fileno(), array.nbytes, access=mmap.ACCESS_COPY, offset=start)
-        return np.frombuffer(mapped, array.dtype).reshape(array.shape)
+        return np.frombuffer(self._map, array.dtype, array.size, start - self._begin).reshape(array.shape)
 
     def close(self) -> None:
         """Let go of the file; arrays in it stay as long as somebody has them."""
         self._file.close()
+        self._map = None
 
 
 def owned(array: NDArray[Any]) -> NDArray[Any]:
