@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,6 +58,7 @@ class EngineGenerate:
         self.guesser: Guesser | None = None  # that of the last call, with what became of its guesses
         self._engine: Engine | None = None
         self._state: list[tuple[int, int]] = []
+        self._busy = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineGenerate:
         return EngineGenerate(copy.deepcopy(self.model, memo), self.cache)
@@ -71,25 +73,38 @@ class EngineGenerate:
         asked = {name: given for name in OWN_KEYWORDS if (given := kwargs.pop(name, None))}
         prompt_cache, check = asked.get("prompt_cache"), "check" in asked
         clock, draft = kwargs.pop("clock", None), _draft(kwargs)
-        try:
-            request, engine = self._read(inputs, generation_config, kwargs, check, draft)
-            self.why_not = None
-        except LowbitError as refusal:
-            self.why_not, self.guesser = str(refusal), None
-            if asked:
-                raise LowbitError(
-                    f"{next(iter(asked))} needs the engine, which cannot run this call: {refusal}"
-                ) from None
-            for helper in (clock, draft):
-                if helper is not None:
-                    helper.join(kwargs)
-            return type(model).generate(model, inputs, generation_config, **kwargs)
-        if "within_window" in asked:
-            check_window(max(map(len, request.prompts)), engine.spec.shortest_window)
-        engine.check(check)
+        # One engine with one cache: a second thread's call waits until the first one's text is made.
+        with self._busy:
+            try:
+                request, engine = self._read(inputs, generation_config, kwargs, check, draft)
+                self.why_not = None
+            except LowbitError as refusal:
+                self.why_not, self.guesser = str(refusal), None
+            else:
+                if "within_window" in asked:
+                    check_window(max(map(len, request.prompts)), engine.spec.shortest_window)
+                engine.check(check)
+                cache_file = None if prompt_cache is None else PromptCache(Path(prompt_cache))
+                ids = kwargs.get("input_ids", inputs)
+                return self._answer(engine, request, ids, cache_file, kwargs.get("streamer"), clock)
+        if asked:
+            raise LowbitError(f"{next(iter(asked))} needs the engine, which cannot run this call: {self.why_not}")
+        for helper in (clock, draft):
+            if helper is not None:
+                helper.join(kwargs)
+        return type(model).generate(model, inputs, generation_config, **kwargs)
+
+    def _answer(
+        self,
+        engine: Engine,
+        request: Request,
+        ids: torch.Tensor,
+        cache_file: PromptCache | None,
+        streamer: Any,
+        clock: Clock | None,
+    ) -> torch.Tensor:
+        """The rows of tokens that a call asks for, prompts first."""
         threads.follow(torch.get_num_threads())
-        cache_file = None if prompt_cache is None else PromptCache(Path(prompt_cache))
-        ids, streamer = kwargs.get("input_ids", inputs), kwargs.get("streamer")
         if streamer is not None:
             streamer.put(ids)
         found = (
