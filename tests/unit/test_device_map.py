@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import lowbit
-from lowbit.checkpoint.devices import check_device_map
+from lowbit.checkpoint.devices import check_device_map, one_place
 from unit.checkpoint_cases import EVEN, IDS, logits, make
 
 pytestmark = pytest.mark.transformers
@@ -86,3 +86,28 @@ def test_a_split_between_cpu_and_another_device_is_refused(monkeypatch: pytest.M
     with pytest.raises(lowbit.CheckpointError, match="between cpu and cuda"):
         check_device_map({"model": "cuda:0", "lm_head": "cpu"})
     check_device_map({"model": "cuda:0", "lm_head": "cuda:1"})
+
+
+@pytest.mark.parametrize(
+    ("device_map", "place"),
+    [
+        ("auto", "cuda"),
+        ({"": "balanced"}, "cuda"),
+        ({"": 1}, 1),
+        ({"model": "cuda:1", "lm_head": "cuda:1"}, "cuda:1"),
+        ("cpu", "cpu"),
+        (None, None),
+    ],
+)
+def test_a_model_that_is_read_in_one_piece_goes_where_the_map_says(
+    monkeypatch: pytest.MonkeyPatch, device_map: Any, place: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert one_place(device_map) == place
+
+
+def test_a_model_that_is_read_in_one_piece_is_not_spread() -> None:
+    with pytest.raises(
+        lowbit.CheckpointError, match="over cuda:0, cuda:1, and a folder of this kind is read in one piece"
+    ):
+        one_place({"model": "cuda:0", "lm_head": "cuda:1"})

@@ -19,6 +19,8 @@ from lowbit.errors import CheckpointError, RecipeError
 
 # Words for a map that is made from the memory that is free.
 WORDS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Where a word leads a model that is read in one piece, if torch sees such a device.
+_GPUS = ("cuda", "xpu")
 # Neural Compressor's variable for where a model is quantised, what it may say in whatever case, and what its configurations
 # say where they leave the choice.
 TARGET_VARIABLE = "INC_TARGET_DEVICE"
@@ -53,9 +55,16 @@ def check_device_map(device_map: Any) -> None:
 
 
 def one_place(device_map: Any) -> Any:
-    """The one device that a map names for the whole model, or None: what is loaded in one piece goes there."""
-    place = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
-    return None if isinstance(place, dict) or place in WORDS else place
+    """The one device that a map means for a model that is read in one piece: for a word the first GPU, None for the CPU."""
+    if isinstance(device_map, dict):
+        places = {str(place): place for place in device_map.values()}
+        if len(places) > 1:
+            raise CheckpointError(
+                f"device_map spreads the model over {', '.join(sorted(places))}, and a folder of this kind is read in one piece: "
+                "name one device, or save the model with save_low_bit and load that folder"
+            )
+        device_map = next(iter(places.values()), None)
+    return next(filter(_is_there, _GPUS), None) if device_map in WORDS else device_map
 
 
 def quantizing_device(config: WeightOnlyConfig | None, device_map: Any) -> str | None:
