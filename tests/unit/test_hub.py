@@ -46,7 +46,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.removeprefix("/api/models/").partition("?")[0].partition("/revision/")[0]
         if name != self.path and (self.root / name).is_dir():
-            files = [{"rfilename": path.name} for path in (self.root / name).iterdir()]
+            home = self.root / name
+            files = [{"rfilename": str(path.relative_to(home))} for path in home.rglob("*") if path.is_file()]
             return self.answer(json.dumps({"id": name, "sha": COMMIT, "siblings": files}).encode())
         name, _, rest = self.path.removeprefix("/").partition("/resolve/")
         file = self.root / name / rest.partition("/")[2]
@@ -152,7 +153,15 @@ def test_names_of_the_hub_are_found_whatever_lies_here(fetched: tuple[dict[str, 
 
 def test_what_belongs_to_a_model_of_the_hub_is_saved_with_it(tmp_path: Path) -> None:
     folder = make("llama", tmp_path / "hub" / "owner" / "tiny", **EVEN)
-    for name in ("preprocessor_config.json", "LICENSE", "weights.bin"):
+    write(folder, folder.parent / "gptq", *KINDS["gptq"][:2])
+    (folder.parent / "gptq" / "original").mkdir()
+    for name in (
+        "preprocessor_config.json",
+        "LICENSE",
+        "weights.bin",
+        "../gptq/merges.txt",
+        "../gptq/original/a.safetensors",
+    ):
         (folder / name).write_text("{}")
     script = f"""
 import transformers, warnings
@@ -168,6 +177,9 @@ def saved(model, name):
 model = lowbit.AutoModelForCausalLM.from_pretrained("owner/tiny", load_in_4bit=True)
 plain = lowbit.optimize_model(transformers.AutoModelForCausalLM.from_pretrained("owner/tiny"))
 told = {{"packed": saved(model, "packed"), "plain": saved(plain, "plain")}}
+elsewhere = lowbit.AutoModelForCausalLM.from_pretrained("owner/gptq", load_in_4bit=True)
+told["packed elsewhere"] = saved(elsewhere, "elsewhere")
+told["unread"] = [str(path) for path in Path(".").rglob("a.safetensors")]
 Path({str(folder)!r}).rename("gone")  # from now on the hub knows no such model
 _ask.cache_clear()
 told["gone"] = saved(model, "packed")
@@ -178,6 +190,8 @@ told["gone"] = saved(model, "packed")
     assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "LICENSE"} <= set(files)
     assert not warned and "weights.bin" not in files
     assert told["plain"] == [files, []]
+    files_elsewhere, warned = told["packed elsewhere"]
+    assert {"tokenizer.json", "merges.txt"} <= set(files_elsewhere) and not warned and not told["unread"]
     files_then, warned_then = told["gone"]
     assert files_then == files  # they are in the cache by now
     assert "beside its weights (tokenizer, processor, code) could not be fetched" in warned_then[0]

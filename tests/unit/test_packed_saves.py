@@ -121,6 +121,25 @@ def test_other_bits_than_the_folder_has_are_not_made(dense: Path, tmp_path: Path
     assert {weight.format.bits for weight in packed_weights(model).values()} == {4}
 
 
+def test_what_is_asked_of_a_folder_is_done_or_named(dense: Path, tmp_path: Path) -> None:
+    """Four bits of another kind are not what the folder has; products and attention are as asked for all the same."""
+    write(dense, tmp_path / "packed", *KINDS["gptq"][:2])
+    with pytest.warns(UserWarning) as caught:
+        model = lowbit.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "packed",
+            load_in_low_bit="nf4",
+            compute="fp32",
+            attn_implementation="eager",
+            use_cache=False,
+            quantization_config=transformers.GPTQConfig(bits=4),
+        )
+    said = " ".join(str(one.message) for one in caught)
+    assert "is loaded as it is; the format asked for is ignored" in said
+    assert "where these change nothing: quantization_config" in said
+    assert {weight.compute for weight in packed_weights(model).values()} == {"fp32"}
+    assert model.config._attn_implementation == "eager" and model.config.use_cache is False
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

@@ -7,7 +7,8 @@
 
 Weights are packed while the checkpoint streams in, one at a time, so a model never lies in memory in full precision. Without a
 low-bit keyword the call is transformers' own. A folder that is low-bit already loads as it is, whatever the keywords ask for.
-Keywords that belong to transformers go on to it untouched.
+Keywords that belong to transformers go on to it untouched, but for folders of other systems, which lowbit reads itself: there
+those that change nothing are named in a warning.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lowbit.checkpoint.calibrated import calibrate_, pages_of, tokens_for
 from lowbit.checkpoint.compressor_saves import compressor_fields, load_compressor_save
 from lowbit.checkpoint.devices import check_device_map, one_place, quantizing_device
 from lowbit.checkpoint.folder import check_folder, quantization_fields, refuse_pickles
+from lowbit.checkpoint.foreign import MODEL_WORDS
 from lowbit.checkpoint.gguf_source import gguf_file, gguf_tokenizer, lazy_tensors
 from lowbit.checkpoint.hf import Job, LowBitConfig, reads
 from lowbit.checkpoint.hub import fetch_weights, find_model
@@ -45,6 +47,12 @@ from lowbit.contents import CONFIG, file_names, read_config
 from lowbit.errors import CheckpointError
 from lowbit.interop.gguf import open_gguf
 from lowbit.layers import prepare_
+
+# transformers' keywords that finding a folder takes, or that say nothing of how the model is, where lowbit reads it itself.
+_FOLDER_WORDS = (
+    "dtype", "device_map", "revision", "cache_dir", "token", "local_files_only", "subfolder", "low_cpu_mem_usage",
+    "use_safetensors",
+)  # fmt: skip
 
 
 class _AutoBase:
@@ -71,7 +79,10 @@ class _AutoBase:
         if packed is not None:
             if found.files is not None:
                 fetch_weights(name, found.files, kwargs)
-            return _from_packed(cls.transformers_class, folder, packed, request, kwargs)
+            model = _from_packed(cls.transformers_class, folder, packed, request, kwargs)
+            if found.is_on_hub:
+                model.config._name_or_path, model.lowbit_home = name, found.path
+            return model
         if not found.is_on_hub:
             check_folder(folder)
         check_method(folder)
@@ -159,10 +170,7 @@ class _AutoBase:
 
 def _from_old_save(auto_class: Any, folder: Path, request: Request, kwargs: dict[str, Any]) -> Any:
     """A folder that the old systems saved: it says itself how each weight is stored, and other keywords have no say."""
-    load = partial(load_old_save, auto_class, folder, request.allow_pickle)
-    model = _loaded_as_it_is(load, folder, request, kwargs)
-    _settle(model, one_place(kwargs.get("device_map")), None)
-    return model
+    return _loaded_as_it_is(partial(load_old_save, auto_class, folder, request.allow_pickle), folder, request, kwargs)
 
 
 def _from_compressor(auto_class: Any, folder: Path, request: Request, kwargs: dict[str, Any]) -> Any:
@@ -171,30 +179,41 @@ def _from_compressor(auto_class: Any, folder: Path, request: Request, kwargs: di
     # "fp32" is what that system wrote where nobody had said anything.
     if config is not None and config.compute != "fp32" and request.choices.compute == Job.compute:
         request = replace(request, choices=replace(request.choices, compute=config.compute))
-    model = _loaded_as_it_is(partial(load_compressor_save, auto_class, folder), folder, request, kwargs)
-    _settle(model, one_place(kwargs.get("device_map")), config)
-    return model
+    return _loaded_as_it_is(partial(load_compressor_save, auto_class, folder), folder, request, kwargs, config)
 
 
 def _from_packed(
     auto_class: Any, folder: Path, fields: Mapping[str, Any], request: Request, kwargs: dict[str, Any]
 ) -> Any:
-    """A folder of GPTQ, AWQ or AutoRound; one that has the bits that are asked for is what was asked for."""
-    bits = fields.get("bits", fields.get("w_bit"))
-    if request.recipe is not None and request.recipe.linear.bits == bits:
-        request = Request(None, request.dtype, request.choices, request.allow_pickle)
-    load = partial(load_packed_save, auto_class, folder, request.allow_pickle)
-    model = _loaded_as_it_is(load, folder, request, kwargs)
-    _settle(model, one_place(kwargs.get("device_map")), None)
-    return model
+    """A folder of GPTQ, AWQ or AutoRound; one that has the integers that are asked for is what was asked for."""
+    bits, asked = fields.get("bits", fields.get("w_bit")), request.recipe
+    looks_at_data = request.imatrix is not None or (request.config is None and request.choices.calibration is not None)
+    if asked is not None and (asked.linear.kind, asked.linear.bits) == ("int", bits) and not looks_at_data:
+        request = replace(request, recipe=None, config=None)
+    return _loaded_as_it_is(
+        partial(load_packed_save, auto_class, folder, request.allow_pickle), folder, request, kwargs
+    )
 
 
-def _loaded_as_it_is(load: Callable[..., Any], folder: Path, request: Request, kwargs: dict[str, Any]) -> Any:
-    known = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+def _loaded_as_it_is(
+    load: Callable[..., Any],
+    folder: Path,
+    request: Request,
+    kwargs: dict[str, Any],
+    config: WeightOnlyConfig | None = None,
+) -> Any:
+    """A folder of another system, with everything of the call that can be done to it; the rest is named in a warning."""
+    place = one_place(kwargs.get("device_map"))
     if request.idle_on_low_bit:
         warnings.warn(f"{folder} is low-bit already and is loaded as it is; {request.idle_on_low_bit}", stacklevel=4)
+    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    idle = sorted(given.keys() - {*_FOLDER_WORDS, *MODEL_WORDS})
+    if idle:
+        warnings.warn(f"{folder} is read by lowbit itself, where these change nothing: {', '.join(idle)}", stacklevel=4)
+    known = {name: kwargs[name] for name in MODEL_WORDS if kwargs.get(name) is not None}
     model = load(kwargs.get("dtype") or request.dtype, **known)
-    _run_as_asked_(model, request)
+    _run_as_asked_(model, replace(request, recipe=None))
+    _settle(model, place, config)
     return model
 
 

@@ -19,14 +19,16 @@ from lowbit.methods import OWN_METHOD
 from lowbit.packing import PackedTensor
 
 Tensors = dict[str, torch.Tensor]
+# Keywords of transformers that are heard here too: whose code may run, what the configuration says, how the model attends.
+MODEL_WORDS = ("trust_remote_code", "use_cache", "attn_implementation")
 Reader = Callable[[Path, nn.Module], tuple[Tensors, dict[str, Any]]]
 
 
 def load_foreign(auto_class: Any, folder: Path, read: Reader, dtype: Any = None, **keywords: Any) -> Any:
     """`auto_class` is a class of transformers with `from_config`, or the model's own."""
-    code = {name: keywords[name] for name in ("trust_remote_code",) if name in keywords}
+    code, told, ways = ({name: keywords[name]} if name in keywords else {} for name in MODEL_WORDS)
     with one_sentence(str(folder)):
-        config = transformers.AutoConfig.from_pretrained(folder, **code)
+        config = transformers.AutoConfig.from_pretrained(folder, **code, **told)
         with torch.device("meta"):
             make = getattr(auto_class, "from_config", None)
             skeleton = auto_class(config) if make is None else make(config, **code)
@@ -36,7 +38,7 @@ def load_foreign(auto_class: Any, folder: Path, read: Reader, dtype: Any = None,
         dtype = getattr(config, "dtype", None) or torch.float32
     with one_sentence(str(folder)):
         model, account = type(skeleton).from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **ways
         )
     check_account(str(folder), model, account, ())
     if model.can_generate() and (folder / "generation_config.json").is_file():

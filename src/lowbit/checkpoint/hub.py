@@ -100,11 +100,14 @@ def home_of(name: str) -> Path | None:
 
 
 def fetch_weights(name: str, files: Iterable[str], keywords: Mapping[str, Any]) -> None:
-    """Fetch what a model of the hub is loaded from (weights, configurations, code of its own) beside its config.json."""
+    """Fetch what a model of the hub is loaded from (weights, configurations, code of its own) beside its config.json.
+
+    What lies in folders beside it is of other forms of the model, and is not read.
+    """
     which = {key: keywords[key] for key in _WHICH if keywords.get(key) is not None}
     inside = f"{keywords['subfolder']}/" if keywords.get("subfolder") else ""
     for file in files:
-        if file.startswith(inside) and file.endswith(_LOADED):
+        if file.startswith(inside) and file.endswith(_LOADED) and "/" not in file.removeprefix(inside):
             huggingface_hub.hf_hub_download(name, file, **which)
 
 
