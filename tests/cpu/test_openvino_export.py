@@ -238,6 +238,14 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     plain = tiny_model("llama", tmp_path / "plain")
     with pytest.raises(RecipeError, match="share of weights"):
         write_decoder(plain, tmp_path / "out", "int8", ratio=0.5)
+    for rounder, ratio, said in (
+        ("hqq", None, "in torch"),
+        ("clip_rtn", 0.5, "in torch"),
+        ("gptq", 0.5, "activations"),
+    ):
+        recipe = export_recipe("int4_g32").replace(rounder=rounder)
+        with pytest.raises(RecipeError, match=f"{rounder} .*{said}.* 'lowbit quantize' first"):
+            write_decoder(plain, tmp_path / "out", recipe, ratio=ratio)
     with pytest.raises(LowbitError, match="already"):
         write_decoder(own_folder(tmp_path), tmp_path / "out", "int4")
     (tmp_path / "other").mkdir()

@@ -83,6 +83,17 @@ def test_rounding_while_loading_is_what_torch_rounds(family: str, rounder: str, 
     assert np.array_equal(on_the_way.logits(IDS), saved.logits(IDS))
 
 
+def test_algorithms_that_need_torch_or_data_are_refused(tmp_path: Path) -> None:
+    folder, recipe = tiny_model("llama", tmp_path / "plain"), recipe_named("int4_g32")
+    for rounder, said in (
+        ("hqq", "rounds in torch"),
+        ("clip_rtn", "rounds in torch"),
+        ("gptq", "looks at activations"),
+    ):
+        with pytest.raises(RecipeError, match=f"{rounder} {said}.* 'lowbit quantize' first"):
+            load(folder, format=recipe.replace(rounder=rounder), **EXACT)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_folders_and_shards(dtype: str, tmp_path: Path) -> None:
     model = tiny_model_in_memory("llama").to(getattr(torch, dtype))

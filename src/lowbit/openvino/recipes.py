@@ -22,9 +22,9 @@ from lowbit.formats import Format, as_format, format_from_name
 from lowbit.models.spec import DecoderSpec
 from lowbit.packing import PackedTensor
 from lowbit.recipe import Recipe
-from lowbit.runtime.files import RECIPE_ROLES, ModelFiles, read_weights
+from lowbit.runtime.files import RECIPE_ROLES, ModelFiles, read_weights, search_of
 from lowbit.runtime.stored import Dense, dequantize, quantize_dense
-from lowbit.search import SEARCHES, Search
+from lowbit.search import Search
 
 BACKUP = "int8_channel"
 DEFAULT_GROUP = 128
@@ -56,7 +56,7 @@ def beyond_ratio(counts: Mapping[str, int], errors: Mapping[str, tuple[float, fl
 
 def with_ratio(files: ModelFiles, spec: DecoderSpec, recipe: Recipe, ratio: float) -> Recipe:
     """The recipe with 8 bits where `ratio` leaves them. Reads every linear once."""
-    backup, search = format_from_name(BACKUP), SEARCHES[recipe.rounder]
+    backup, search = format_from_name(BACKUP), search_of(recipe)
     counts: dict[str, int] = {}
     errors: dict[str, tuple[float, float]] = {}
     for loaded in read_weights(files, spec):

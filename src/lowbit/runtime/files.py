@@ -192,22 +192,28 @@ def read_weights(files: ModelFiles, spec: DecoderSpec, recipe: Recipe | None = N
         raise RecipeError(
             f"{files.path} is low-bit already: make it low-bit anew from the original model, or leave out the format"
         )
-    if recipe is not None and recipe.asks_for_data:
-        raise RecipeError(
-            f"{recipe.scaler or recipe.rounder} looks at activations, which there are none of while a model loads: "
-            "make the model low-bit with 'lowbit quantize' first"
-        )
+    search = None if recipe is None else search_of(recipe)
     places = spec.locate(files.names)
     _account_for_rest(files, spec, {name for place in places.values() for name in place.all_names})
     with progress("packing" if recipe else "loading", len(places)) as advance:
         for (role, layer), located in places.items():
             weight = _assemble(files, located)
-            if recipe is not None and role in RECIPE_ROLES:
-                weight = _round(weight, _formats(recipe, located, spec), SEARCHES[recipe.rounder])
+            if recipe is not None and search is not None and role in RECIPE_ROLES:
+                weight = _round(weight, _formats(recipe, located, spec), search)
             yield Loaded(role, layer, weight, _bias(files, located.bias))
             for name in (name for names in located.names for name in names):
                 files.release(name)
             advance("")
+
+
+def search_of(recipe: Recipe) -> Search:
+    """How a recipe has weights rounded while a model loads, without torch; algorithms that need more are refused."""
+    needs = "rounds in torch, which is not there while a model loads"
+    if recipe.asks_for_data:
+        needs = "looks at activations, which there are none of while a model loads"
+    elif recipe.rounder in SEARCHES:
+        return SEARCHES[recipe.rounder]
+    raise RecipeError(f"{recipe.scaler or recipe.rounder} {needs}: make the model low-bit with 'lowbit quantize' first")
 
 
 def _bias(files: ModelFiles, name: str | None) -> Dense | None:
