@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,7 +15,7 @@ import lowbit
 from lowbit import openvino
 from lowbit.compat import optimum_export
 from lowbit.errors import LowbitError
-from lowbit.openvino.class_comparison import verify_class
+from lowbit.openvino.class_comparison import _row, _Said, verify_class
 from lowbit.openvino.comparison import Row, Verification, rounding_of, told
 from lowbit.openvino.export import write_decoder
 from lowbit_assets import tiny_model
@@ -115,6 +116,47 @@ def test_codes_of_a_low_bit_module_are_compared_within_what_it_rounds(tmp_path: 
     kind.from_pretrained(tmp_path / "low", export=True).save_pretrained(tmp_path / "out")
     found = verify_class(kind, tmp_path / "out", tmp_path / "low", {})
     assert found.passed and found.rounding is None and found.rows[0].difference > 0
+
+
+def test_codes_of_a_plain_model_are_a_rounding(tmp_path: Path) -> None:
+    """AWQ rounds the module of torch, so that its graph comes with codes and no record of compress_weights."""
+    kind, source = openvino.OVModelForMaskedLM, tmp_path / "source"
+    torch.manual_seed(0)
+    saved(transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)), source)
+    asked = {"bits": 4, "group_size": 32, "quant_method": "awq", "dataset": torch.randint(3, 96, (4, 16))}
+    kind.from_pretrained(source, export=True, quantization_config=asked).save_pretrained(tmp_path / "out")
+    found = verify_class(kind, tmp_path / "out", source, {})
+    assert found.passed and found.rounding is not None and found.rounding > 0
+
+
+def test_both_ends_of_an_answer_are_compared(tmp_path: Path) -> None:
+    kind, source = openvino.OVModelForQuestionAnswering, tmp_path / "source"
+    torch.manual_seed(0)
+    model = transformers.BertForQuestionAnswering(transformers.BertConfig(**SIZES))
+    saved(model, source)
+    kind.from_pretrained(source, export=True).save_pretrained(tmp_path / "out")
+    assert verify_class(kind, tmp_path / "out", source, {}).passed
+    with torch.no_grad():
+        model.qa_outputs.weight[1] *= -1
+    assert not verify_class(kind, tmp_path / "out", saved(model, tmp_path / "other"), {}).passed
+
+
+def test_an_even_choice_of_tokens_is_a_tie() -> None:
+    """The third token is chosen between 5 and 2; the fourth is not even; no row of logits chose the first one."""
+    logits = np.zeros((1, 4, 8), np.float32)
+    logits[0, [0, 1, 2, 3], [3, 5, 1, 4]] = 10
+    logits[0, 1, 2] = 9.99
+
+    def said(*tokens: int, name: str = "logits") -> _Said:
+        return _Said(name, logits, tokens, 0.0)
+
+    truth = said(0, 3, 5, 1)
+    assert _row("CPU", "exact", truth, said(0, 3, 2, 7), 1e-3).tie
+    for other in (said(0, 3, 4, 1), said(0, 3, 5, 2), said(2, 3, 5, 1), said(0, 3, 5)):
+        assert not _row("CPU", "exact", truth, other, 1e-3).passed
+    behind = said(3, 2, 1, 4)  # its first tokens are not among those that it made
+    assert not _row("CPU", "exact", behind, said(3, 5, 1, 4), 1e-3).tie
+    assert not _row("CPU", "exact", said(0, 3, 5, 1, name="sums"), said(0, 3, 2, 7), 1e-3).tie
 
 
 def test_a_rounded_folder_that_does_not_run_is_found_out(tmp_path: Path) -> None:

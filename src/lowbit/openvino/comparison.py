@@ -304,7 +304,7 @@ def _row(answer: _Answer, truth: _Truth, exact: float) -> Row:
         return Row(answer.device, answer.setting, error=answer.error)
     largest = float(np.abs(truth.logits).max()) or 1.0
     same = alike(truth.tokens, answer.tokens)
-    tie = same < ANSWER and _is_tie(truth.gaps[same], truth.tokens[same], answer.tokens[same], exact)
+    tie = same < ANSWER and is_tie(truth.gaps[same], truth.tokens[same], answer.tokens[same], exact)
     return Row(
         answer.device,
         answer.setting,
@@ -318,7 +318,7 @@ def _row(answer: _Answer, truth: _Truth, exact: float) -> Row:
     )
 
 
-def _is_tie(logits: Floats, one: int, other: int, limit: float) -> bool:
+def is_tie(logits: Floats, one: int, other: int, limit: float) -> bool:
     """Whether the source itself finds two tokens nearly alike."""
     return float(abs(logits[one] - logits[other])) <= 2 * limit * float(np.abs(logits).max())
 
