@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from lowbit.errors import RecipeError
-from lowbit.openvino import AdvancedCompressionParameters, CompressWeightsMode, compress_weights, compression_report
+from lowbit.openvino import (
+    AdvancedCompressionParameters,
+    CompressWeightsMode,
+    codebooks,
+    compress_weights,
+    compression_report,
+)
 from lowbit.openvino.codebooks import CB4, Codebook, place
 from lowbit.openvino.library import core, ov
 from lowbit.openvino.modes import AdaptiveCodebookParams
@@ -94,6 +100,20 @@ def test_a_table_of_its_own_fits_a_weight_better() -> None:
     own, fixed = left(Codebook("own", 128)), left(Codebook("cb4", 128, CB4))
     assert own < 0.5 * fixed < 0.1
     assert left(Codebook("own", 128, count=3)) < 2 * 0.02 / float(centres.square().mean().sqrt())
+
+
+def test_a_table_is_fitted_to_all_columns_of_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth group lies otherwise: numbers of either sign in it, and of three sizes in the others."""
+    monkeypatch.setattr(codebooks, "_SAMPLE", 1 << 14)
+    draw = torch.Generator().manual_seed(0)
+    groups = torch.tensor([-0.3, 0.4, 0.9])[torch.randint(3, (256, 8, 32), generator=draw)]
+    groups[:, ::4] = torch.tensor([-1.0, 1.0])[torch.randint(2, (256, 2, 32), generator=draw)]
+    weight = groups.flatten(1)
+    assert (place(weight, Codebook("own", 32)).restored() - weight).norm() < 0.03 * weight.norm()
+
+
+def test_a_weight_of_zeros_stays_one() -> None:
+    assert not place(torch.zeros(8, 64), Codebook("own", 32)).restored().any()
 
 
 def test_what_the_model_is_given_decides() -> None:

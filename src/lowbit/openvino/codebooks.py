@@ -178,7 +178,7 @@ def _parts(groups: torch.Tensor, importance: torch.Tensor | None) -> Iterator[tu
 def _fit(groups: torch.Tensor, m: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales [groups, 1] in f16 and places [groups, group] with the least weighted squared error."""
     between = (levels[1:] + levels[:-1]) / 2
-    largest = groups.abs().amax(1, keepdim=True) / float(levels.abs().max())
+    largest = groups.abs().amax(1, keepdim=True) / (float(levels.abs().max()) or 1.0)
     best = torch.full_like(largest, torch.inf)
     scales, index = largest.half(), torch.zeros_like(groups, dtype=torch.uint8)
     even = torch.equal(levels, -levels.flip(0))
@@ -203,8 +203,9 @@ def _nearest(groups: torch.Tensor, scales: torch.Tensor, between: torch.Tensor) 
 
 def _own_levels(groups: torch.Tensor, importance: torch.Tensor | None, book: Codebook) -> torch.Tensor:
     """The table of one weight: where the numbers of its groups lie, the largest of each group at 1."""
-    step = max(groups.numel() // _SAMPLE, 1)
-    chosen = torch.arange(0, len(groups), step)
+    # Drawn, because every n-th group would be the same columns of each row.
+    chosen = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
+    chosen = chosen[: max(_SAMPLE // groups.shape[1], 1)]
     sample = groups[chosen]
     m = sample.abs().sqrt() if importance is None else importance[chosen % len(importance)]
     extreme = sample.gather(1, sample.abs().argmax(1, keepdim=True))
