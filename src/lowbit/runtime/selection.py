@@ -70,7 +70,11 @@ class Selection:
             "top_p": 0 < self.top_p <= 1,
             "min_p": 0 <= self.min_p <= 1,
             "typical_p": 0 < self.typical_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+            "presence_penalty": math.isfinite(self.presence_penalty),
+            "frequency_penalty": math.isfinite(self.frequency_penalty),
+            "bias": all(x < math.inf for x in self.bias.values()),  # which no NaN is
+            "min_new_tokens": self.min_new_tokens >= 0,
         }
         for name, holds in limits.items():
             if not holds:
@@ -106,6 +110,10 @@ _RANGES = {
     "min_p": "use a share between 0 and 1",
     "typical_p": "use a share above 0 and at most 1",
     "repetition_penalty": "use 1 for off, or a number above 0",
+    "presence_penalty": "use 0 for off, or a finite number",
+    "frequency_penalty": "use 0 for off, or a finite number",
+    "bias": "use numbers, or -inf for a token that must not come",
+    "min_new_tokens": "use 0 for off, or a number of tokens",
 }
 
 
