@@ -194,6 +194,8 @@ def test_formats_without_a_grid_are_refused() -> None:
     weight, x = draw()
     with pytest.raises(RecipeError, match="q4_k hides its own in blocks"):
         round_gptq(weight, as_format("q4_k"), statistics_of(x), GptqOptions())
+    with pytest.raises(RecipeError, match="clip_rtn cannot shrink the scales of q4_k"):
+        ROUNDERS["clip_rtn"].round_weight(weight, as_format("q4_k"), None, PlainOptions())
 
 
 def test_options_that_contradict_one_another_or_are_out_of_range() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from lowbit.algorithms.statistics import Statistics
 from lowbit.algorithms.table import Rounded
+from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.grid import quantize, unpack
 from lowbit.grid_core import core_distance
@@ -53,6 +54,10 @@ def round_plain(weight: torch.Tensor, format: Format, statistics: Statistics | N
 
 def round_clipped(weight: torch.Tensor, format: Format, statistics: Statistics | None, options: Options) -> Rounded:
     """The row `clip_rtn`."""
+    if format.kind == "kquant":
+        raise RecipeError(
+            f"clip_rtn cannot shrink the scales of {format}, which lie inside its blocks: take rtn, or an int format"
+        )
     return Rounded(quantize(weight, format, CLIP))
 
 
