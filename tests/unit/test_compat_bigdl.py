@@ -213,7 +213,7 @@ def write_importance(path: Path, layers: int = 2, width: int = 64, first: float 
     return path
 
 
-def test_an_importance_matrix_weighs_inputs(dense: Path, tmp_path: Path) -> None:
+def test_an_importance_matrix_weighs_inputs(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_importance(tmp_path / "imatrix.dat")
     original = transformers.AutoModelForCausalLM.from_pretrained(dense)
 
@@ -230,6 +230,9 @@ def test_an_importance_matrix_weighs_inputs(dense: Path, tmp_path: Path) -> None
     quantised = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(quantised.get_submodule(path).weight, weighed.get_submodule(path).weight)
     assert main([*words, str(tmp_path / "absent.dat"), "--force"]) == FAILED
+    for more in (["--bits", "4.5"], ["--calibration", "default"], ["--algorithm", "gptq"]):
+        assert main([*words, str(file), "--force", *more]) == FAILED
+        assert "--imatrix takes the place of a text: leave out --calibration, --bits" in capsys.readouterr().err
     untouched = "model.layers.0.mlp.down_proj"
     assert torch.equal(weighed.get_submodule(untouched).weight, plain.get_submodule(untouched).weight)
     with pytest.raises(CheckpointError, match="measured on another model"):

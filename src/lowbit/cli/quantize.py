@@ -223,6 +223,10 @@ def calibrating_from(options: argparse.Namespace, recipe: Recipe) -> Calibrating
         if given:
             raise RecipeError(f"--{given[0]} belongs to calibration: name a text with --calibration as well")
         return None
+    if options.imatrix is not None:
+        raise RecipeError(
+            "--imatrix takes the place of a text: leave out --calibration, --bits, --scaler and algorithms that need one"
+        )
     texts = tuple(options.calibration or ("default",))
     samples = options.samples or getattr(recipe.rounder_options, "samples", SAMPLES)
     length = options.length or LENGTH
