@@ -223,10 +223,13 @@ def test_evaluate_a_model_and_its_distance(
 
 
 def test_without_a_text_a_model_is_measured_on_the_one_that_comes_along(
-    dense: Path, small: Path, capsys: pytest.CaptureFixture[str]
+    dense: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--window", "64", "--windows", "3"]
+    monkeypatch.chdir(tmp_path)
+    Path("sqlite_valid").write_text("a file of that name is not what comes along")
     found = json_of(capsys, "evaluate", small, "--against", dense, *options)
+    Path("sqlite_valid").unlink()
     assert (found["text"], found["windows"]) == ("sqlite_valid", 3) and found["against"]["kl"] > 0
     assert json_of(capsys, "evaluate", small, "--text", "sqlite_valid", *options)["perplexity"] == pytest.approx(
         found["perplexity"], rel=1e-4

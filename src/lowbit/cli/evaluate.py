@@ -110,7 +110,9 @@ def run(options: argparse.Namespace) -> int:
 
 def chosen_text(options: argparse.Namespace) -> str:
     """The text to measure on: a file, or one that comes with lowbit."""
-    options.text = options.text or Path(MEASURING)
+    if options.text is None:  # whatever file of that name lies here
+        options.text = Path(MEASURING)
+        return named_text(MEASURING)
     name = str(options.text)
     return named_text(name) if name in NAMED and not options.text.exists() else read_text(options.text)
 
