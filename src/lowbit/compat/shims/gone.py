@@ -132,36 +132,6 @@ def lazy_names(module: ModuleType) -> Iterator[Replacement]:
     yield Replacement(cls, "__getattr__", find)
 
 
-def optimization(module: ModuleType) -> Iterator[Replacement]:
-    """`transformers.optimization.AdamW`."""
-    return added_names(module)
-
-
-def attention_classes(module: ModuleType) -> Iterator[Replacement]:
-    """One class of attention has taken the place of three."""
-    return added_names(module)
-
-
-def what_generate_returns(module: ModuleType) -> Iterator[Replacement]:
-    """Classes that were one for each way of searching."""
-    return added_names(module)
-
-
-def logits_warper(module: ModuleType) -> Iterator[Replacement]:
-    """The base class of scripts' own ways to change logits."""
-    return added_names(module)
-
-
-def utilities(module: ModuleType) -> Iterator[Replacement]:
-    """Questions about packages, and what transformers' example scripts called."""
-    return added_names(module)
-
-
-def no_init_weights(module: ModuleType) -> Iterator[Replacement]:
-    """A context that is elsewhere."""
-    return added_names(module)
-
-
 def added_names(module: ModuleType) -> Iterator[Replacement]:
     """Names that a module has no longer, each found in its home and named when a script first asks for it."""
     homes = {name: place for (home, name), place in MOVED_NAMES.items() if home == module.__name__}
