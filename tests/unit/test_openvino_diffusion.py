@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,34 @@ def test_bits_schedulers_and_copies(exported: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_parts_are_exchanged_like_those_of_diffusers(exported: Any, tmp_path: Path) -> None:
+    """A checker that blackens nothing, and then none; a scheduler of another class; all of it is saved."""
+    _, graphs = exported("small")
+    load = diffusion.OVStableDiffusionPipeline.from_pretrained
+    pipeline = load(graphs, compile=False)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    sight = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    config = transformers.CLIPConfig(vision_config=sight.to_dict(), projection_dim=32)
+    checker = importlib.import_module("diffusers.pipelines.stable_diffusion").StableDiffusionSafetyChecker(config)
+    pipeline.safety_checker = checker
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    assert pipeline.pipeline.safety_checker is checker and pipeline.safety_checker is checker
+    pipeline.save_pretrained(tmp_path / "checked")
+    index = json.loads((tmp_path / "checked" / "model_index.json").read_text())
+    assert index["safety_checker"] == ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    assert index["scheduler"] == ["diffusers", "EulerDiscreteScheduler"]
+    read = diffusion._load(tmp_path / "checked" / "safety_checker", *index["safety_checker"])
+    assert type(read) is type(checker)
+    pipeline.safety_checker = None
+    assert pipeline.pipeline.safety_checker is None
+    pipeline.save_pretrained(tmp_path / "free")
+    free = load(tmp_path / "free", compile=False)
+    assert free.safety_checker is None and type(free.scheduler) is diffusers.EulerDiscreteScheduler
+    free.unet = pipeline.unet
+    assert free.parts["unet"] is free.pipeline.unet is pipeline.parts["unet"]
+
+
+@pytest.mark.slow
 def test_large_parts_have_eight_bits_and_say_so(
     exported: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,6 +329,13 @@ def test_what_a_pipeline_cannot_do_is_a_sentence(exported: Any, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=sentence):
         diffusion.OVStableDiffusionXLPipeline.from_pretrained(graphs)
     (tmp_path / "lost").mkdir()
+    shutil.copytree(graphs, tmp_path / "lost", dirs_exist_ok=True)
+    (tmp_path / "lost" / "model_index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lost has no model_index\.json, so it is half a pipeline: export"):
+        load(tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost" / "vae_decoder")
+    with pytest.raises(CheckpointError, match=r"lost has no vae_decoder/openvino_model\.xml, so it is half"):
+        load(tmp_path / "lost")
     shutil.copytree(graphs, tmp_path / "lost", dirs_exist_ok=True)
     (tmp_path / "lost" / "unet" / "openvino_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"has openvino_model\.xml without its weights openvino_model\.bin"):

@@ -54,9 +54,14 @@ class OVDiffusionPipeline(FromPretrained):
 
     def __init__(self, folder: Path, device: str = "CPU", ov_config: Mapping[str, Any] | None = None) -> None:
         self.ov_device, self.ov_config, self.folder = device_name(device), dict(ov_config or {}), folder
+        found = _graph_parts(folder)
+        lost = [f"{name}/{MODEL}" for name in VAE_PARTS if name not in found]
+        lost += [] if (folder / INDEX).is_file() else [INDEX]
+        if lost:
+            raise CheckpointError(f"{folder} has no {lost[0]}, so it is half a pipeline: export the original again")
         index = self.index = json.loads((folder / INDEX).read_text())
         kind = _class_named(self._named(index["_class_name"]))
-        self.parts = {name: self._read(folder / name, index) for name in _graph_parts(folder)}
+        self.parts = {name: self._read(folder / name, index) for name in found}
         taken: dict[str, Any] = {n: part for n, part in self.parts.items() if n not in VAE_PARTS}
         taken["vae"] = Autoencoder(self.parts["vae_encoder"], self.parts["vae_decoder"])
         for name, said in index.items():
@@ -126,13 +131,17 @@ class OVDiffusionPipeline(FromPretrained):
         made: Self = copy_graphs(self, memo, shared=("_kept",))
         return made
 
-    @property
-    def scheduler(self) -> Any:
-        return self.pipeline.scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
-        self.pipeline.scheduler = scheduler
+    def __setattr__(self, name: str, value: Any) -> None:
+        made = self.__dict__.get("pipeline")
+        if made is None or name not in made.config:
+            object.__setattr__(self, name, value)
+            return
+        if isinstance(made.config[name], list | tuple):
+            made.register_modules(**{name: value})
+        else:
+            setattr(made, name, value)
+        if isinstance(value, Part) and name in self.parts:
+            self.parts[name] = value
 
     def to(self, device: Any) -> Self:
         """Run the graphs on another of OpenVINO's devices from the next call on."""
@@ -163,10 +172,15 @@ class OVDiffusionPipeline(FromPretrained):
             (folder / name).mkdir(exist_ok=True)
             replace_graph(part.model, folder / name / MODEL)
             write_config(part.config, folder / name)
-        write_rest(self.pipeline, folder, self.index)
+        write_rest(self.pipeline, folder, self.index | self._further())
         if self.folder.resolve() != folder.resolve():
             for file in self.folder.glob("tokenizer*/openvino_*"):
                 shutil.copy(file, folder / file.parent.name / file.name)
+
+    def _further(self) -> dict[str, list[Any]]:
+        """What the index says of the parts that are no graphs, of which some may have been exchanged."""
+        config = {name: said for name, said in self.pipeline.config.items() if isinstance(said, list | tuple)}
+        return {name: list(said) for name, said in config.items() if name not in self.parts and name != "vae"}
 
     def _read(self, folder: Path, index: Mapping[str, Any]) -> Part:
         name = folder.name
@@ -312,4 +326,6 @@ def _load(folder: Path, library: str | None, kind: str | None) -> Any:
     """A part that is no graph: scheduler, tokenizer, processor, or a module that stays torch's."""
     if library is None or kind is None:
         return None
-    return getattr(importlib.import_module(library), kind).from_pretrained(folder)
+    # A safety checker is "stable_diffusion"'s: a room of diffusers' own.
+    room = getattr(diffusers.pipelines, library, None) or importlib.import_module(library)
+    return getattr(room, kind).from_pretrained(folder)
