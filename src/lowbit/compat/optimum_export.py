@@ -93,7 +93,7 @@ def export(
 ) -> Verification | None:
     """Write a model of any task; `dtype` is one of DENSE, or None for the type that weights have.
 
-    With `verify` it is compared with its source, but for pipelines of pictures, whose parts are compared while they are followed.
+    With `verify` it is compared with its source, but for pipelines of pictures, which are not compared.
     """
     name = class_of(model, task, keywords)
     if dtype is not None:
