@@ -3,8 +3,8 @@
 plain_rtn   the scale that covers the group, nothing searched
 clip_rtn    that scale shrunk to the least squared error of the group's weights (mse clip)
 rtn         the scale of each group searched for the least squared error (see `search.Search`); the default. Where
-            calibration tokens are given, the error of an input weighs as much as the mean square of what it gets, and the
-            search is wider
+            calibration tokens are given, the error of an input weighs as much as the mean square of what it gets, and from
+            4 bits on the search is wider
 """
 
 from __future__ import annotations
