@@ -37,7 +37,23 @@ __all__ = ["Autoencoder", "FrozenDict", "Part", "TextEncoder", "Transformer", "U
 _STEP = "timestep"
 
 
-class Part(nn.Module):
+class _InPlace(nn.Module):
+    """What a pipeline asks of each of its modules: where tensors go in and come out, and as what."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def to(self, *_: Any, **__: Any) -> Self:
+        """Tensors go in and come out on the CPU; the pipeline's `to` names the device of the graphs."""
+        return self
+
+
+class Part(_InPlace):
     """A graph in the place of a module of a pipeline: `model` is an `openvino.Model` that may be exchanged."""
 
     def __init__(self, graph: Any, config: Any, pipeline: Any) -> None:
@@ -52,18 +68,6 @@ class Part(nn.Module):
     @model.setter
     def model(self, graph: Any) -> None:
         self.graph, self.compiled_graph = graph, None
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    def to(self, *_: Any, **__: Any) -> Self:
-        """Tensors go in and come out on the CPU; the pipeline's `to` names the device of the graphs."""
-        return self
 
     def make_ready(self) -> Any:
         """The graph, ready on the pipeline's device."""
@@ -158,24 +162,12 @@ class TextEncoder(Part):
         return kind(**found, hidden_states=hidden if output_hidden_states else None)
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(_InPlace):
     """Both halves of the autoencoder, as one module of the pipeline."""
 
     def __init__(self, encoder: Part, decoder: Part) -> None:
         super().__init__()
         self.encoder, self.decoder, self.config = encoder, decoder, decoder.config
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    def to(self, *_: Any, **__: Any) -> Self:
-        """As of the other parts."""
-        return self
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: Any = None) -> Any:
         found = self.decoder.run(latent_sample=z)["sample"]
