@@ -1,4 +1,4 @@
-"""How soon does a cold process answer, in how much memory, and what does transformers' `generate` cost on top?
+"""How soon does a cold process answer, in how much memory, what does `generate` of transformers add, how soon does Ctrl-C end it?
 
 A start is a process from its first instruction to its first token, files in the page cache: llama.cpp's is a whole
 llama-bench that reads the prompt once, ours and OpenVINO's a Python process until the token is there.
@@ -10,12 +10,13 @@ llama-bench that reads the prompt once, ours and OpenVINO's a Python process unt
 from __future__ import annotations
 
 from peers import bench
-from peers.rounds import Row
+from peers.rounds import OURS, Row
 from peers.tasks import Task
 
 LARGE, SMALL = "random-1.1b", "smollm2"
 START, MEMORY = Task("start", 32), Task("memory", 32, 32)
 THROUGH, SMALL_THROUGH = Task("generate", 32, 48), Task("generate", 32, 128)
+PROMPT_INTERRUPT, TOKEN_INTERRUPT = Task("interrupt", 2048), Task("interrupt", 32, 96)
 FASTEST = ("llama.cpp", "ik_llama.cpp", "OpenVINO", "onnxruntime-genai")
 
 ROWS = (
@@ -25,6 +26,8 @@ ROWS = (
     Row("peak memory, SmolLM2", SMALL, 4, MEMORY, ratio=1.0, only=FASTEST, against="ik_llama.cpp"),
     Row("model.generate, 1.1 B", LARGE, 4, THROUGH, ratio=0.93, against="lowbit"),
     Row("model.generate, SmolLM2", SMALL, 4, SMALL_THROUGH, ratio=0.93, against="lowbit"),
+    Row("Ctrl-C in a prompt, 1.1 B", LARGE, 4, PROMPT_INTERRUPT, most=0.3, only=OURS, files=("int4",)),
+    Row("Ctrl-C in a token, 1.1 B", LARGE, 4, TOKEN_INTERRUPT, most=0.3, only=OURS, files=("int4",)),
 )
 
 if __name__ == "__main__":

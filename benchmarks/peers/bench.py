@@ -11,8 +11,10 @@ from typing import Any
 import common
 
 from peers.entries import Entry, Place, entries, generate_entry
-from peers.report import page
+from peers.report import judge, on_tiles, page
 from peers.rounds import LOOKS, Limits, Row, each_row, run_row, say
+from peers.runners import Worker
+from peers.tasks import Task
 
 DEFAULT_PEERS = Path(__file__).parents[2] / ".venv-peers"
 common.LOCAL_OPTIONS += ("--peers", "--ik-bin", "--llama-bin", "--without-amx")
@@ -33,7 +35,9 @@ def options(description: str) -> argparse.ArgumentParser:
     made.add_argument("--programs", nargs="+", default=[], help="only these programs besides ours")
     made.add_argument("--only", nargs="+", default=[], metavar="ROW", help="measure only these rows, again if need be")
     made.add_argument("--short", action="store_true", help="fewer new tokens: to try the script")
-    made.add_argument("--profile", action="store_true", help="where our engine's time goes in each row")
+    made.add_argument(
+        "--profile", action="store_true", help="where our engine's time goes in every row, not only in those that miss"
+    )
     made.add_argument("--report", action="store_true", help="write the page again from what was measured")
     return made
 
@@ -62,16 +66,20 @@ def run(name: str, title: str, rows: Sequence[Row], chosen: argparse.Namespace) 
             chosen.results.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(common.rounded(data)) + "\n")
 
-        each_row(rows, chosen.only, data["rows"], lambda row: measure(row, place, limits, chosen), keep)
+        def measure_and_explain(row: Row) -> dict[str, Any]:
+            found = measure(row, place, limits, chosen)
+            judged = judge(row, data["rows"] | {row.name: found}, read_quality(chosen.results), on_tiles(data))
+            if (chosen.profile or judged.missed) and judged.ours:
+                found["profile"] = profile(row, place, judged.ours["name"])
+            return found
+
+        each_row(rows, chosen.only, data["rows"], measure_and_explain, keep)
     common.write_results(chosen.results, name, page(title, rows, data, read_quality(chosen.results)), data)
 
 
 def measure(row: Row, place: Place, limits: Limits, chosen: argparse.Namespace) -> dict[str, Any]:
     row = shortened(row) if chosen.short else row
-    found = run_row(row, contenders(row, place, chosen.programs), limits, chosen.rounds, chosen.looks)
-    if chosen.profile and row.task.kind in ("decode", "prefill"):
-        found["profile"] = profile(row, place)
-    return found
+    return run_row(row, contenders(row, place, chosen.programs), limits, chosen.rounds, chosen.looks)
 
 
 def shortened(row: Row) -> Row:
@@ -97,19 +105,20 @@ def contenders(row: Row, place: Place, programs: Sequence[str]) -> list[Entry]:
     return [e for e in listed if e.there]
 
 
-def profile(row: Row, place: Place) -> dict[str, float]:
-    """Shares of our engine's time by part, of the first recipe."""
-    from peers.runners import Worker
-    from peers.tasks import Task
-
-    entry = next(e for e in entries(place, row.model, row.width) if e.ours)
-    runner = entry.make(entry.to_try(row.task)[0], row.task)
+def profile(row: Row, place: Place, name: str) -> dict[str, Any]:
+    """Where it goes with one recipe of ours: the stages of a process, or the parts of the engine's steps."""
+    entry = next((e for e in entries(place, row.model, row.width) if e.name == name), None)
+    if entry is None:  # model.generate: what it adds to the engine beside it is the ratio itself
+        return {}
+    runner, task = entry.make(entry.to_try(row.task)[0], row.task), row.task
     assert isinstance(runner, Worker)
+    if task.kind in ("start", "memory"):
+        return {"of": name, "stages": runner.stages(task.context)}
     try:
-        counted: dict[str, Any] = runner.ask(Task("profile", row.task.context, row.task.new), 0)["value"]
+        counted: dict[str, Any] = runner.ask(Task("profile", task.context, task.new, task.sequences), 0)["value"]
     finally:
         runner.close()
-    return counted
+    return {"of": name} | counted
 
 
 def read_quality(results: Path) -> dict[str, float]:

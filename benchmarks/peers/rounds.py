@@ -29,9 +29,10 @@ from peers.tasks import Task
 NOISE = 0.08
 FEWEST_QUIET = 3
 LOOKS = 2  # rounds in which variants are compared
-ALONE = ("start", "memory")  # tasks that are a process of their own each time
+UNWARMED = ("start", "memory", "interrupt")  # processes of their own each time, and calls that must not end too soon
 # Seeds of no round: a prompt that was read before comes out of a cache (OpenVINO's read 512 tokens three times too fast so).
 FIRST_LOOK, WARM = 1000, 2000
+OURS = ("lowbit",)  # in Row.only: what no peer is asked for
 LIMITS = Path(__file__).parents[1] / "limits.cpp"
 
 
@@ -87,7 +88,7 @@ class Contender:
     def warm(self, task: Task) -> None:
         """A worker's first call compiles and allocates; a program warms up by itself each time."""
         runner = self.open(task)
-        if isinstance(runner, Worker) and task.kind not in ALONE:
+        if isinstance(runner, Worker) and task.kind not in UNWARMED:
             short = 32 if task.kind != "prefill" else min(task.context, 512)
             runner.read(Task(task.kind, short, min(task.new, 8), task.sequences), WARM)
 

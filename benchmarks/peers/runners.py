@@ -145,7 +145,17 @@ class Worker:
 
     def first_token(self, context: int) -> Reading:
         """Seconds from starting a process to its first token."""
-        watch, start = Watch(own_seconds), time.perf_counter()
+        watch = Watch(own_seconds)
+        _, seconds = self.await_token(context)
+        return Reading(seconds, watch.others())
+
+    def stages(self, context: int) -> list[dict[str, Any]]:
+        """What a process says of its way to the first token; ours names stages."""
+        found: list[dict[str, Any]] = self.await_token(context)[0]["stages"]
+        return found
+
+    def await_token(self, context: int) -> tuple[dict[str, Any], float]:
+        start = time.perf_counter()
         process = self.launch(["--first", str(context)])
         assert process.stdout is not None
         said = process.stdout.readline()
@@ -153,7 +163,7 @@ class Worker:
         process.wait()
         if "ready" not in said:
             raise PeerError(f"{' '.join(self.command())} --first {context} made no token")
-        return Reading(seconds, watch.others())
+        return json.loads(said), seconds
 
     def memory(self, task: Task, seed: int) -> Reading:
         """Megabytes of a process of its own, which does nothing else."""

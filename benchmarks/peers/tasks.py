@@ -17,6 +17,7 @@ class Task:
     batch     `new` steps of `sequences` sequences, each after `context` tokens of its own
     start     seconds from the start of a process to the first token after a prompt of `context` tokens
     memory    the most megabytes that a process holds which loads, reads `context` tokens and makes `new`
+    interrupt seconds from Ctrl-C to the end of the call, in the middle of `context` tokens or, after them, of `new`
     generate  as decode, through `model.generate` of transformers
     """
 
@@ -27,11 +28,11 @@ class Task:
 
     @property
     def unit(self) -> str:
-        return {"start": "s", "memory": "MB"}.get(self.kind, "tok/s")
+        return {"start": "s", "interrupt": "s", "memory": "MB"}.get(self.kind, "tok/s")
 
     @property
     def less_is_better(self) -> bool:
-        return self.kind in ("start", "memory")
+        return self.kind in ("start", "memory", "interrupt")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -76,6 +76,7 @@ std::string answer(lowbit::Folder& model, const std::vector<lowbit::Message>& me
         std::cout << " [interrupted]";
     }
     at_work = nullptr;
+    model.resume();  // Ctrl-C behind the last token ends nothing, and shall not end the next answer
     std::cout << std::endl;
     return text;
 }

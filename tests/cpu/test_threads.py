@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -27,11 +28,14 @@ from unit.family_cases import CASES, arrays, tiny_model
 CORES = sorted(os.sched_getaffinity(0))
 
 
-def engine_of(context: int = 256) -> Engine:
+E = TypeVar("E", bound=Engine)
+
+
+def engine_of(context: int = 256, kind: type[E] = Engine) -> E:  # type: ignore[assignment]
     model_type, fields = CASES["llama"]
     model = tiny_model(model_type, fields)
     spec = spec_from_config(model.config.to_dict())
-    return Engine(spec, engine_weights(spec, arrays(model)), context, cache="fp32", compute="fp32")
+    return kind(spec, engine_weights(spec, arrays(model)), context, cache="fp32", compute="fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -185,14 +189,15 @@ def test_control_c_in_a_long_prompt_leaves_chunks_unread() -> None:
         assert np.isfinite(engine.prefill([7, 8, 9])).all()
 
 
-def test_control_c_within_a_step_ends_it_between_layers() -> None:
+def test_a_cancel_from_another_thread_ends_a_call_within_a_step() -> None:
     with engine_of(context=4096) as engine:
         engine.prefill([7] * 3000)
+        expected = engine.continue_greedy(1, 3)
+        engine.truncate(0, 3000)
+        engine.profile(True)
         seen: list[BaseException] = []
-        started = threading.Event()
 
         def work() -> None:
-            started.set()
             try:
                 engine.continue_greedy(1, 1000)
             except KeyboardInterrupt as interrupt:
@@ -200,11 +205,55 @@ def test_control_c_within_a_step_ends_it_between_layers() -> None:
 
         worker = threading.Thread(target=work)
         worker.start()
-        started.wait()
-        while worker.is_alive():
-            engine.cancel()
-            worker.join(0.001)
+        engine.cancel()  # once, whether the call has begun or not
+        worker.join()
         assert len(seen) == 1 and engine.length() == 3000
+        assert engine.profile(False)["steps"] < 1000
+        assert engine.continue_greedy(1, 3) == expected
+
+
+class Queued(Engine):
+    """The thread that long calls run on is held up until the call has been cancelled."""
+
+    def hold(self) -> None:
+        self.held, self.cancelled = threading.Event(), threading.Event()
+        assert self._beside is not None
+        self._beside[1].submit(lambda: self.held.set() or self.cancelled.wait(60))
+        assert self.held.wait(60)
+
+    def cancel(self) -> None:
+        super().cancel()
+        self.cancelled.set()
+
+
+@pytest.mark.parametrize("moment", ["before the first step"])
+def test_control_c_beside_every_step(moment: str) -> None:
+    """It comes before the call has reached the core, which ends its first step, or when it is done, which ends nothing later."""
+    with engine_of(context=1024, kind=Queued) as engine:
+        expected = engine.generate([7, 8, 9], 3)
+        engine.reset()
+        engine.prefill([7, 8, 9])
+        engine.profile(True)
+        engine.hold()
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            if moment == "before the first step":
+                engine.continue_greedy(1, 1000)
+            else:
+                engine._run(lambda: 0)
+        timer.join()
+        assert engine.profile(False)["steps"] <= 1
+        assert engine.length() == 3
+        engine.reset()
+        assert engine.generate([7, 8, 9], 3) == expected
+
+
+def test_a_slow_token_runs_beside_the_main_thread_from_the_first_one_on() -> None:
+    """Where a step may be long, Ctrl-C has to find a main thread that waits in Python; only steps known to be short stay there."""
+    with engine_of() as engine:
+        engine.decode(5)
+        assert engine._beside is not None
 
 
 def test_a_processor_without_avx2_says_so_once() -> None:

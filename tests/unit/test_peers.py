@@ -118,3 +118,33 @@ def test_a_peer_meets_the_fastest_recipe_that_is_no_worse_than_its_file(peers: d
     lines.append(line("e", 10, "peer exact"))
     verdict = report.goal_rows([row], {"row": {"lines": lines}}, QUALITY, False)[0]
     assert verdict[-1] == "**missed**" and "no recipe of that quality" in verdict
+
+
+def test_a_row_that_misses_says_where_its_time_goes(peers: dict[str, ModuleType]) -> None:
+    rounds, report, Task = peers["rounds"], peers["report"], peers["tasks"].Task
+    rows = [rounds.Row(name, "model", 4, Task("decode", 32, 64), ratio=1.1) for name in ("quick", "slow", "old")]
+    lines = [line("b", 80, "fine"), line("d", 76, "peer fine")]
+    profile = {"of": "b", "mlp": 3_000_000, "norm": 1_000_000, "steps": 2, "barrier_count": 9}
+    done = {"slow": {"lines": lines, "profile": profile}, "old": {"lines": lines}}
+    done["quick"] = {"lines": [line("b", 90, "fine"), lines[1]], "profile": profile}
+    said = report.missed_rows(rows, done, QUALITY, False).splitlines()
+    assert said[2:] == [
+        "- slow: our engine's first thread (b): mlp 75%, norm 25%; 2.00 ms a step.",
+        "- old: no profile was taken.",
+    ]
+    stages = [
+        {"stage": "imports", "seconds": 0.1, "megabytes": 40.0},
+        {"stage": "load", "seconds": 0.25, "megabytes": 90},
+    ]
+    assert report.profile_text({"of": "b", "stages": stages}) == (
+        "our process (b): imports until 0.10 s, 40 MB, load until 0.25 s, 90 MB"
+    )
+
+
+def test_every_wait_after_control_c_counts_and_not_the_usual_one(peers: dict[str, ModuleType]) -> None:
+    report, Task = peers["report"], peers["tasks"].Task
+    row = peers["rounds"].Row("row", "model", 4, Task("interrupt", 2048), most=0.3, only=("lowbit",))
+    waits = line("b", 0.02, "fine") | {"unit": "s", "high": 0.2}
+    for longest, verdict in ((0.2, "met"), (0.4, "**missed**")):
+        found = report.goal_rows([row], {"row": {"lines": [waits | {"high": longest}]}}, QUALITY, False)[0]
+        assert found[-1] == verdict and found[3:5] == ["", ""]

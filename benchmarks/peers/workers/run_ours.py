@@ -1,20 +1,29 @@
 """lowbit's engine, without torch. Options: `cache`, `context`, `slots`, `isa` (an instruction set)."""
 
+import os
+import random
+import signal
+import threading
 import time
 
 import serve
+
+INTERRUPTS = 5  # in one reading, each at another moment
+LATEST = 0.1  # seconds of work before one, at most
 
 
 def load(given):
     from lowbit.core.calls import set_instruction_set, set_threads
     from lowbit.runtime import load as load_model
 
+    serve.mark("imports")
     set_threads(given.threads)
     options = {"context": 2048, "slots": 1} | given.options
     if "isa" in options:
         set_instruction_set(options.pop("isa"))
     model = load_model(given.model, **options)
     engine = model.engine
+    serve.mark("load")
 
     def decode(context, new, _sequences, seed):
         engine.reset()
@@ -41,20 +50,57 @@ def load(given):
             tokens = engine.step(tokens, slots).argmax(-1).tolist()
         return new * sequences / (time.perf_counter() - start)
 
-    def profile(context, new, _sequences, seed):
-        """Nanoseconds of one thread by part, for decode (`new` tokens) or prefill (none)."""
-        engine.reset()
-        if new:
-            engine.prefill(serve.prompt(context, seed))
+    def profile(context, new, sequences, seed):
+        """Nanoseconds of one thread by part, for decode (`new` tokens, of `sequences` at once) or prefill (none)."""
+        for slot in range(sequences):
+            engine.reset(slot)
+            if new:
+                engine.prefill(serve.prompt(context, seed + slot), slot)
         engine.profile(True)
-        if new:
+        if sequences > 1:
+            for _ in range(new):
+                engine.step([serve.FIRST_PLAIN_TOKEN] * sequences, range(sequences))
+        elif new:
             engine.continue_greedy(serve.FIRST_PLAIN_TOKEN, new)
         else:
             engine.prefill(serve.prompt(context, seed))
         return engine.profile(False)
 
+    def interrupt(context, new, _sequences, seed):
+        """The longest of some waits for the end of a call after Ctrl-C: while a prompt is read, or tokens are made (`new`)."""
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # which a process in the background may have inherited ignored
+        moments, prompt, waits = random.Random(seed), serve.prompt(context, seed), []
+        for _ in range(INTERRUPTS):
+            engine.reset()
+            if new:
+                engine.prefill(prompt)
+            held, moment, sent = engine.length(), moments.uniform(0, LATEST), []
+
+            def press(moment=moment, held=held, sent=sent):
+                while engine.length() == held:  # the first chunk, or the first token
+                    time.sleep(1e-4)
+                time.sleep(moment)
+                sent.append(time.perf_counter())
+                os.kill(os.getpid(), signal.SIGINT)
+
+            presser = threading.Thread(target=press)
+            presser.start()
+            try:
+                engine.continue_greedy(serve.FIRST_PLAIN_TOKEN, new) if new else engine.prefill(prompt)
+            except KeyboardInterrupt:
+                waits.append(time.perf_counter() - sent[0])
+            presser.join()
+            if engine.length() != held:
+                raise RuntimeError("an interrupted call left tokens behind")
+        if len(waits) < INTERRUPTS:
+            raise RuntimeError("a call was over before Ctrl-C came; give more tokens")
+        return max(waits)
+
     # The engine beside which `model.generate` is measured does the same work: decode.
-    return {"decode": decode, "generate": decode, "prefill": prefill, "batch": batch, "profile": profile}
+    measures = {"decode": decode, "generate": decode, "prefill": prefill, "batch": batch}
+    return measures | {"profile": profile, "interrupt": interrupt}
 
 
 if __name__ == "__main__":

@@ -42,6 +42,17 @@ def peak_bytes():
     return 0
 
 
+def mark(stage):
+    """Note that a stage of this process is over: seconds since its start, megabytes that it holds."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    stages.append({"stage": stage, "seconds": seconds, "megabytes": held / 1e6})
+
+
+stages = []
+
+
 def serve(load, facts=None):
     """`load(arguments)` gives a dictionary of functions by the task's kind: (context, new, sequences, seed) -> value."""
     answers = os.fdopen(os.dup(1), "w")
@@ -55,7 +66,8 @@ def serve(load, facts=None):
     measures = load(given)
     if given.first:
         measures["prefill"](given.first, 0, 1, 0)
-        tell(ready=True)
+        mark("prompt")
+        tell(ready=True, stages=stages)
         os._exit(0)
     tell(ready=True, load_seconds=time.perf_counter() - start, **(facts(measures) if facts else {}))
     for line in sys.stdin:

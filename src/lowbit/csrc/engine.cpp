@@ -87,6 +87,7 @@ int step_checked(Engine& engine, const Request& request, float* logits) {
     for (const Sequence& sequence : sequences) engine.cache.make_room(sequence.slot, sequence.start, sequence.count);
     engine.fault = {};
     if (int status = run_step(engine, request.tokens, sequences, wanted, request.count, logits)) {
+        if (status == LOWBIT_CANCELLED) engine.cancelled.store(false);  // answered; until then it waits for a step
         return status == LOWBIT_CANCELLED ? fail(status, "the step was cancelled") : status;
     }
     if (int status = check_maps(engine.plans)) return status;
@@ -144,7 +145,6 @@ extern "C" int lowbit_engine_step(lowbit_engine* handle, const int32_t* tokens, 
     if (count > engine.options.chunk) return fail(LOWBIT_BAD_ARGUMENT, "%lld tokens in one step; this engine takes %d", static_cast<long long>(count), engine.options.chunk);
     const Busy busy(engine);
     if (!busy.mine()) return refuse_busy();
-    engine.cancelled.store(false);
     try {
         return step_checked(engine, {tokens, slots, wanted, count}, logits);
     } catch (...) {
@@ -179,7 +179,6 @@ int continue_slot(lowbit_engine* handle, const Continuation& job, int32_t token,
     if (int status = check_end(engine, job.slot, engine.lengths[static_cast<size_t>(job.slot)] + job.count)) return status;
     const Busy busy(engine);
     if (!busy.mine()) return refuse_busy();
-    engine.cancelled.store(false);
     const uint8_t wanted = 1;
     try {
         engine.logits.resize(static_cast<size_t>(vocab));
@@ -226,6 +225,10 @@ extern "C" int lowbit_engine_choose(lowbit_engine* handle, int32_t slot, int32_t
 
 extern "C" void lowbit_engine_cancel(lowbit_engine* handle) {
     if (handle) handle->engine.cancelled.store(true);
+}
+
+extern "C" void lowbit_engine_resume(lowbit_engine* handle) {
+    if (handle) handle->engine.cancelled.store(false);
 }
 
 extern "C" void lowbit_engine_set_check(lowbit_engine* handle, int on) {

@@ -139,8 +139,8 @@ LOWBIT_API int64_t lowbit_engine_bytes(const lowbit_model* model, const lowbit_e
 LOWBIT_API int lowbit_engine_cache_type(const lowbit_engine* engine);
 
 /* tokens[count] continue slots[count]; tokens of one slot follow one another. wanted[count] says whose logits to write, one row of
- * vocab_size floats each, in order. Returns LOWBIT_CANCELLED when lowbit_engine_cancel was called meanwhile: then the lengths are
- * as before the step. */
+ * vocab_size floats each, in order. Returns LOWBIT_CANCELLED when lowbit_engine_cancel was called: then the lengths are as
+ * before the step. */
 LOWBIT_API int lowbit_engine_step(lowbit_engine* engine, const int32_t* tokens, const int32_t* slots, const uint8_t* wanted,
                                   int64_t count, float* logits);
 /* The most likely token again and again, from `token` (not yet in the cache), until `count` are made or one of `stops` is: writes
@@ -164,8 +164,10 @@ LOWBIT_API int lowbit_engine_copy(lowbit_engine* engine, int32_t from, int32_t t
  * any other: a first call with `bytes` NULL says how many bytes there are in *size. */
 LOWBIT_API int lowbit_engine_save(lowbit_engine* engine, int32_t slot, int64_t length, void* bytes, int64_t* size);
 LOWBIT_API int lowbit_engine_restore(lowbit_engine* engine, int32_t slot, int64_t length, const void* bytes, int64_t size);
-/* May be called from any thread or signal handler; the step under way ends within one layer. */
+/* May be called from any thread or signal handler; the step under way, or the next one where none is, ends within one layer. Who knows
+ * that no step is left to end takes it back with lowbit_engine_resume. */
 LOWBIT_API void lowbit_engine_cancel(lowbit_engine* engine);
+LOWBIT_API void lowbit_engine_resume(lowbit_engine* engine);
 /* Look at every stage of a step for NaN and infinity: slower, and a step that meets one says in which layer. */
 LOWBIT_API void lowbit_engine_set_check(lowbit_engine* engine, int on);
 LOWBIT_API void lowbit_engine_set_profile(lowbit_engine* engine, int on);

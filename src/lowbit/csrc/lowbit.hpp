@@ -98,6 +98,7 @@ public:
     }
     // Ends the answer under way within a layer; may be called from any thread or signal handler. The answer then throws Error.
     void cancel() const { lowbit_engine_cancel(engine()); }
+    void resume() const { lowbit_engine_resume(engine()); }
 
 private:
     template <class Container, class Fill>

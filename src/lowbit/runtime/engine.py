@@ -13,6 +13,7 @@ were before it.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import time
@@ -76,7 +77,7 @@ class Engine:
             raise RecipeError(last_error())
         self.cache = abi.CACHE_TYPES[self._core.lowbit_engine_cache_type(self._handle)]
         self._beside: tuple[int, ThreadPoolExecutor] | None = None
-        self._step_seconds = 0.0
+        self._step_seconds = math.inf  # of the last small step: before the first one nobody knows
 
     def close(self) -> None:
         """Free the cache and the buffers. The weights are the caller's."""
@@ -213,7 +214,7 @@ class Engine:
         self._core.lowbit_engine_set_check(self._open(), int(on))
 
     def cancel(self) -> None:
-        """End the call that another thread is in; it raises KeyboardInterrupt there."""
+        """End the call that another thread is in or about to make; it raises KeyboardInterrupt there."""
         self._core.lowbit_engine_cancel(self._open())
 
     def profile(self, on: bool) -> dict[str, int]:
@@ -272,11 +273,13 @@ class Engine:
                 )
             )
 
-        if tokens.size > self.slots or self._step_seconds > NOTICED_SECONDS:
-            self._run(call)
-        else:
-            begin = time.perf_counter()
+        small = tokens.size <= self.slots
+        begin = time.perf_counter()
+        if small and self._step_seconds <= NOTICED_SECONDS:
             self._check(call())
+        else:
+            self._run(call)
+        if small:
             self._step_seconds = time.perf_counter() - begin
         return logits
 

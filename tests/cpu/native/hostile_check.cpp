@@ -189,6 +189,7 @@ void refuse_stepping() {
     REFUSE_EACH(lowbit_engine_truncate, 0, engine, 0, 2);
     // These have nothing to refuse with: they do nothing.
     lowbit_engine_cancel(nullptr);
+    lowbit_engine_resume(nullptr);
     lowbit_engine_set_check(nullptr, 1);
     lowbit_engine_set_profile(nullptr, 1);
     lowbit_engine_profile(nullptr, &count);

@@ -85,6 +85,25 @@ void check_cancelling(lowbit_engine* engine, const std::vector<int32_t>& tokens,
     done.store(true);
     canceller.join();
     EXPECT(cancelled);
+    lowbit_engine_resume(engine);
+}
+
+// A cancel that comes before its step waits for it, ends it alone, and can be taken back.
+void check_early_cancel(lowbit_engine* engine, const std::vector<int32_t>& tokens, const std::vector<int32_t>& slots) {
+    EXPECT(lowbit_engine_truncate(engine, 0, 0) == LOWBIT_OK);
+    for (const bool taken_back : {false, true}) {
+        lowbit_engine_cancel(engine);
+        if (taken_back) lowbit_engine_resume(engine);
+        const int64_t before = lowbit_engine_length(engine, 0);
+        EXPECT(lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 8, nullptr) == (taken_back ? LOWBIT_OK : LOWBIT_CANCELLED));
+        EXPECT(lowbit_engine_length(engine, 0) == before + (taken_back ? 8 : 0));
+        EXPECT(lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 8, nullptr) == LOWBIT_OK);
+    }
+    lowbit_engine_cancel(engine);
+    int32_t made[4];
+    int64_t count = -1;
+    EXPECT(lowbit_engine_greedy(engine, 0, 5, 4, nullptr, 0, made, &count) == LOWBIT_CANCELLED && count == 0);
+    EXPECT(lowbit_engine_greedy(engine, 0, 5, 4, nullptr, 0, made, &count) == LOWBIT_OK && count == 4);
 }
 
 // Two threads at one engine: each step is whole or refused with a sentence, and the tokens add up.
@@ -114,6 +133,7 @@ void check_one_engine() {
     if (!engine) return;
     const std::vector<int32_t> tokens = some_tokens(512, 1), slots(512, 0);
     check_cancelling(engine, tokens, slots);
+    check_early_cancel(engine, tokens, slots);
     check_intruder(engine, tokens, slots);
     lowbit_engine_destroy(engine);
 }
