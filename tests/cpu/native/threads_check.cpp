@@ -95,7 +95,8 @@ void check_early_cancel(lowbit_engine* engine, const std::vector<int32_t>& token
         lowbit_engine_cancel(engine);
         if (taken_back) lowbit_engine_resume(engine);
         const int64_t before = lowbit_engine_length(engine, 0);
-        EXPECT(lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 8, nullptr) == (taken_back ? LOWBIT_OK : LOWBIT_CANCELLED));
+        const int expected = taken_back ? static_cast<int>(LOWBIT_OK) : static_cast<int>(LOWBIT_CANCELLED);
+        EXPECT(lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 8, nullptr) == expected);
         EXPECT(lowbit_engine_length(engine, 0) == before + (taken_back ? 8 : 0));
         EXPECT(lowbit_engine_step(engine, tokens.data(), slots.data(), nullptr, 8, nullptr) == LOWBIT_OK);
     }
