@@ -13,6 +13,7 @@ from torch.func import functional_call
 from lowbit.algorithms.awq import clip_weight, scale_by_awq_, search_clip, search_scale
 from lowbit.algorithms.scaling import collect_inputs, round_by_search
 from lowbit.algorithms.smoothquant import scale_by_smoothquant_, search_alpha, smooth
+from lowbit.algorithms.statistics import Statistics
 from lowbit.algorithms.table import BlockWork
 from lowbit.algorithms.teq import scale_by_teq_, train_scales
 from lowbit.algorithms.trials import GroupTrial, parent_of
@@ -107,6 +108,30 @@ def test_no_scale_is_a_candidate_and_the_best_one_is_kept() -> None:
     assert trial.loss(scale) < trial.loss(None)
     narrow, _ = search_scale(trial, AwqOptions(duo="off"))
     assert narrow is not None and trial.loss(scale) <= trial.loss(narrow)
+
+
+class Bowl:
+    """A trial whose loss is least at one exponent of the inputs' size."""
+
+    def __init__(self, exponent: float) -> None:
+        self.exponent, self.tried = exponent, 0
+        self.group, self.weights = ScalingGroup(("up",), previous=""), {"up": torch.ones(2, 4)}
+        self.formats = {"up": format_from_name("int4_g32")}
+        self.statistics = Statistics(4, torch.device("cpu"), hessian=False)
+        self.statistics.add_(torch.tensor([[1.0, 2.0, 4.0, 8.0]]))
+
+    def loss(self, scale: torch.Tensor | None) -> float:
+        self.tried += 1
+        exponent = 0.0 if scale is None else float((scale[1] / scale[0]).log2())
+        return 1 + (exponent - self.exponent) ** 2
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.45, 0.55, 0.7, 0.95])
+def test_the_best_of_all_ratios_is_found_by_trying_few(ratio: float) -> None:
+    bowl = Bowl(ratio)
+    _, name = search_scale(bowl, AwqOptions(duo="off"))
+    assert name == f"ratio {ratio:g}"
+    assert bowl.tried <= 9
 
 
 def test_every_call_counts_in_the_statistics() -> None:

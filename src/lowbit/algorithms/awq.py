@@ -5,7 +5,8 @@
     s /= sqrt(max s * min s)
 
 The ratio with the least error of the parent module's output wins, rounded as the recipe really rounds, and no scale at
-all is always among the candidates. Then the weights of each group of inputs are clipped at the fraction of their
+all is always among the candidates. Every fourth ratio is tried first and then, around the best, the steps between: 9 of
+20 trials, each of which runs the parent. Then the weights of each group of inputs are clipped at the fraction of their
 largest that leaves the least error of the linear's output, dw X^T X dw^T over the tokens, one fraction for each row and
 group; queries and keys are left out, because what their errors do is decided by a softmax. A clip is kept only where
 the error of the whole linear falls.
@@ -14,7 +15,7 @@ the error of the whole linear falls.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -30,6 +31,8 @@ from lowbit.options import AwqOptions
 QUERIES_AND_KEYS = re.compile(
     r"(^|[._])(q|k|query|key)(_proj|_lin)?$|(^|\.)(query_key_value|qkv_proj|qkv|[wW]qkv|W_pack|c_attn|att_proj)$"
 )
+# Every so many-th step of the ratios, and how far from the best of them one looks then.
+_STRIDES = (4, 2, 1)
 _CLIP_STEPS = 10
 _CLIP_STEP = 0.05
 _LEAST_SCALE = 1e-4
@@ -52,29 +55,37 @@ def scale_by_awq_(work: BlockWork, options: AwqOptions) -> dict[str, str]:
 
 def search_scale(trial: Trial, options: AwqOptions) -> tuple[torch.Tensor | None, str]:
     """The scale [in] with the least error of the parent's output, None where no scale is the best, and its name."""
-    best, best_loss, name = None, trial.loss(None), "no scale is better than none"
-    for scale, label in _candidates(trial, options):
-        loss = trial.loss(scale)
-        if loss < best_loss:
-            best, best_loss, name = scale, loss, label
+    plain, room = trial.loss(None), _mean_fill(trial)
+    best, least, name = None, plain, "no scale is better than none"
+    for duo in ("on", "off") if options.duo == "both" else (options.duo,):
+        losses: dict[int, float] = {} if duo == "on" else {0: plain}  # what a ratio of 0 amounts to there
+        for step in _ladder(options.steps, losses):
+            scale = _scale_at(trial, step / options.steps, room if duo == "on" else None)
+            losses[step] = torch.inf if scale is None else trial.loss(scale)
+            if losses[step] < least:
+                best, least = scale, losses[step]
+                name = f"ratio {step / options.steps:g}{' with duo' if duo == 'on' else ''}"
     return best, name
 
 
-def _candidates(trial: Trial, options: AwqOptions) -> Iterator[tuple[torch.Tensor, str]]:
-    size = trial.statistics.mean_size
-    room = _mean_fill(trial)
-    for duo in ("on", "off") if options.duo == "both" else (options.duo,):
-        for step in range(options.steps):
-            ratio = step / options.steps
-            if duo == "off" and step == 0:
-                continue
-            scale = size.clamp_min(_LEAST_SCALE).pow(ratio)
-            if duo == "on":
-                scale = scale / (room.pow(1 - ratio) + _LEAST_SCALE)
-            scale = scale.clamp_min(_LEAST_SCALE)
-            scale = trial.group.tie(scale / (scale.max() * scale.min()).sqrt())
-            if bool(torch.isfinite(scale).all()):
-                yield scale, f"ratio {ratio:g}{' with duo' if duo == 'on' else ''}"
+def _ladder(steps: int, losses: Mapping[int, float]) -> Iterator[int]:
+    """The steps to try, of which the caller notes the losses: some of all, then those around the best of them."""
+    for stride in _STRIDES:
+        near = range(0, steps, stride)
+        if stride < _STRIDES[0]:
+            least = min(losses, key=losses.__getitem__)
+            near = range(least - stride, least + stride + 1, 2 * stride)
+        yield from [step for step in near if 0 <= step < steps and step not in losses]
+
+
+def _scale_at(trial: Trial, ratio: float, room: torch.Tensor | None) -> torch.Tensor | None:
+    """The scale of a ratio, with duo by the room that weights leave; None where it is not finite."""
+    scale = trial.statistics.mean_size.clamp_min(_LEAST_SCALE).pow(ratio)
+    if room is not None:
+        scale = scale / (room.pow(1 - ratio) + _LEAST_SCALE)
+    scale = scale.clamp_min(_LEAST_SCALE)
+    scale = trial.group.tie(scale / (scale.max() * scale.min()).sqrt())
+    return scale if bool(torch.isfinite(scale).all()) else None
 
 
 def _mean_fill(trial: Trial) -> torch.Tensor:
