@@ -7,11 +7,12 @@
 
 v and f descend by the sign of their gradient, p -= rate sign(dloss/dp), the rounding itself passed straight through.
 The rate falls linearly to nothing. From 1 / iterations the way adds up to 1/2, from one neighbour to the other and no
-further; up to 4 bits it starts at twice that, so that a vote can be taken back: KL of the reference model at int4_g64
-0.112 instead of 0.129. Kept are the parameters with the least loss met. A mini-batch is judged by its loss relative to
-that of the same rows at the start: some rows are harder than others, and by plain losses the kept parameters would be
-those that met the easiest rows. At the end they are measured on all rows, beside the last ones, which no lucky mini-batch
-chose, and the start: the block is never left worse than round-to-nearest leaves it.
+further; at 4 bits it starts at twice that, so that a vote can be taken back: KL of the reference model at int4_g64
+0.112 instead of 0.129. At 3 and 2 bits, where ranges move far, the same costs up to 5% (docs/notes/calibration.md).
+Kept are the parameters with the least loss met. A mini-batch is judged by its loss relative to that of the same rows
+at the start: some rows are harder than others, and by plain losses the kept parameters would be those that met the
+easiest rows. At the end they are measured on all rows, beside the last ones, which no lucky mini-batch chose, and the
+start: the block is never left worse than round-to-nearest leaves it.
 
 The start is the grid of `rtn`, weighed by the importance of the inputs where that is given. At 2 and 3 bits the
 thousandth part of a mini-batch with the largest errors is left out of the loss (SignRoundV2, arXiv 2512.04746): at that
@@ -281,8 +282,8 @@ def _descend(
 
 
 def first_rate(options: AutoRoundOptions, bits: int) -> float:
-    """The rate at the start: 2 / iterations where a code is wide, else half of it."""
-    return options.rate or (2 if bits <= _USUAL_BITS else 1) / options.iterations
+    """The rate at the start: 2 / iterations at 4 bits, else half of it. `bits` are the fewest of the block."""
+    return options.rate or (2 if bits == _USUAL_BITS else 1) / options.iterations
 
 
 def _backward(text: _Rows, tuned: Mapping[str, _Tuned], places: list[int], outliers: float) -> float:
