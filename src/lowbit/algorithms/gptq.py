@@ -36,7 +36,7 @@ from lowbit.grid import effective_scales, effective_zeros, fit, quantize
 from lowbit.grid_points import code_values, nearest_codes
 from lowbit.options import GptqOptions
 from lowbit.packing import PackedTensor, empty_buffers
-from lowbit.search import Search
+from lowbit.search import Search, weighed
 
 # Damping rises by this factor until there is a Cholesky factor, and no further than the mean diagonal itself.
 _RISE = 4.0
@@ -68,7 +68,7 @@ def round_gptq(weight: torch.Tensor, format: Format, statistics: Statistics | No
     target = weight.detach().float()
     if options.correction and statistics.differences is not None:
         target = target + options.correction * _correct(target, statistics.differences, factor, columns.order)
-    grid = quantize(target, format, Search(), _importance(statistics.diagonal)) if static else None
+    grid = quantize(target, format, _search_of(format), _importance(statistics.diagonal)) if static else None
     rounding = _Rounding(target, format, columns, factor, grid)
     del (
         target,
@@ -157,6 +157,11 @@ def _needs_static(format: Format) -> bool:
     return bool(format.scale_block) or format.has_global_scale or format.group_size == 0
 
 
+def _search_of(format: Format) -> Search:
+    """How widely scales are searched: as rtn does where it knows an importance."""
+    return weighed(Search(), format.bits) if format.kind == "int" else Search()
+
+
 def _importance(values: torch.Tensor) -> torch.Tensor:
     """An importance without zeros: a group of inputs that were never seen is searched like any other."""
     return values.clamp_min(values.mean() * 1e-4 + 1e-20)
@@ -241,7 +246,7 @@ class _Rounding:
             assert scales is not None
             return scales, zeros
         cost = self.factor.diagonal()[start:stop].square().reciprocal()
-        fitted = fit(self.work[start:stop].t().contiguous(), self.format, Search(), _importance(cost))
+        fitted = fit(self.work[start:stop].t().contiguous(), self.format, _search_of(self.format), _importance(cost))
         for name, stored in fitted.stored.items():
             self.buffers[name][:, groups[0]] = stored[:, 0]
         return fitted.scales.t().contiguous(), None if fitted.zeros is None else fitted.zeros.t().contiguous()
