@@ -1,0 +1,96 @@
+"""Every algorithm where the model is: on a GPU it finds what it finds on the CPU, but for sums in another order.
+
+Where one is within a rounding of the other, the same is asked of nearly all codes: a sum that ends a bit higher moves a weight
+that lay between two codes, and what is searched or tuned goes on from there.
+"""
+
+import pytest
+import torch
+
+from lowbit.calibration import Calibration
+from lowbit.layers import packed_weights
+from lowbit.options import AutoRoundOptions, AwqOptions, Options, RtnOptions, SmoothQuantOptions, TeqOptions
+from lowbit.quantize import quantize_
+from lowbit.recipe import recipe_named
+from lowbit_assets import tiny_model_in_memory
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+IDS = torch.randint(3, 280, (32, 32), generator=torch.Generator().manual_seed(2))
+TUNED = AutoRoundOptions(iterations=20)
+
+
+def rounded(device: str, family: str, format: str, **recipe: object) -> tuple[float, torch.Tensor, list[str]]:
+    """How far the logits of a model are moved by rounding it there, what they are then, and the notes of its report."""
+    model = tiny_model_in_memory(family).to(device)
+    chosen = recipe_named(format).replace(head=None, **recipe)
+    with torch.no_grad():
+        expected = model(IDS.to(device)).logits
+        calibration = Calibration(IDS) if chosen.asks_for_data else None
+        report = quantize_(model, chosen, calibration=calibration, show_progress=False)
+        found = model(IDS.to(device)).logits
+    assert all(tensor.device.type == device for tensor in model.state_dict().values())
+    assert packed_weights(model)
+    notes = [layer.note for layer in report.layers]
+    return float((found - expected).norm() / expected.norm()), found.cpu(), notes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("format", ["int4_g32", "int4_asym_g32", "int4_fine_g32", "int3_g32"])
+def test_hqq_finds_the_same_grid(format: str, family: str) -> None:
+    here, there = (rounded(device, family, format, rounder="hqq") for device in ("cpu", "cuda"))
+    assert there[0] == pytest.approx(here[0], rel=0.02)
+    assert float((there[1] - here[1]).norm() / here[1].norm()) < 0.1 * here[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "scaler, options",
+    [
+        ("awq", AwqOptions(steps=8)),
+        ("smoothquant", SmoothQuantOptions()),
+        ("smoothquant", SmoothQuantOptions(search=False)),
+        ("teq", TeqOptions(steps=20)),
+    ],
+)
+def test_scalers_do_as_well(scaler: str, options: Options, family: str) -> None:
+    runs = {
+        device: rounded(
+            device,
+            family,
+            "int3_g32",
+            rounder="rtn",
+            rounder_options=RtnOptions(),
+            scaler=scaler,
+            scaler_options=options,
+        )
+        for device in ("cpu", "cuda")
+    }
+    assert runs["cuda"][0] == pytest.approx(runs["cpu"][0], rel=0.1)
+    # The same groups were scaled, and the same refused.
+    told = {device: [note.split(":")[0] for note in run[2]] for device, run in runs.items()}
+    assert told["cuda"] == told["cpu"] and scaler in told["cuda"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("format", ["int4_g32", "int2_asym_g32"])
+def test_autoround_does_as_well(format: str, family: str) -> None:
+    tuned = {"rounder": "autoround", "rounder_options": TUNED}
+    here, there = (rounded(device, family, format, **tuned) for device in ("cpu", "cuda"))
+    plain, *_ = rounded("cuda", family, format, rounder="plain_rtn")
+    assert there[0] == pytest.approx(here[0], rel=0.1)
+    assert there[0] < plain
+
+
+def test_w8a8_of_smoothquant_does_as_well() -> None:
+    runs = [rounded(device, "llama", "w8a8", rounder="rtn", scaler="smoothquant") for device in ("cpu", "cuda")]
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=0.1)
+    assert float((runs[1][1] - runs[0][1]).norm() / runs[0][1].norm()) < runs[0][0]
+
+
+def test_a_scaler_goes_with_a_rounder_that_tunes() -> None:
+    both = {"rounder": "autoround", "rounder_options": TUNED, "scaler": "awq", "scaler_options": AwqOptions(steps=4)}
+    here, there = (rounded(device, "llama", "int3_g32", **both) for device in ("cpu", "cuda"))
+    assert there[0] == pytest.approx(here[0], rel=0.1)
