@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cpu.test_core import instruction_sets
+from cpu.test_core import every_instruction_set
 from cpu.test_engine import relative
 from lowbit.core import calls
 from lowbit.models.families import spec_from_config
@@ -33,7 +33,7 @@ ROUNDED = {FLAT: 0.01, SOME: 0.05, NEARLY_ALL: 0.04}
 PROMPT = [SINK, *(1 + np.random.default_rng(5).integers(0, 130, 300)).tolist()]
 
 
-@pytest.fixture(params=[*instruction_sets(), "amx_emulated"])
+@pytest.fixture(params=every_instruction_set())
 def chosen(request: pytest.FixtureRequest) -> Iterator[str]:
     calls.set_instruction_set(request.param)
     yield request.param

@@ -31,12 +31,7 @@ BLOCKS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_1", "q5_1"]
 BLOCK_SHAPES = [(37, 256), (48, 1024), (3, 512)]
 
 
-def every_instruction_set() -> list[str]:
-    """Those of test_core, and the stand-in for tile registers, which any processor has."""
-    return [*core.instruction_sets(), "amx_emulated"]
-
-
-@pytest.fixture(params=every_instruction_set(), autouse=True)
+@pytest.fixture(params=core.every_instruction_set(), autouse=True)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     calls.set_instruction_set(request.param)
     yield request.param

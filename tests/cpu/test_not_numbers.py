@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpu.test_core import instruction_sets
+from cpu.test_core import every_instruction_set
 from lowbit.core import calls
 from lowbit.errors import KernelError
 from lowbit.formats import as_format
@@ -30,7 +30,7 @@ WIDE = "llama, heads of 64"
 MESSAGE = "the logits are not numbers"
 
 
-@pytest.fixture(params=[*instruction_sets(), "amx_emulated"], autouse=True)
+@pytest.fixture(params=every_instruction_set(), autouse=True)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     calls.set_instruction_set(request.param)
     yield request.param
