@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +171,25 @@ def test_weights_are_held_once() -> None:
     _, weights = model.generate._parts
     packed = {held.tensors["prepared"].data_ptr() for held in packed_weights(model).values()}
     assert packed <= {matrix.address for matrix in weights.matrices.values()}
+
+
+@pytest.mark.parametrize("low_bit", ["bf16", "fp32"])
+def test_dense_weights_are_held_once_and_transposed_ones_turned(low_bit: str, tmp_path: Path) -> None:
+    """GPT-2 keeps [in, out], the engine reads [out, in]: one storage serves both, and nobody who asks torch sees a difference."""
+    model: Any = tiny_model_in_memory("gpt2").eval()
+    lowbit.optimize_model(model, low_bit=low_bit)
+    expected, weights = own_generate(model, IDS, max_new_tokens=6, do_sample=False), copy.deepcopy(model.state_dict())
+    model.generate(IDS, max_new_tokens=6, do_sample=False)
+    assert model.generate.why_not is None
+    engine, (_, held) = model.generate._engine, model.generate._parts
+    assert {m.address for m in held.matrices.values()} <= {p.data_ptr() for p in model.parameters()}
+    model.generate(IDS, max_new_tokens=6, do_sample=False)
+    assert model.generate._engine is engine
+    assert torch.equal(own_generate(model, IDS, max_new_tokens=6, do_sample=False), expected)
+    model.save_pretrained(tmp_path)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]) and torch.equal(read[name], weights[name]), name
 
 
 @pytest.mark.parametrize(

@@ -141,15 +141,13 @@ class EngineGenerate:
         for name, module in model.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:
                 return f"{name or 'the model'} has forward hooks, which the engine would pass by"
-        # Where every tensor lies and how often it was written to: an engine made for another state would answer from the past.
-        state = [(t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers())]
-        if state != self._state:
+        if _state_of(model) != self._state:
             self.close()
             try:
                 self._parts = model_weights(model)
             except LowbitError as error:
                 return str(error)
-            self._state = state
+            self._state = _state_of(model)  # transposed weights have moved
         return None
 
     def close(self) -> None:
@@ -261,6 +259,11 @@ class EngineGenerate:
             for copied in range(first + 1, first + request.returns):
                 engine.copy(first, copied, len(prompt))
         return np.stack(logits)
+
+
+def _state_of(model: nn.Module) -> list[tuple[int, int]]:
+    """Where every tensor lies and how often it was written to: an engine made for another state would answer from the past."""
+    return [(t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers())]
 
 
 def _draft(keywords: dict[str, Any]) -> Draft | None:

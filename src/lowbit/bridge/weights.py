@@ -1,6 +1,7 @@
 """Where the weights of a transformers model lie, as the engine takes them: addresses, and nothing copied.
 
-The layers of a low-bit model hold what the core prepares, and dense weights are read where torch keeps them. What the engine
+The layers of a low-bit model hold what the core prepares, and dense weights are read where torch keeps them, turned once where it
+keeps them transposed. What the engine
 cannot read is refused with the reason, which `lowbit.explain` shows.
 """
 
@@ -56,15 +57,26 @@ def _matrix(located: Located, held: dict[str, PackedWeight], dense: dict[str, nn
     name = located.names[0][0]
     if name in held:
         return _packed_matrix(name, held[name])
-    weight = dense[name].detach()
-    if located.weight.transposed:
-        weight = weight.transpose(-1, -2)
+    weight = _stored_as_read(dense[name], located.weight.transposed)
     if weight.dtype not in DTYPE_NAMES:
         raise LowbitError(f"{name} is {weight.dtype}, which the engine does not read")
-    weight = weight.contiguous()
     if weight.dtype == torch.bfloat16:
         return plain(weight.view(torch.uint16).numpy(), "bfloat16")
     return plain(weight.numpy())
+
+
+def _stored_as_read(parameter: nn.Parameter, transposed: bool) -> torch.Tensor:
+    """The rows [.., out, in] of a dense weight, where the parameter keeps them.
+
+    GPT-2's Conv1D and some experts keep [.., in, out]. Their numbers are laid out anew, and the parameter becomes the transposed view
+    of that: the same shape and the same numbers, in memory once.
+    """
+    held = parameter.detach()
+    rows = held.transpose(-1, -2) if transposed else held
+    if not rows.is_contiguous():
+        rows = rows.contiguous()
+        parameter.data = rows.transpose(-1, -2) if transposed else rows
+    return rows
 
 
 def _packed_matrix(name: str, weight: PackedWeight) -> Matrix:
