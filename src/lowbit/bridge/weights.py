@@ -68,8 +68,8 @@ def _matrix(located: Located, held: dict[str, PackedWeight], dense: dict[str, nn
 def _stored_as_read(parameter: nn.Parameter, transposed: bool) -> torch.Tensor:
     """The rows [.., out, in] of a dense weight, where the parameter keeps them.
 
-    GPT-2's Conv1D and some experts keep [.., in, out]. Their numbers are laid out anew, and the parameter becomes the transposed view
-    of that: the same shape and the same numbers, in memory once.
+    GPT-2's Conv1D and some experts keep [.., in, out]. Their numbers are laid out anew, and the parameter becomes the transposed
+    view of that: the same shape and the same numbers, in memory once.
     """
     held = parameter.detach()
     rows = held.transpose(-1, -2) if transposed else held
