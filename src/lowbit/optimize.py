@@ -100,6 +100,7 @@ class Row:
     device: str
     kernel: str
     refused: tuple[tuple[str, str], ...] = ()
+    compute: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,17 @@ class Explanation:
     def __str__(self) -> str:
         if not self.rows:
             return "no weight of this model is packed; optimize_model packs them"
-        folded: dict[tuple[str, str, str, tuple[tuple[str, str], ...]], list[Row]] = {}
+        folded: dict[tuple[object, ...], list[Row]] = {}
         for row in self.rows:
-            folded.setdefault((row.kernel, row.device, row.format, row.refused), []).append(row)
+            folded.setdefault((row.kernel, row.device, row.format, row.refused, row.compute), []).append(row)
         lines = []
-        for (kernel, device, format, refused), rows in folded.items():
-            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-            lines.append(f"{kernel} on {device}: {format}, {rows[0].path} {list(rows[0].shape)}{more}")
-            lines += [f"    not {name}: {reason}" for name, reason in refused]
+        for first, *others in folded.values():
+            more = f" and {len(others)} more" if others else ""
+            asked = "" if first.compute == "auto" else f", computed in {first.compute}"
+            lines.append(
+                f"{first.kernel} on {first.device}: {first.format}, {first.path} {list(first.shape)}{more}{asked}"
+            )
+            lines += [f"    not {name}: {reason}" for name, reason in first.refused]
         lines += [f"dense: {path}: {reason}" for path, reason in self.skipped]
         lines += [f"prefill: {self.prefill}"] if self.prefill else []
         lines += [f"generate: {self.generate}"] if self.generate else []
@@ -143,7 +147,8 @@ def explain(model: nn.Module) -> Explanation:
                 break
             if reason:
                 refused.append((name, reason))
-        rows.append(Row(held.path, held.role, weight.format.name, weight.shape, device, kernel, tuple(refused)))
+        stored = (held.path, held.role, weight.format.name, weight.shape)
+        rows.append(Row(*stored, device, kernel, tuple(refused), weight.compute))
     report = getattr(model, "lowbit_report", None)
     skipped = [(row.path, row.reason) for row in report.skipped] if report else []
     return Explanation(rows, skipped, _explain_generate(model), calls.folding() if folds else "")

@@ -12,7 +12,7 @@ import transformers
 
 import lowbit
 from lowbit.bridge import EngineGenerate
-from lowbit.layers import packed_weights
+from lowbit.layers import LowBitLinear, packed_weights
 from lowbit_assets import FAMILIES, tiny_model_in_memory
 
 pytestmark = pytest.mark.transformers
@@ -171,6 +171,35 @@ def test_weights_are_held_once() -> None:
     _, weights = model.generate._parts
     packed = {held.tensors["prepared"].data_ptr() for held in packed_weights(model).values()}
     assert packed <= {matrix.address for matrix in weights.matrices.values()}
+
+
+# Relative to the logits of transformers over the same numbers in fp32. No two overlap, so none is another one's.
+ERRORS = {"fp32": (0, 1e-5), "fp16": (1e-4, 2e-3), "bf16": (4e-3, 0.015), "int8": (0.015, 0.05)}
+
+
+@pytest.mark.parametrize("low_bit", ["int4_g32", "nf4"])
+def test_the_engine_computes_in_what_was_asked_for_as_the_layers_do(low_bit: str) -> None:
+    ids = torch.arange(3, 43)
+    for compute, (least, most) in ERRORS.items():
+        model: Any = tiny_model_in_memory("llama").eval().float()
+        lowbit.optimize_model(model, low_bit=low_bit, compute=compute)
+        model.generate.cache = "fp32"
+        plain: Any = tiny_model_in_memory("llama").eval().float()
+        for name, module in model.named_modules():
+            if isinstance(module, LowBitLinear):
+                plain.get_submodule(name).weight.data = module.weight.float()
+        with torch.no_grad():
+            expected, layers = (m(ids.view(1, -1)).logits[0] for m in (plain, model))
+        model.generate(ids.view(1, -1), max_new_tokens=2, do_sample=False)
+        assert model.generate.why_not is None
+        engine = model.generate.engine(len(ids))
+        prompt = torch.from_numpy(engine.logits(ids.tolist()))
+        engine.reset()
+        tokens = torch.stack([torch.from_numpy(engine.decode(token)) for token in ids.tolist()])
+        for found in (prompt, tokens):
+            assert least <= float((found - expected).norm() / expected.norm()) < most, compute
+            assert float((found - layers).norm() / expected.norm()) < max(least, most / 5), compute
+        assert f"computed in {compute}" in str(lowbit.explain(model))
 
 
 @pytest.mark.parametrize("low_bit", ["bf16", "fp32"])

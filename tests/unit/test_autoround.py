@@ -185,7 +185,9 @@ def test_what_cannot_be_tuned_is_refused() -> None:
 
 def test_the_rates_of_recipes() -> None:
     rates = {
-        (name, bits): first_rate(options, bits) for name, options in AUTOROUND_RECIPES.items() for bits in (2, 3, 4, 5, 8)
+        (name, bits): first_rate(options, bits)
+        for name, options in AUTOROUND_RECIPES.items()
+        for bits in (2, 3, 4, 5, 8)
     }
     assert rates["light", 4] == rates["light", 8] == 5e-3
     assert rates["default", 4] == 2 / 200

@@ -133,6 +133,8 @@ def test_explain_names_kernels_and_refusals() -> None:
     for row in explanation.rows:
         assert all(reason for _, reason in row.refused)
     assert "no weight of this model is packed" in str(lowbit.explain(net()))
+    assert "computed in" not in str(explanation)
+    assert "computed in fp16" in str(lowbit.explain(lowbit.optimize_model(net(), "int8", compute="fp16")))
 
 
 def test_explain_says_where_scales_are_folded() -> None:
