@@ -166,6 +166,32 @@ def test_a_fork_goes_on_with_threads_of_its_own(tmp_path: Path) -> None:
     assert in_a_child(code) == "True 0"
 
 
+def test_the_pool_sleeps_when_it_has_nothing_to_do() -> None:
+    """Workers that spin on would use three cores' time, however busy the machine; they spin for 60 microseconds and sleep."""
+    code = (
+        "import resource, sys, time\n"
+        "from pathlib import Path\n"
+        "import numpy as np\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from cpu.test_core import multiply, prepared, quantized\n"
+        "from lowbit.core import calls\n"
+        "calls.set_threads(4)\n"
+        "buffer, x = prepared(quantized('int4', 512, 512)[0]), np.ones((64, 512), np.float32)\n"
+        "def used():\n"
+        "    seconds = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "    return seconds.ru_utime + seconds.ru_stime\n"
+        "def product(): multiply(buffer, x, 512, 'int8')\n"
+        "product()\n"
+        "time.sleep(0.2)\n"
+        "begin = used()\n"
+        "time.sleep(1)\n"
+        "idle = used() - begin\n"
+        "product()\n"
+        "print(idle < 0.05, len(list(Path('/proc/self/task').iterdir())) >= 4)"
+    )
+    assert in_a_child(code, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1") == "True True"
+
+
 def test_control_c_in_a_long_prompt_leaves_chunks_unread() -> None:
     chunks = 24
     with engine_of(context=chunks * LONGEST_CHUNK) as engine:
