@@ -1,8 +1,10 @@
 """Products of many tokens with the scales of groups folded into int8: on tiles where there are any, on their stand-in everywhere.
 
-    w8 = round(w / s), x8 = round(x / sx)    s and sx one for at most 256 inputs:  y = sum of  s sx sum(w8 x8)
+    f = (max |x[.][k]| / max |x|)^(1/4)      the balance of an input, which goes from activations to weights
+    w8 = round(w f / s), x8 = round(x / f / sx)    s and sx one for at most 1,024 inputs:  y = sum of  s sx sum(w8 x8)
 
-Both roundings are off by at most half a step and by a twelfth of its square on average, and that is the whole error:
+Both roundings are off by at most half a step and by a twelfth of its square on average, and that is the whole error, with
+w f for w and x / f for x:
 
     |y - exact| <= sum of  s/2 |x| + sx/2 (|w| + s/2)        E (y - exact)^2 = sum of  s^2/12 x^2 + sx^2/12 w^2
 
@@ -71,6 +73,12 @@ def largest_weights(packed: core.Packed) -> NDArray[np.float64]:
     return (scales * reach).max(axis=1)
 
 
+def balance(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """[cols]: as fold.h has it, for rows of one stretch; of several the largest input of each would count."""
+    seen = np.abs(x[:: 1 + len(x) // 64]).max(axis=0).astype(float)
+    return np.clip(np.floor(128 * (seen / seen.max()) ** 0.25 + 0.5), 1, 128) / 128
+
+
 @pytest.mark.parametrize("name", core.FORMATS)
 def test_folding_costs_two_roundings_and_no_more(tiles: str, name: str) -> None:
     for shape in SHAPES:
@@ -83,12 +91,13 @@ def test_folding_costs_two_roundings_and_no_more(tiles: str, name: str) -> None:
             x = numbers(tokens, shape[1], tokens)
             exact = x.astype(float) @ weight.T
             error = core.multiply(buffer, x, shape[0], "auto") - exact
-            x_step = (np.abs(x).max(axis=1) / 127)[:, None]
-            most = roundings * step / 2 * np.abs(x).sum(axis=1)[:, None]
-            most = most + x_step / 2 * (np.abs(weight).sum(axis=1)[None, :] + roundings * step / 2 * shape[1])
+            lighter, heavier = x / balance(x), weight * balance(x)
+            x_step = (np.abs(lighter).max(axis=1) / 127)[:, None]
+            most = roundings * step / 2 * np.abs(lighter).sum(axis=1)[:, None]
+            most = most + x_step / 2 * (np.abs(heavier).sum(axis=1)[None, :] + roundings * step / 2 * shape[1])
             assert (np.abs(error) <= most * 1.01 + 1e-5).all(), (shape, tokens)
-            variance = roundings * step**2 / 12 * (x.astype(float) ** 2).sum(axis=1)[:, None]
-            variance = variance + x_step**2 / 12 * (weight**2).sum(axis=1)[None, :]
+            variance = roundings * step**2 / 12 * (lighter**2).sum(axis=1)[:, None]
+            variance = variance + x_step**2 / 12 * (heavier**2).sum(axis=1)[None, :]
             assert np.linalg.norm(error) <= 1.1 * np.sqrt(variance.sum()), (shape, tokens)
 
 
@@ -98,18 +107,13 @@ def test_minima_and_second_levels_fold_too(tiles: str, name: str) -> None:
     packed = quantize(torch.from_numpy(numbers(48, 512)) + 0.3, format)
     weight, x = unpack(packed).double(), torch.from_numpy(numbers(40, 512, 1))
     error = cpu_rows.run(x, cpu_rows.prepare(packed), format, (48, 512), "auto") - x.double() @ weight.T
-    steps = [a.double().view(-1, 2, 256).abs().amax(-1) / 127 for a in (weight, x)]
-    halves = [a.double().view(-1, 2, 256).square().sum(-1) for a in (weight, x)]
-    variance = (halves[1] @ (steps[0] ** 2).T + steps[1] ** 2 @ halves[0].T) / 12
+    share = torch.from_numpy(balance(x.numpy()))
+    heavier, lighter = weight * share, x / share
+    steps = [a.abs().amax(-1) / 127 for a in (heavier, lighter)]
+    squares = [a.square().sum(-1) for a in (heavier, lighter)]
+    variance = (torch.outer(squares[1], steps[0] ** 2) + torch.outer(steps[1] ** 2, squares[0])) / 12
+    print(name, (error.norm() / variance.sum().sqrt()).item())
     assert error.norm() <= 1.1 * variance.sum().sqrt()
-
-
-def test_a_row_with_one_scale_is_rounded_only_where_the_activations_are(tiles: str) -> None:
-    packed, _ = core.quantized("int8_channel", 48, 200)
-    x = np.random.default_rng(1).integers(-127, 128, (40, 200)).astype(np.float32)
-    x[:, 0] = 127  # makes every step exactly 1
-    exact = x.astype(float) @ packed.values().T
-    assert core.distance(core.multiply(core.prepared(packed), x, 48, "auto"), exact) < 1e-6
 
 
 def test_int8_keeps_the_scale_of_every_group_and_few_tokens_always_do(tiles: str) -> None:
@@ -124,7 +128,7 @@ def test_int8_keeps_the_scale_of_every_group_and_few_tokens_always_do(tiles: str
 
 
 def test_the_core_says_whether_it_folds(tiles: str) -> None:
-    assert calls.fold_length() == 256
+    assert calls.fold_length() == 1024
     calls.set_instruction_set(PLAIN[tiles])
     assert calls.fold_length() == 0
 

@@ -96,7 +96,7 @@ def folding() -> str:
     length = fold_length()
     if not length:
         return ""
-    return f"with more than 16 tokens, scales are folded into int8 weights per {length} inputs; compute='int8' keeps groups"
+    return f"with more than 16 tokens, scales are folded into int8 weights per up to {length} inputs; compute='int8' keeps groups"
 
 
 @lru_cache(maxsize=1)

@@ -51,7 +51,7 @@ void Step::rotate(int64_t layer, int64_t token, float* head) const {
 
 namespace {
 void copy_clipped(const float* from, int64_t count, float clip, float* to) {
-    memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+    if (to != from) memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
     if (clip > 0.0f)
         for (int64_t i = 0; i < count; ++i) to[i] = std::clamp(to[i], -clip, clip);
 }
@@ -62,13 +62,16 @@ lowbit_vector at_head(const lowbit_vector& vector, int64_t place) {
 }
 }  // namespace
 
-void Step::turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end, float* out) {
+// One behind another in `to`, or where they lie if that is NULL.
+void Step::turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end, float* to) {
     const int64_t size = model_.head_dim;
     const lowbit_vector& vector = plans_.layers[static_cast<size_t>(layer)].vectors[LOWBIT_Q_NORM];
     const float* whole = source_of_heads(me, layer, token, false);
-    for (int64_t h = head_begin; h < head_end; ++h, out += size) {
+    for (int64_t h = head_begin; h < head_end; ++h) {
+        float* place = work_.qkv.get() + token * plans_.qkv_size + plans_.q_places[static_cast<size_t>(h)];
+        float* out = to ? to + (h - head_begin) * size : place;
         if (whole) memcpy(out, whole + h * size, static_cast<size_t>(size) * sizeof(float));
-        else copy_clipped(work_.qkv.get() + token * plans_.qkv_size + plans_.q_places[static_cast<size_t>(h)], size, model_.clip, out);
+        else copy_clipped(place, size, model_.clip, out);
         if (model_.qk_norm == LOWBIT_HEAD_NORM) norm(vector, out, size, out);
         if (model_.qk_norm == LOWBIT_HEADS_NORM) norm(at_head(vector, h * size), out, size, out);
         rotate(layer, token, out);
@@ -102,11 +105,7 @@ void Step::store_heads(Member& me, int64_t layer, int64_t token, int64_t head_be
 
 void Step::prepare_heads(Member& me, int64_t layer, int64_t token) {
     store_heads(me, layer, token, 0, model_.kv_heads);
-    float* queries = me.room.queries.get();
-    turn_queries(me, layer, token, 0, model_.heads, queries);
-    for (int64_t h = 0; h < model_.heads; ++h)
-        memcpy(work_.qkv.get() + token * plans_.qkv_size + plans_.q_places[static_cast<size_t>(h)], queries + h * model_.head_dim,
-               static_cast<size_t>(model_.head_dim) * sizeof(float));
+    turn_queries(me, layer, token, 0, model_.heads, nullptr);
 }
 
 namespace {

@@ -64,6 +64,23 @@ const Form* Input::form_for(const View& view, int compute, uint8_t* room, int64_
     return &form;
 }
 
+int64_t Input::stretches() const {
+    int64_t count = 0;
+    for (int i = 0; i < form_count; ++i) count += forms[i].stretches();
+    return count;
+}
+
+void Input::balance(int64_t stretch) const {
+    int i = 0;
+    for (; stretch >= forms[i].stretches(); ++i) stretch -= forms[i].stretches();
+    forms[i].balance(stretch);
+}
+
+void Input::make_all_ready() const {
+    for (int64_t stretch = 0; stretch < stretches(); ++stretch) balance(stretch);
+    make_ready(0, tokens);
+}
+
 void Input::make_ready(int64_t begin, int64_t end) const {
     for (int i = 0; i < form_count; ++i) {
         const Activations& x = forms[i].activations;
@@ -110,7 +127,7 @@ void Task::plan(int team) {
     const int64_t matrices = second ? 2 : 1;
     if (!view.header) cut(divide_up(view.rows, kPlainRows), view.group_bytes() * matrices, team);
     else if (form->few) cut(view.header->blocks, view.header->block_bytes * matrices, team);
-    else items = form->items(*view.header);
+    else items = form->items(*view.header, joins() ? 2 : 1);
 }
 
 const uint8_t* Task::begin_of(const View& of, int64_t item) const {
@@ -152,7 +169,26 @@ Piece run_one(const Task& task, const View& view, const Form* form, float* y, in
 
 }  // namespace
 
+namespace {
+
+void join_mlp(const void* by, const float* gate, const float* up, int64_t count, float* y) {
+    engine_isa().activate(*static_cast<const lowbit_mlp*>(by), gate, up, count, y);
+}
+
+}  // namespace
+
 Piece Task::run(int64_t item, const uint8_t* next) const {
+    if (joins()) {
+        ProductJob job = form->job(*view.header, 2);
+        job.y = y;
+        job.y_dtype = LOWBIT_FP32;
+        job.y_stride = y_stride;
+        job.second = second.header;
+        job.join = join_mlp;
+        job.joined_by = mlp;
+        form->run(job, item, item + 1);
+        return {};
+    }
     const uint8_t* other = second ? begin_of(second, item) : next;
     const Piece piece = run_one(*this, view, form, y, item, other);
     if (second) run_one(*this, second, second_form, z, item, next);

@@ -33,8 +33,12 @@ struct Input {
     void start(const float* from, int64_t row_stride, int64_t count);
     // The form that this weight needs, placed at `room` behind the ones before; nullptr for plain and tight rows.
     const Form* form_for(const View& view, int compute, uint8_t* room, int64_t* used);
+    // Once all rows are there and before any is made ready: what forms want to know of all tokens, in so many pieces.
+    int64_t stretches() const;
+    void balance(int64_t stretch) const;
     // Make all forms ready for tokens [begin, end), which are whole tiles or the last ones.
     void make_ready(int64_t begin, int64_t end) const;
+    void make_all_ready() const;
 };
 
 // Bytes that form_for places at most, for up to `tokens` tokens.
@@ -72,6 +76,8 @@ struct Task {
     // `next`: the weights that the same thread reads after these, if it is known.
     Piece run(int64_t item, const uint8_t* next = nullptr) const;
     bool pairs_with(const View& other, const Form* other_form) const;
+    // Whether gate and up are multiplied and joined in one go, so that neither is written down.
+    bool joins() const { return second && mlp && form && form->folded && !view.bias && !second.bias && form == second_form; }
 };
 
 }  // namespace lowbit

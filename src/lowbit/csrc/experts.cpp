@@ -135,7 +135,7 @@ void Step::expert_products(Member& me, int64_t layer) {
         const int64_t first = (input.rows - gathered) / size;
         for (int64_t i = 0; i < input.tokens; ++i)
             memcpy(gathered + (first + i) * size, x + work_.assigned_token[first + i] * size, static_cast<size_t>(size) * sizeof(float));
-        input.make_ready(0, input.tokens);
+        input.make_all_ready();
     });
     meet(me, LOWBIT_PART_NORM);
     multiply();
@@ -156,7 +156,7 @@ void Step::expert_products(Member& me, int64_t layer) {
             }
             engine_isa().activate(model_.expert, both, both + inner, inner, mid + i * inner);
         }
-        input.make_ready(0, input.tokens);
+        input.make_all_ready();
     });
     meet(me, LOWBIT_PART_NORM);
     multiply();

@@ -44,7 +44,7 @@ enum lowbit_kind { LOWBIT_INT = 0, LOWBIT_LEVELS = 1, LOWBIT_DENSE = 2, LOWBIT_B
 /* GGUF's types of blocks that have scales inside. */
 enum lowbit_block { LOWBIT_Q2_K = 1, LOWBIT_Q3_K = 2, LOWBIT_Q4_K = 3, LOWBIT_Q5_K = 4, LOWBIT_Q6_K = 5, LOWBIT_Q4_1 = 6, LOWBIT_Q5_1 = 7 };
 /* Precision of the product: activations as int8, or everything in fp32. Activations have one scale per group; only the products of
- * more than 16 tokens may have one per lowbit_fold_length() inputs, for which weights are rounded to int8 once more, unless
+ * more than 16 tokens may have one per up to lowbit_fold_length() inputs, for which weights are rounded to int8 once more, unless
  * LOWBIT_COMPUTE_INT8_GROUPS forbids that. */
 enum lowbit_compute {
     LOWBIT_COMPUTE_INT8 = 0,
@@ -79,7 +79,7 @@ LOWBIT_API int lowbit_quota(const char* cpu_max);
 LOWBIT_API const char* lowbit_last_error(void);
 /* The instruction set in use: "portable", "avx2", "avx512", "amx" or "neon". */
 LOWBIT_API const char* lowbit_isa(void);
-/* Inputs whose scales the products of many tokens fold into one, 0 where every group keeps its own. */
+/* Inputs whose scales the products of many tokens fold into one at most, 0 where every group keeps its own. */
 LOWBIT_API int lowbit_fold_length(void);
 /* Choose an instruction set by name (tests, benchmarks); NULL chooses the best again. "amx_emulated" is only chosen by name. */
 LOWBIT_API int lowbit_set_isa(const char* name);

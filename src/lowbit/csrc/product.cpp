@@ -40,7 +40,7 @@ struct Part {
     int64_t first, tokens;  // rows of x and of y
     Form form;
     ProductJob job;
-    int64_t first_tile, first_item;
+    int64_t first_stretch, first_tile, first_item;
 };
 
 // What all parts of a call share.
@@ -61,17 +61,19 @@ int64_t part_at(const Part* parts, int64_t count, int64_t index, First first) {
     return std::partition_point(parts, parts + count, [&](const Part& part) { return first(part) <= index; }) - parts - 1;
 }
 
-// Products with several weights as two jobs of the pool: all activations are made ready, then all items are shared out.
+// Products with several weights as jobs of the pool: all activations are made ready, then all items are shared out.
 int multiply(const Call& call, Part* parts, int64_t count) {
-    int64_t tiles = 0, items = 0, bytes = 0, grain = 1;
+    int64_t stretches = 0, tiles = 0, items = 0, bytes = 0, grain = 1;
     for (int64_t i = 0; i < count; ++i) {
         Part& part = parts[i];
         part.form = plan_form(*part.header, part.tokens, call.compute);
+        part.first_stretch = stretches;
         part.first_tile = tiles;
         part.first_item = items;
         part.form.activations.x = call.x + part.first * call.x_stride * dtype_bytes(call.x_dtype);
         part.form.activations.dtype = call.x_dtype;
         part.form.activations.stride = call.x_stride;
+        stretches += part.form.stretches();
         tiles += part.form.tiles();
         items += part.form.items(*part.header);
         bytes += part.form.bytes();
@@ -89,6 +91,13 @@ int multiply(const Call& call, Part* parts, int64_t count) {
         part.job.y_dtype = call.y_dtype;
         part.job.y_stride = call.y_stride;
     }
+    if (stretches > 0)
+        parallel_for(stretches, 1, [&](int64_t begin, int64_t end, int) {
+            for (int64_t stretch = begin; stretch < end; ++stretch) {
+                const Part& part = parts[part_at(parts, count, stretch, [](const Part& p) { return p.first_stretch; })];
+                part.form.balance(stretch - part.first_stretch);
+            }
+        });
     parallel_for(tiles, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t tile = begin; tile < end; ++tile) {
             const Part& part = parts[part_at(parts, count, tile, [](const Part& p) { return p.first_tile; })];

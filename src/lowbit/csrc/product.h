@@ -39,6 +39,11 @@ struct ProductJob {
     int y_dtype;
     int64_t y_stride;
     int64_t token_block;  // tokens of a panel item
+    int panel_blocks;     // blocks of 16 rows of a panel item
+    // Folded products of a second weight of the same shape with the same activations: y = join(joined_by, first, second), element by element.
+    const Header* second = nullptr;
+    void (*join)(const void* by, const float* first, const float* second, int64_t count, float* y) = nullptr;
+    const void* joined_by = nullptr;
     const uint8_t* next = nullptr;  // decoding: what the thread reads after this range; NULL: what lies behind it
 };
 

@@ -46,21 +46,29 @@ int64_t token_block_for(const Header& header, int tile, int64_t bytes_per_number
     return std::max<int64_t>(std::clamp<int64_t>(fitting, kLeastTokenBlock, kMostTokenBlock) / tile, 1) * tile;
 }
 
-// Narrow weights get shorter blocks of tokens, so that there is something to share out.
+// The more rows an item has, the seldomer its activations come from beyond the second-level cache; narrow weights get items of fewer
+// rows and then of fewer tokens, so that there is something to share out.
 constexpr int64_t kItemsPerThread = 4;
+constexpr int kLeastFoldedPanel = 4;
 constexpr int64_t kLeastFoldedBlock = 128;
 
 void fold_form(const Header& header, const FoldedProducts& folded, Form* form) {
     Activations& x = form->activations;
     form->panel_blocks = folded.panel_blocks;
     x.tile = folded.token_tile;
-    x.tile_bytes = folded_tile_bytes(header.plan, folded.token_tile);
+    x.tile_bytes = folded_tile_bytes(header, folded.token_tile);
     x.zero_constant = 0;
     form->token_block = folded.token_block;
+    while (form->panel_blocks > kLeastFoldedPanel && form->items(header) < kItemsPerThread * thread_count()) form->panel_blocks /= 2;
     while (form->token_block > kLeastFoldedBlock && form->items(header) < kItemsPerThread * thread_count()) form->token_block /= 2;
 }
 
 }  // namespace
+
+uint8_t* folded_room() {
+    alignas(64) static thread_local uint8_t room[kFoldedRoomBytes];
+    return room;
+}
 
 bool rounds_to_int8(const Header& header, int compute) {
     return (compute == LOWBIT_COMPUTE_INT8 || compute == LOWBIT_COMPUTE_INT8_GROUPS) && header.kind != LOWBIT_DENSE;
@@ -90,22 +98,26 @@ Form plan_form(const Header& header, int64_t tokens, int compute) {
 bool same_form(const Form& a, const Form& b) {
     const Header &x = *a.activations.header, &y = *b.activations.header;
     return a.integer == b.integer && a.folded == b.folded && a.activations.zero_constant == b.activations.zero_constant &&
-           !memcmp(&x.plan, &y.plan, sizeof x.plan) && x.cols == y.cols && !x.scales.minima == !y.scales.minima &&
+           !memcmp(&x.plan, &y.plan, sizeof x.plan) && (!a.folded || fold_of(x).length == fold_of(y).length) && x.cols == y.cols && !x.scales.minima == !y.scales.minima &&
            (!a.integer || x.unit * x.byte_factor == y.unit * y.byte_factor);
 }
 
 int64_t Form::tiles() const { return divide_up(activations.tokens, activations.tile); }
 
-int64_t Form::bytes() const { return tiles() * activations.tile_bytes; }
+int64_t Form::bytes() const { return tiles() * activations.tile_bytes + (folded ? balance_bytes(*activations.header) : 0); }
+
+int64_t Form::stretches() const { return folded ? fold_of(*activations.header).count : 0; }
+
+void Form::balance(int64_t stretch) const { isa().folded->balance(activations, stretch); }
 
 void Form::make_ready(int64_t tile) const {
     const Isa& set = isa();
     (folded ? set.folded->quantize_tile : integer ? set.quantize_tile : set.widen_tile)(activations, tile);
 }
 
-int64_t Form::items(const Header& header) const {
+int64_t Form::items(const Header& header, int joined) const {
     if (few) return header.blocks;
-    return divide_up(activations.tokens, token_block) * divide_up(header.blocks, panel_blocks);
+    return divide_up(activations.tokens, token_block) * divide_up(header.blocks, panel_blocks / joined);
 }
 
 void Form::run(const ProductJob& job, int64_t begin, int64_t end) const {
@@ -113,12 +125,13 @@ void Form::run(const ProductJob& job, int64_t begin, int64_t end) const {
     (few ? set.decode_rows : folded ? set.folded->panel_items : integer ? set.panel_items : set.float_items)(job, begin, end);
 }
 
-ProductJob Form::job(const Header& header) const {
+ProductJob Form::job(const Header& header, int joined) const {
     ProductJob job{};
     job.activations = activations;
     job.activations.header = &header;
     job.zeros = plan_zeros(header, !few);
     job.token_block = token_block;
+    job.panel_blocks = panel_blocks / joined;
     return job;
 }
 

@@ -18,11 +18,14 @@ struct Form {
 
     int64_t tiles() const;
     int64_t bytes() const;               // room for the activations
+    // What must be known of all tokens before the first tile can be made: so many pieces of it, mostly none.
+    int64_t stretches() const;
+    void balance(int64_t stretch) const;
     void make_ready(int64_t tile) const;
-    // Items of one product with a weight of this form: blocks of 16 rows, or token blocks x panels.
-    int64_t items(const Header& header) const;
+    // Items of one product with a weight of this form: blocks of 16 rows, or token blocks x panels. Weights that are joined share a panel.
+    int64_t items(const Header& header, int joined = 1) const;
     void run(const ProductJob& job, int64_t begin, int64_t end) const;
-    ProductJob job(const Header& header) const;
+    ProductJob job(const Header& header, int joined = 1) const;
 };
 
 // Whether a product rounds its activations to int8.

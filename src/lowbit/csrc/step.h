@@ -126,16 +126,29 @@ void Step::ready(Member& me, Rows rows, int64_t tokens, std::initializer_list<co
     int64_t used = 0;
     for (const View* view : views)
         if (*view) me.input.form_for(*view, engine_.options.compute, packed, &used);
-    const auto body = [&](int64_t begin, int64_t end) {
+    const auto fill_rows = [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) fill(t, rows.data + t * rows.stride);
-        me.input.make_ready(begin, end);
     };
     if (alone_) {
-        body(0, tokens);
+        fill_rows(0, tokens);
+        me.input.make_all_ready();
         mark(me, LOWBIT_PART_NORM);
         return;
     }
-    work_.team.share(tokens, unit_, body);
+    // The tokens that are asked first; the others are made ready while they still lie in the nearest cache.
+    int64_t step = 0;
+    if (const int64_t stretches = me.input.stretches()) {
+        step = balance_step(tokens);
+        work_.team.share(divide_up(tokens, step), 1, [&](int64_t index, int64_t) { fill_rows(index * step, index * step + 1); });
+        meet(me, LOWBIT_PART_NORM);
+        work_.team.share(stretches, 1, [&](int64_t stretch, int64_t) { me.input.balance(stretch); });
+        meet(me, LOWBIT_PART_NORM);
+    }
+    work_.team.share(tokens, unit_, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+            if (step == 0 || t % step != 0) fill_rows(t, t + 1);
+        me.input.make_ready(begin, end);
+    });
     meet(me, LOWBIT_PART_NORM);
 }
 

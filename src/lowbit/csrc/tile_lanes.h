@@ -1,12 +1,12 @@
 // Many tokens on tile registers: fold.h has the formula, tiles.h the instructions.
 //
-// An item is a block of tokens and 64 outputs. For every 512 inputs the weights are expanded once to folded bytes, 32 KiB, and then all
-// token tiles pass over them. The sums of a stretch are stored as integers and closed in fp32 between the products of the next one,
-// because a processor cannot look 200 instructions ahead to do that by itself.
+// An item is a block of tokens and up to 256 outputs. For every stretch of 1,024 inputs and every 32 outputs the weights are expanded
+// to folded bytes, 32 KiB that stay in the nearest cache while all token tiles pass over them; the activations of the stretch stay in the
+// second-level cache meanwhile, and are read past the nearest one, since each of their tiles is used once in a pass. The sums of a token tile are stored as integers and closed in fp32 between the products of the next
+// one, because a processor cannot look 200 instructions ahead to do that by itself.
 //
-// One token tile meets two weight tiles at a time. Two by two would need fewer loads, but holds eight tiles where this holds four, and
-// a core that shares its tile registers with another hyperthread then has none left to rename: 1,450 against 1,990 GOP/s there, and
-// 3,700 against 4,100 where it has them for itself (docs/notes/cpu.md).
+// Two token tiles meet two weight tiles at a time. One by two needs fewer tile registers, which pays on a core that shares them with
+// another hyperthread (1,990 against 1,450 GOP/s), but costs a fifth more on one that has them for itself (docs/notes/cpu.md).
 #pragma once
 #include "fold_lanes.h"
 #include "tiles.h"
@@ -14,79 +14,137 @@
 namespace lowbit {
 namespace {
 
-constexpr int kFoldedBlocks = 4;                   // of 16 rows in an item
+constexpr int kPairBlocks = 2;                     // blocks of 16 rows that meet a token tile together
+constexpr int kFoldedBlocks = 16;                  // most of an item
 constexpr int64_t kFoldedTokens = 512;             // of an item: the more, the less expanding weighs
-constexpr int64_t kFoldedInputs = kFoldAhead;      // expanded at a time
+constexpr int kPairTiles = 4;                      // of sums: two of tokens by two of rows
 static_assert(kTokenTile == 2 * kTileRows, "a pair of tiles");
 
-struct FoldedPanel {
-    alignas(64) uint8_t bytes[kFoldedBlocks][kFoldedInputs * kBlockRows];
-    alignas(64) float scales[kFoldedInputs / kFoldMost][kFoldedBlocks][kBlockRows];
-    alignas(64) int32_t partial[2][2][kTileRows][kBlockRows];
-    alignas(64) float nowhere[kTileRows][2][kBlockRows];  // sums of what precedes the first product
+struct FoldedRoom {
+    alignas(64) uint8_t bytes[kPairBlocks][kFoldMost * kBlockRows];
+    alignas(64) float scales[2][kPairBlocks][kBlockRows];  // of these weights and of those before
+    alignas(64) int32_t partial[kPairTiles][kTileRows][kBlockRows];
+    alignas(64) float sums[kFoldedTokens * kFoldedBlocks * kBlockRows];
 };
+static_assert(sizeof(FoldedRoom) <= kFoldedRoomBytes, "as fold.h says");
 
-// Integer sums of a stretch on their way into the float sums: 32 rows of 16.
+// Integer sums of a token tile on their way into the float sums: 64 rows of 16.
 struct Closing {
-    const int32_t* partial;      // [block][16][16]
+    const int32_t* partial;      // [half][block][16][16]
     const float* scales;         // [block][16]
-    const float* token_scales;
-    float* sums;                 // [token][block][16]
-    bool first;                  // nothing to add to yet
+    const float* token_scales;   // [32]
+    float* sums;                 // [32 tokens][block][16]
 };
-constexpr int kClosingRows = 2 * kTileRows;
+constexpr int kClosingRows = kPairTiles * kTileRows;
 
 // Rows [from, from + kCount); always with a `from` that the compiler knows, or finding addresses costs more than the arithmetic.
 template <int kCount, bool kFirst>
 LOWBIT_INLINE void close_rows(const Closing& closing, int from) {
-    const int block = from / kTileRows, token = from % kTileRows;
+    const int tile = from / kTileRows, block = tile % kPairBlocks, token = tile / kPairBlocks * kTileRows + from % kTileRows;
     const Floats scales = load_floats(closing.scales + block * kBlockRows);
     LOWBIT_UNROLL_CLOSING
     for (int i = 0; i < kCount; ++i) {
-        float* sum = closing.sums + ((token + i) * 2 + block) * kBlockRows;
+        float* sum = closing.sums + ((token + i) * kPairBlocks + block) * kBlockRows;
         const Floats factor = multiply(scales, splat_floats(closing.token_scales[token + i]));
         const Floats whole = to_floats(load_bytes(closing.partial + (from + i) * kBlockRows));
         store_floats(sum, kFirst ? multiply(whole, factor) : multiply_add(whole, factor, load_floats(sum)));
     }
 }
-template <int kCount>
-LOWBIT_INLINE void close_rows(const Closing& closing, int from) {
-    if (closing.first) close_rows<kCount, true>(closing, from);
-    else close_rows<kCount, false>(closing, from);
+
+enum class Sums { kNone, kNew, kOld };  // what is closed beside a product: nothing, sums that begin, or sums to add to
+constexpr int kStepsAtOnce = 4;
+
+// The part of a closing that begins with one of its four tiles.
+inline Closing closing_from(const Closing& closing, int tile) {
+    const int block = tile % kPairBlocks, token = tile / kPairBlocks * kTileRows;
+    return {closing.partial + tile * kTileRows * kBlockRows, closing.scales + block * kBlockRows, closing.token_scales + token,
+            closing.sums + (token * kPairBlocks + block) * kBlockRows};
 }
 
-// 16 tokens x 32 rows over kCount steps of 64 inputs, while the stretch before is closed.
-template <int kCount>
-void stretch_product(const int8_t* x, const uint8_t* w, const Closing closing, int32_t* partial) {
-    constexpr int kShare = kCount == 4 ? 4 : kCount == 1 ? 16 : 8;
-    constexpr int64_t kBlockStep = kFoldedInputs * kBlockRows;
-    zero_tile<0>();
-    zero_tile<1>();
+// Lines that are asked for a few at a time, between products: memory answers after hundreds of cycles, and a core has room for 16
+// questions, so that all at once would stop it.
+struct Asking {
+    // Of the outputs, some rows after every step.
+    const uint8_t* output;
+    int64_t row, rows, bytes, rows_at_once;
+    // Of the weights that are expanded next, some lines of both blocks.
+    const uint8_t* weights[kPairBlocks];
+    int64_t lines, lines_at_once;
+
+    LOWBIT_INLINE void some() {
+        for (int64_t i = 0; i < rows_at_once && rows > 0; ++i, --rows, output += row)
+            for (int64_t at = 0; at < bytes; at += kVector) __builtin_prefetch(output + at, 1, 2);
+        for (int64_t i = 0; i < lines_at_once && lines > 0; ++i, --lines)
+            for (int b = 0; b < kPairBlocks; ++b) __builtin_prefetch(weights[b] + (lines - 1) * kVector, 0, 2);
+    }
+};
+
+// 32 tokens x 32 rows over kCount steps of 64 inputs, while kClosed tiles of the sums before are closed, some rows after every two
+// products.
+template <int kCount, int kClosed, bool kFirst>
+void some_steps(const int8_t* x, const uint8_t* w, const Closing closing, Asking& asking) {
+    constexpr int kRows = kClosed * kTileRows, kExact = (kRows + 2 * kCount - 1) / (2 * kCount);
+    constexpr int kShare = kExact > 8 ? kTileRows : kExact > 4 ? 8 : kExact > 2 ? 4 : 2;  // divides a tile
+    constexpr int kTimes = (kExact + kShare - 1) / kShare;
+    constexpr int64_t kBlockStep = kFoldMost * kBlockRows;
     LOWBIT_UNROLL
     for (int step = 0; step < kCount; ++step) {
         const auto share = [&](int which) __attribute__((always_inline)) {
-            const int from = (step * 2 + which) * kShare;
-            if (from < kClosingRows) close_rows<kShare>(closing, from);
+            LOWBIT_UNROLL
+            for (int i = 0; i < kTimes; ++i) {
+                const int from = ((step * 2 + which) * kTimes + i) * kShare;
+                if (from < kRows) close_rows<kShare, kFirst>(closing, from);
+            }
         };
-        load_tile<2>(x + step * 2 * kTileBytes);
-        load_tile<3>(w + step * kTileBytes);
-        dot_bytes<0, 2, 3>();
+        load_tile_once<4>(x + step * 2 * kTileBytes);
+        load_tile<6>(w + step * kTileBytes);
+        load_tile<7>(w + kBlockStep + step * kTileBytes);
+        load_tile_once<5>(x + (step * 2 + 1) * kTileBytes);
+        dot_bytes<0, 4, 6>();
+        dot_bytes<1, 4, 7>();
         share(0);
-        load_tile<3>(w + kBlockStep + step * kTileBytes);
-        dot_bytes<1, 2, 3>();
+        asking.some();
+        dot_bytes<2, 5, 6>();
+        dot_bytes<3, 5, 7>();
         share(1);
+    }
+}
+
+template <int kClosed, bool kFirst>
+void up_to_four_steps(int64_t steps, const int8_t* x, const uint8_t* w, const Closing& closing, Asking& asking) {
+    switch (steps) {
+        case 1: return some_steps<1, kClosed, kFirst>(x, w, closing, asking);
+        case 2: return some_steps<2, kClosed, kFirst>(x, w, closing, asking);
+        case 3: return some_steps<3, kClosed, kFirst>(x, w, closing, asking);
+        default: return some_steps<4, kClosed, kFirst>(x, w, closing, asking);
+    }
+}
+
+// A whole stretch; what is closed is spread over its steps.
+template <bool kFirst>
+void run_stretch(int64_t steps, const int8_t* x, const uint8_t* w, bool closes, const Closing& closing, Asking& asking, int32_t* partial) {
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+    int left = closes ? kPairTiles : 0;
+    const int at_once = steps <= kStepsAtOnce ? 4 : steps <= 3 * kStepsAtOnce ? 2 : 1;
+    for (int64_t step = 0; step < steps; step += kStepsAtOnce) {
+        const int64_t count = steps - step;
+        const int8_t* tokens = x + step * kTokenTile * kFoldStep;
+        const uint8_t* rows = w + step * kTileBytes;
+        const int closed = left < at_once ? left : at_once;
+        const Closing from = closing_from(closing, kPairTiles - left);
+        if (closed == 0) up_to_four_steps<0, kFirst>(count, tokens, rows, from, asking);
+        else if (closed == 1) up_to_four_steps<1, kFirst>(count, tokens, rows, from, asking);
+        else if (closed == 2) up_to_four_steps<2, kFirst>(count, tokens, rows, from, asking);
+        else up_to_four_steps<4, kFirst>(count, tokens, rows, from, asking);
+        left -= closed;
     }
     store_tile<0>(partial);
     store_tile<1>(partial + kTileRows * kBlockRows);
-}
-
-inline void run_stretch(int64_t steps, const int8_t* x, const uint8_t* w, const Closing& closing, int32_t* partial) {
-    switch (steps) {
-        case 1: return stretch_product<1>(x, w, closing, partial);
-        case 2: return stretch_product<2>(x, w, closing, partial);
-        case 3: return stretch_product<3>(x, w, closing, partial);
-        default: return stretch_product<4>(x, w, closing, partial);
-    }
+    store_tile<2>(partial + 2 * kTileRows * kBlockRows);
+    store_tile<3>(partial + 3 * kTileRows * kBlockRows);
 }
 
 struct FoldedItem {
@@ -95,92 +153,155 @@ struct FoldedItem {
 };
 
 inline FoldedItem folded_item_at(const ProductJob& job, int64_t index) {
-    const int64_t blocks = job.activations.header->blocks, panels = divide_up(blocks, kFoldedBlocks);
+    const int64_t blocks = job.activations.header->blocks, panels = divide_up(blocks, job.panel_blocks);
     const int64_t tiles = divide_up(job.activations.tokens, kTokenTile), per_item = job.token_block / kTokenTile;
-    const int64_t first_tile = index / panels * per_item, first_block = index % panels * kFoldedBlocks;
+    const int64_t first_tile = index / panels * per_item, first_block = index % panels * job.panel_blocks;
     const int64_t tiles_left = tiles - first_tile, blocks_left = blocks - first_block;
     return {first_tile, tiles_left < per_item ? tiles_left : per_item, first_block,
-            static_cast<int>(blocks_left < kFoldedBlocks ? blocks_left : kFoldedBlocks)};
+            static_cast<int>(blocks_left < job.panel_blocks ? blocks_left : job.panel_blocks)};
 }
 
-// Float sums of 16 tokens and two blocks.
-inline float* sums_at(float* sums, int64_t tile, int b, int half) {
-    return sums + ((tile * kFoldedBlocks + b) * 2 + half * 2) * kTileRows * kBlockRows;
-}
+// Two blocks of rows of an item, and which of its weights they belong to.
+struct FoldedPair {
+    const Header* header;
+    int block, blocks;  // from the first of the item on
+    float* sums;        // [tiles][32][2][16]
+    const float* beside;  // likewise, of the first weight where this is the second
 
-// Writes the sums of one pair of token tiles.
-void store_folded(const ProductJob& job, const FoldedItem& item, int64_t tile, float* sums) {
+    int64_t place_of(int64_t tile) const { return tile * kTokenTile * kPairBlocks * kBlockRows; }
+};
+
+void store_folded(const ProductJob& job, const FoldedItem& item, const FoldedPair& pair, int64_t tile) {
+    float* sum = pair.sums + pair.place_of(tile);
+    if (pair.beside) job.join(job.joined_by, pair.beside + pair.place_of(tile), sum, kTokenTile * kPairBlocks * kBlockRows, sum);
     for (int i = 0; i < kTokenTile; ++i) {
         const int64_t token = (item.first_tile + tile) * kTokenTile + i;
         if (token >= job.activations.tokens) return;
-        for (int b = 0; b < item.blocks; ++b) {
-            const float* sum = sums_at(sums, tile, b / 2 * 2, i / kTileRows) + (i % kTileRows * 2 + b % 2) * kBlockRows;
-            store_outputs(job, token, item.first_block + b, load_floats(sum));
+        for (int b = 0; b < pair.blocks; ++b)
+            store_outputs(job, token, item.first_block + pair.block + b, load_floats(sum + (i * kPairBlocks + b) * kBlockRows));
+    }
+}
+
+// The products of one item in their order, each of which closes the sums of the one before. Outputs are written a tile behind the last
+// products: whole columns at the end, thousands of bytes apart, would fall into few sets of the caches and wait for memory one by one.
+class FoldedRun {
+public:
+    FoldedRun(const ProductJob& job, const FoldedItem& item, FoldedRoom& room)
+        : job_(job), item_(item), fold_(fold_of(*job.activations.header)), balance_(balance_of(job.activations)), room_(room) {}
+
+    void all() {
+        for (int64_t stretch = 0; stretch < fold_.count; ++stretch)
+            for (int block = 0; block < item_.blocks; block += kPairBlocks)
+                for (int which = 0; which < weights(); ++which) pass(stretch, pair_at(block, which));
+        if (before_.sums == Sums::kNew) close_all<true>();
+        else close_all<false>();
+        finish();
+    }
+
+private:
+    // What the last product left to be done.
+    struct Before {
+        Sums sums = Sums::kNone;
+        Closing closing{};
+        FoldedPair pair{};
+        int64_t tile = 0;
+        bool store = false;
+    };
+
+    int weights() const { return job_.second ? 2 : 1; }
+
+    FoldedPair pair_at(int block, int which) const {
+        float* sums[2] = {room_.sums + block * kFoldedTokens * kBlockRows, room_.sums + (job_.panel_blocks + block) * kFoldedTokens * kBlockRows};
+        const int left = item_.blocks - block;
+        return {which ? job_.second : job_.activations.header, block, left < kPairBlocks ? left : kPairBlocks, sums[which],
+                which ? sums[0] : nullptr};
+    }
+
+    // One stretch of all tokens with two blocks of one weight.
+    void pass(int64_t stretch, const FoldedPair& pair) {
+        const FoldRange range = fold_range(*pair.header);
+        turn_ = 1 - turn_;
+        float(*scales)[kBlockRows] = room_.scales[turn_];
+        for (int b = 0; b < pair.blocks; ++b)
+            fold_weights(*pair.header, block_at(*pair.header, item_.first_block + pair.block + b), range, balance_, fold_, stretch, room_.bytes[b], scales[b]);
+        const bool store = stretch == fold_.count - 1 && (!job_.second || pair.beside);
+        const int64_t first = stretch * fold_.length;
+        for (int64_t tile = 0; tile < item_.tiles; ++tile) {
+            const FoldedView x = view_folded(job_.activations, fold_, item_.first_tile + tile);
+            Asking asking{};
+            if (store) ask_for_outputs(pair, tile, fold_.steps_of(stretch), &asking);
+            ask_for_weights(stretch, pair, tile, &asking);
+            multiply(fold_.steps_of(stretch), x.bytes + first * kTokenTile, asking);
+            finish();
+            before_ = {stretch == 0 ? Sums::kNew : Sums::kOld,
+                       {room_.partial[0][0], scales[0], x.scales + stretch * kTokenTile, pair.sums + pair.place_of(tile)}, pair, tile, store};
         }
     }
-}
 
-// Asks the second-level cache for the lines that 16 tokens of two blocks will be written to, while there are products to wait behind.
-LOWBIT_INLINE void fetch_outputs(const ProductJob& job, const FoldedItem& item, int64_t tile, int b, int half) {
-    const int64_t token = (item.first_tile + tile) * kTokenTile + half * kTileRows;
-    const int64_t number = job.y_dtype == LOWBIT_FP32 ? 4 : 2, row = job.y_stride * number;
-    const uint8_t* to = static_cast<const uint8_t*>(job.y) + token * row + (item.first_block + b) * kBlockRows * number;
-    for (int t = 0; t < kTileRows && token + t < job.activations.tokens; ++t, to += row)
-        for (int64_t i = 0; i < 2 * kBlockRows * number; i += kVector) __builtin_prefetch(to + i, 1, 2);
-}
-
-// Stretches [first, first + count) of all tokens; the panel holds their weights. Outputs are written a tile behind the last products:
-// whole columns at the end, thousands of bytes apart, would fall into few sets of the caches and wait for memory one by one.
-void folded_stretches(const ProductJob& job, const FoldedItem& item, const Fold& fold, int64_t first, int64_t count, FoldedPanel& panel, float* sums) {
-    Closing closing = {panel.partial[1][0][0], panel.scales[0][0], panel.nowhere[0][0], panel.nowhere[0][0], true};
-    const bool last = first + count == fold.count;
-    int which = 0;
-    const auto multiply_half = [&](int64_t tile, const FoldedView& x, int64_t f, int b, int half) {
-        if (first + f == fold.count - 1) fetch_outputs(job, item, tile, b, half);
-        int32_t* partial = panel.partial[which][0][0];
-        which = 1 - which;
-        run_stretch(fold.steps_of(first + f), x.bytes + (first + f) * fold.length * kTokenTile + half * kTileBytes,
-                    panel.bytes[b] + f * fold.length * kBlockRows, closing, partial);
-        const float* token_scales = x.scales + (first + f) * kTokenTile + half * kTileRows;
-        closing = {partial, panel.scales[f][b], token_scales, sums_at(sums, tile, b, half), first + f == 0};
-    };
-    for (int64_t tile = 0; tile < item.tiles; ++tile) {
-        const FoldedView x = view_folded(job.activations, fold, item.first_tile + tile);
-        for (int64_t f = 0; f < count; ++f)
-            for (int b = 0; b < item.blocks; b += 2) {
-                multiply_half(tile, x, f, b, 0);
-                multiply_half(tile, x, f, b, 1);
-            }
-        if (last && tile > 0) store_folded(job, item, tile - 1, sums);
+    void ask_for_outputs(const FoldedPair& pair, int64_t tile, int64_t steps, Asking* asking) const {
+        const int64_t token = (item_.first_tile + tile) * kTokenTile, left = job_.activations.tokens - token;
+        const int64_t number = job_.y_dtype == LOWBIT_FP32 ? 4 : 2;
+        asking->row = job_.y_stride * number;
+        asking->output = static_cast<const uint8_t*>(job_.y) + token * asking->row + (item_.first_block + pair.block) * kBlockRows * number;
+        asking->rows = left < kTokenTile ? left : kTokenTile;
+        asking->bytes = pair.blocks * kBlockRows * number;
+        asking->rows_at_once = divide_up(kTokenTile, steps);
     }
-    LOWBIT_UNROLL
-    for (int from = 0; from < kClosingRows; from += kTileRows) close_rows<kTileRows>(closing, from);
-    if (last) store_folded(job, item, item.tiles - 1, sums);
-}
 
-void folded_item(const ProductJob& job, const FoldedItem& item, const FoldRange& range, FoldedPanel& panel, float* sums) {
-    const Header& header = *job.activations.header;
-    const Fold fold = fold_of(header.plan);
-    const int64_t at_once = kFoldedInputs / fold.length;
-    for (int64_t first = 0; first < fold.count; first += at_once) {
-        const int64_t count = fold.count - first < at_once ? fold.count - first : at_once;
-        for (int b = 0; b < item.blocks; ++b)
-            for (int64_t f = 0; f < count; ++f)
-                fold_weights(header, block_at(header, item.first_block + b), range, fold, first + f,
-                             panel.bytes[b] + f * fold.length * kBlockRows, panel.scales[f][b]);
-        folded_stretches(job, item, fold, first, count, panel, sums);
+    void multiply(int64_t steps, const int8_t* x, Asking& asking) {
+        const bool closes = before_.sums != Sums::kNone;
+        if (before_.sums == Sums::kNew) run_stretch<true>(steps, x, room_.bytes[0], closes, before_.closing, asking, room_.partial[0][0]);
+        else run_stretch<false>(steps, x, room_.bytes[0], closes, before_.closing, asking, room_.partial[0][0]);
     }
-}
+
+    template <bool kFirst>
+    void close_all() {
+        LOWBIT_UNROLL
+        for (int from = 0; from < kClosingRows; from += kTileRows) close_rows<kTileRows, kFirst>(before_.closing, from);
+    }
+
+    void finish() {
+        if (before_.store) store_folded(job_, item_, before_.pair, before_.tile);
+    }
+
+    // A part of the weights that are expanded after these.
+    void ask_for_weights(int64_t stretch, const FoldedPair& pair, int64_t tile, Asking* asking) const {
+        int block = pair.block;
+        const int64_t steps = fold_.steps_of(stretch);
+        const bool other = job_.second && !pair.beside;
+        if (!other) block += kPairBlocks;
+        if (block >= item_.blocks) block = 0, ++stretch;
+        if (stretch == fold_.count) return;
+        const FoldedPair next = pair_at(block, other ? 1 : 0);
+        for (int b = 0; b < kPairBlocks; ++b) {
+            const uint8_t* from = block_at(*next.header, item_.first_block + block + (b < next.blocks ? b : 0));
+            const Share codes = share_of(*next.header, fold_, stretch, tile, item_.tiles);
+            asking->weights[b] = from + codes.codes;
+            asking->lines = codes.lines;
+            asking->lines_at_once = divide_up(codes.lines, steps);
+            if (tile == 0) fetch_scales(*next.header, from, fold_, stretch);
+        }
+    }
+
+    const ProductJob& job_;
+    const FoldedItem& item_;
+    const Fold fold_;
+    const Balance balance_;
+    FoldedRoom& room_;
+    Before before_;
+    int turn_ = 0;
+};
 
 void folded_items(const ProductJob& job, int64_t begin, int64_t end) {
-    alignas(64) static thread_local FoldedPanel panel;
-    alignas(64) static thread_local float sums[kFoldedTokens * kFoldedBlocks * kBlockRows];
-    const FoldRange range = fold_range(*job.activations.header);
+    FoldedRoom& room = *reinterpret_cast<FoldedRoom*>(folded_room());
     const TileSession session;
-    for (int64_t index = begin; index < end; ++index) folded_item(job, folded_item_at(job, index), range, panel, sums);
+    for (int64_t index = begin; index < end; ++index) {
+        const FoldedItem item = folded_item_at(job, index);
+        FoldedRun(job, item, room).all();
+    }
 }
 
-constexpr FoldedProducts kFoldedProducts = {kTokenTile, kFoldedBlocks, kFoldedTokens, quantize_folded, folded_items};
+constexpr FoldedProducts kFoldedProducts = {kTokenTile, kFoldedBlocks, kFoldedTokens, balance_folded, quantize_folded, folded_items};
 
 }  // namespace
 }  // namespace lowbit

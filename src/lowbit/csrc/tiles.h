@@ -49,6 +49,10 @@ inline void load_tile(const void* from, int64_t stride = kTileRow) {
     for (int row = 0; row < kTileRows; ++row) memcpy(tile_file().tiles[kTile][row], static_cast<const uint8_t*>(from) + row * stride, kTileRow);
 }
 template <int kTile>
+inline void load_tile_once(const void* from) {
+    load_tile<kTile>(from);
+}
+template <int kTile>
 inline void store_tile(void* to, int64_t stride = kTileRow) {
     for (int row = 0; row < kTileRows; ++row) memcpy(static_cast<uint8_t*>(to) + row * stride, tile_file().tiles[kTile][row], kTileRow);
 }
@@ -119,6 +123,11 @@ inline void zero_tile() {
 template <int kTile>
 inline void load_tile(const void* from, int64_t stride = kTileRow) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
+}
+// What will not be read again soon and had better not drive other data out of the nearest cache.
+template <int kTile>
+inline void load_tile_once(const void* from) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(kTileRow), "i"(kTile) : "memory");
 }
 template <int kTile>
 inline void store_tile(void* to, int64_t stride = kTileRow) {

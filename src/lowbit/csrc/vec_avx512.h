@@ -116,20 +116,33 @@ inline RowFactors spread_factors(Ints factors, Ints offsets) {
     const __m512i f = twice(factors), o = twice(offsets);
     return {{_mm512_unpacklo_epi32(f, f), _mm512_unpackhi_epi32(f, f)}, {_mm512_unpacklo_epi32(o, o), _mm512_unpackhi_epi32(o, o)}};
 }
-// round((byte - offset) * factor / 2^15), saturated to signed bytes.
-inline Bytes fold_bytes(Bytes v, const RowFactors& rows) {
-    const __m512i none = _mm512_setzero_si512();
-    const __m512i low = _mm512_sub_epi16(_mm512_unpacklo_epi8(v, none), rows.offsets[0]);
-    const __m512i high = _mm512_sub_epi16(_mm512_unpackhi_epi8(v, none), rows.offsets[1]);
-    return _mm512_packs_epi16(_mm512_mulhrs_epi16(low, rows.factors[0]), _mm512_mulhrs_epi16(high, rows.factors[1]));
+inline __m512i spread_balance(const int16_t* balance) {
+    int64_t four;
+    memcpy(&four, balance, sizeof four);
+    return _mm512_set1_epi64(four);
 }
-// round((byte * factor / 2^7 + offset) / kFoldMinimum) for bytes up to 127.
+template <int kRight>
+inline __m512i shift_rounded(__m512i v) {
+    return kRight == 0 ? v : _mm512_srai_epi16(_mm512_add_epi16(v, _mm512_set1_epi16(static_cast<short>((1 << kRight) >> 1))), kRight);
+}
+// round((byte - offset) * balance * factor / 2^(15 + kRight)), saturated to signed bytes; the balance is that of the four inputs.
+template <int kRight>
+inline Bytes fold_bytes(Bytes v, const RowFactors& rows, const int16_t* balance) {
+    const __m512i none = _mm512_setzero_si512(), four = spread_balance(balance);
+    const auto whole = [&](__m512i bytes, int i) {
+        return shift_rounded<kRight>(_mm512_mulhrs_epi16(_mm512_mullo_epi16(_mm512_sub_epi16(bytes, rows.offsets[i]), four), rows.factors[i]));
+    };
+    return _mm512_packs_epi16(whole(_mm512_unpacklo_epi8(v, none), 0), whole(_mm512_unpackhi_epi8(v, none), 1));
+}
+// round((byte * factor / 2^7 + offset) * balance / 2^7 / kFoldMinimum) for bytes up to 127.
 constexpr float kFoldMinimum = 64.0f;
-inline Bytes fold_minimum(Bytes v, const RowFactors& rows) {
-    const __m512i none = _mm512_setzero_si512(), half = _mm512_set1_epi16(32);
+inline Bytes fold_minimum(Bytes v, const RowFactors& rows, const int16_t* balance) {
+    const __m512i none = _mm512_setzero_si512(), four = _mm512_slli_epi16(spread_balance(balance), 8);
+    // A balance of 1 would be 2^15 and so has no place: 2^15 - 1 is as good.
+    const __m512i places = _mm512_min_epu16(four, _mm512_set1_epi16(0x7fff));
     const auto whole = [&](__m512i bytes, int i) {
         const __m512i sum = _mm512_add_epi16(_mm512_mulhrs_epi16(bytes, rows.factors[i]), rows.offsets[i]);
-        return _mm512_srai_epi16(_mm512_add_epi16(sum, half), 6);
+        return shift_rounded<6>(_mm512_mulhrs_epi16(sum, places));
     };
     return _mm512_packs_epi16(whole(_mm512_unpacklo_epi8(none, v), 0), whole(_mm512_unpackhi_epi8(none, v), 1));
 }
@@ -149,6 +162,8 @@ inline Floats look_up_floats(const float* levels, Ints codes) {
 inline void floats_to_bytes(int8_t* to, Floats x, Floats inverse) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse))));
 }
+inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats square_root(Floats v) { return _mm512_sqrt_ps(v); }
 inline Floats absolute_most(Floats most, Floats x) { return _mm512_max_ps(most, _mm512_abs_ps(x)); }
 inline float most_of(Floats v) { return _mm512_reduce_max_ps(v); }
 // Largest magnitude as bits, which order like the numbers do and keep what is none on top.

@@ -159,24 +159,30 @@ struct RowFactors {
 inline RowFactors spread_factors(const Ints& factors, const Ints& offsets) { return {factors, offsets}; }
 
 template <class Fold>
-inline Bytes fold_each(const Bytes& v, const RowFactors& rows, Fold fold) {
+inline Bytes fold_each(const Bytes& v, const RowFactors& rows, const int16_t* balance, Fold fold) {
     return each([&](int i) {
         uint32_t out = 0;
-        for (int k = 0; k < 32; k += 8) {
-            const int32_t byte = static_cast<int32_t>((v.lane[i] >> k) & 0xff);
-            const int32_t whole = fold(byte, static_cast<int32_t>(rows.factors.lane[i]), static_cast<int32_t>(rows.offsets.lane[i]));
-            out |= static_cast<uint32_t>((whole > 127 ? 127 : whole < -128 ? -128 : whole) & 0xff) << k;
+        for (int k = 0; k < 4; ++k) {
+            const int32_t byte = static_cast<int32_t>((v.lane[i] >> 8 * k) & 0xff);
+            const int32_t whole = fold(byte, static_cast<int32_t>(rows.factors.lane[i]), static_cast<int32_t>(rows.offsets.lane[i]), balance[k]);
+            out |= static_cast<uint32_t>((whole > 127 ? 127 : whole < -128 ? -128 : whole) & 0xff) << 8 * k;
         }
         return out;
     });
 }
-inline Bytes fold_bytes(const Bytes& v, const RowFactors& rows) {
-    return fold_each(v, rows, [](int32_t byte, int32_t factor, int32_t zero) { return ((byte - zero) * factor + (1 << 14)) >> 15; });
+// As the processors with 16-bit products do it: rounded after 15 bits and once more after the rest.
+inline int32_t high_product(int32_t a, int32_t b) { return (a * b + (1 << 14)) >> 15; }
+template <int kRight>
+inline Bytes fold_bytes(const Bytes& v, const RowFactors& rows, const int16_t* balance) {
+    return fold_each(v, rows, balance, [](int32_t byte, int32_t factor, int32_t zero, int32_t one) {
+        return (high_product((byte - zero) * one, factor) + ((1 << kRight) >> 1)) >> kRight;
+    });
 }
 constexpr float kFoldMinimum = 64.0f;
-inline Bytes fold_minimum(const Bytes& v, const RowFactors& rows) {
-    return fold_each(v, rows, [](int32_t byte, int32_t factor, int32_t minimum) {
-        return (((byte * 256 * factor + (1 << 14)) >> 15) + minimum + 32) >> 6;
+inline Bytes fold_minimum(const Bytes& v, const RowFactors& rows, const int16_t* balance) {
+    return fold_each(v, rows, balance, [](int32_t byte, int32_t factor, int32_t minimum, int32_t one) {
+        const int32_t places = one * 256 < 0x7fff ? one * 256 : 0x7fff;
+        return (high_product(high_product(byte * 256, factor) + minimum, places) + 32) >> 6;
     });
 }
 
@@ -192,6 +198,10 @@ inline Floats look_up_floats(const float* levels, const Ints& codes) {
 inline void floats_to_bytes(int8_t* to, const Floats& x, const Floats& inverse) {
     for (int i = 0; i < 16; ++i) to[i] = static_cast<int8_t>(nearbyintf(x.lane[i] * inverse.lane[i]));
 }
+inline Floats smaller(const Floats& a, const Floats& b) {
+    return each_float([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Floats square_root(const Floats& v) { return each_float([&](int i) { return std::sqrt(v.lane[i]); }); }
 inline Floats absolute_most(const Floats& most, const Floats& x) {
     return each_float([&](int i) { return fabsf(x.lane[i]) > most.lane[i] ? fabsf(x.lane[i]) : most.lane[i]; });
 }
