@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +112,26 @@ def test_gradient_passes_gradcheck() -> None:
     layer.packed_weight.prepare_("reference")
     x = torch.randn(2, 40, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
+def test_inductor_compiles_around_the_custom_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile's own backend, with code of its own before, between and behind the products, and for the gradient."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = nn.Sequential(nn.Tanh(), linear("int4", 64, 300), nn.GELU(), linear("nf4", 10, 64), nn.Softmax(-1))
+    prepare_(model)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor")
+    x, found = torch.randn(3, 300), []
+    for run in (compiled, model):
+        given = x.clone().requires_grad_()
+        y = run(given)
+        y.square().sum().backward()
+        found.append((y, given.grad))
+    assert list(tmp_path.rglob("*.so")), "inductor compiled nothing"
+    (y, gradient), (y_plain, gradient_plain) = found
+    assert torch.allclose(y, y_plain, atol=1e-5)
+    assert torch.allclose(gradient, gradient_plain, rtol=1e-4, atol=1e-6) and gradient.abs().max() > 0
 
 
 @pytest.mark.slow
