@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lowbit
-from lowbit.errors import CheckpointError, LowbitError, RecipeError
+from lowbit.compat import optimum_export
+from lowbit.errors import CheckpointError, LowbitError, MissingPackageError, RecipeError
 from lowbit.openvino.opening import EXACT
 from lowbit.openvino.sites import low_bit_weights
 
 diffusers = pytest.importorskip("diffusers", reason="the package diffusers is not installed")
 diffusion = importlib.import_module("lowbit.openvino.diffusion")
 exporting = importlib.import_module("lowbit.openvino.picture_export")
+verify_pipeline = importlib.import_module("lowbit.openvino.picture_comparison").verify_pipeline
 
 CLOSE = 2e-4  # of colours from 0 to 1: four steps of guidance make each rounding of a sum larger
 CALL = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "np"}
@@ -284,6 +287,31 @@ def test_parts_are_exchanged_like_those_of_diffusers(exported: Any, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_a_pipeline_in_16_bits_stays_so_and_is_compared_part_by_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = small().to(torch.float16)
+    original.save_pretrained(tmp_path / "torch")
+    diffusion.export_pipeline(original, tmp_path / "graphs")
+    assert {part.dtype for part in (original.unet, original.vae, original.text_encoder)} == {torch.float16}
+    found = verify_pipeline(tmp_path / "graphs", tmp_path / "torch", {})
+    assert found.passed and found.rounding is None
+    parts = ("unet", "vae_encoder", "vae_decoder", "text_encoder")
+    assert {(row.device, row.setting) for row in found.rows} == {
+        (f"CPU, {part}", setting) for part in parts for setting in ("exact", "default")
+    }
+    other = small().to(torch.float16)
+    other.unet.conv_out.weight.data *= -1
+    other.save_pretrained(tmp_path / "other")
+    wrong = verify_pipeline(tmp_path / "graphs", tmp_path / "other", {})
+    assert [row.device for row in wrong.rows if row.setting == "exact" and not row.passed] == ["CPU, unet"]
+    words = ["export", "openvino", "-m", str(tmp_path / "torch"), "--weight-format", "int8", str(tmp_path / "eight")]
+    assert optimum_export.run(words) == 0
+    said = capsys.readouterr().out
+    assert "CPU, unet, default: as the source" in said and "the rounding itself moves answers" in said
+
+
+@pytest.mark.slow
 def test_large_parts_have_eight_bits_and_say_so(
     exported: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +345,12 @@ def test_what_a_pipeline_cannot_do_is_a_sentence(exported: Any, tmp_path: Path) 
         load(graphs, quantization_config=lowbit.AwqConfig())
     with pytest.raises(RecipeError, match="AwqConfig quantises language models: take OVWeightQuantizationConfig here"):
         load(torch_folder, export=True, quantization_config=lowbit.AwqConfig())
+    words = {"bits": 4, "dataset": ["a cat"]}
+    for where in ({"export": True}, {}):  # where it is looked at, and nothing has changed by then
+        with pytest.raises(
+            RecipeError, match=r"makes inputs of text alone, which this graph does not take \(it takes enc"
+        ):
+            load(torch_folder if where else graphs, quantization_config=words, **where)
     with pytest.raises(LowbitError, match=r"^config=: each part of a pipeline has its own in its folder"):
         load(graphs, config={})
     with pytest.raises(
@@ -340,6 +374,16 @@ def test_what_a_pipeline_cannot_do_is_a_sentence(exported: Any, tmp_path: Path) 
     (tmp_path / "lost" / "unet" / "openvino_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"has openvino_model\.xml without its weights openvino_model\.bin"):
         load(tmp_path / "lost")
+
+
+def test_without_diffusers_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for name in ("picture_graphs", "picture_export", "diffusion"):
+        monkeypatch.delitem(sys.modules, f"lowbit.openvino.{name}")
+    with pytest.raises(MissingPackageError, match=r"diffusers.*pip install 'lowbit\[diffusion\]'"):
+        importlib.import_module("lowbit.openvino.diffusion")
 
 
 @pytest.mark.parametrize("name", ["here", "nowhere"])

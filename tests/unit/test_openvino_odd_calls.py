@@ -55,6 +55,27 @@ def test_a_decoder_of_fixed_sizes_says_which_it_refuses(graph: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "longest"), [(transformers.BertConfig, 12), (transformers.RobertaConfig, 10)], ids=["bert", "roberta"]
+)
+def test_a_text_longer_than_the_table_of_positions(kind: Any, longest: int, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = kind(**sizes, vocab_size=96, max_position_embeddings=12)
+    saved(lambda: transformers.AutoModel.from_config(config), tmp_path / "model")
+    load = OVModelForFeatureExtraction.from_pretrained
+    load(tmp_path / "model", export=True, load_in_8bit=True, compile=False).save_pretrained(tmp_path / "graph")
+    model = load(tmp_path / "graph")
+    tokens = torch.full((2, longest), 7)
+    assert model(input_ids=tokens).last_hidden_state.isfinite().all()
+    tokens = torch.full((2, longest + 1), 7)
+    sentence = rf"^the text has {longest + 1} tokens, and the model has places for {longest}: cut it"
+    with pytest.raises(LowbitError, match=sentence):
+        model(input_ids=tokens)
+    if kind is transformers.RobertaConfig:  # padding takes no place there
+        tokens[:, longest:] = config.pad_token_id
+        assert model(input_ids=tokens).last_hidden_state.shape == (2, longest + 1, 32)
+
+
+@pytest.mark.parametrize(
     ("given", "said"),
     [
         ("hello", "a str"), ([[1, 2]], "a list"), (torch.tensor([1, 2]), r"\[2\] of torch\.int64"),

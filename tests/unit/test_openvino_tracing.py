@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,17 @@ def test_a_module_that_cannot_be_followed_is_one_sentence() -> None:
     with pytest.raises(LowbitError, match="Odd cannot be followed by OpenVINO") as caught:
         trace(Odd(), {"x": torch.rand(2)})
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_sent_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own conversion sends thirty messages, from a process each; openvino_telemetry comes with it."""
+    telemetry = importlib.import_module("openvino_telemetry").Telemetry
+    sent: list[Any] = []
+    for word in ("send_event", "send_error", "send_stack_trace", "start_session"):
+        monkeypatch.setattr(telemetry, word, lambda _, *values, **__: sent.append(values))
+    small = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    ov.convert_model(small, example_input=torch.zeros(1, 8))
+    assert sent
+    sent.clear()
+    trace(small, {"input": torch.zeros(1, 8)})
+    assert not sent

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 import lowbit
 import lowbit.compat
 from interop.packed_linears import awq_linear, gptq_linear
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, RecipeError
 from lowbit.layers import packed_weights
+from lowbit.openvino import OVModelForCausalLM
 from unit.checkpoint_cases import EVEN, logits, make
 from unit.test_old_saves import in_fp32
 
@@ -138,6 +139,17 @@ def test_what_is_asked_of_a_folder_is_done_or_named(dense: Path, tmp_path: Path)
     assert "where these change nothing: quantization_config" in said
     assert {weight.compute for weight in packed_weights(model).values()} == {"fp32"}
     assert model.config._attn_implementation == "eager" and model.config.use_cache is False
+
+
+def test_other_bits_are_not_exported_from_it(dense: Path, tmp_path: Path) -> None:
+    write(dense, tmp_path / "packed", *KINDS["gptq"][:2])
+    for words in ({"load_in_8bit": True}, {"quantization_config": lowbit.RtnConfig()}):
+        with pytest.raises(
+            RecipeError, match="is low-bit already: make it low-bit anew from the original model, or leave"
+        ):
+            OVModelForCausalLM.from_pretrained(tmp_path / "packed", export=True, compile=False, **words)
+    with pytest.warns(UserWarning, match="is read by lowbit itself, where these change nothing: torchscript"):
+        OVModelForCausalLM.from_pretrained(tmp_path / "packed", export=True, compile=False, torchscript=True)
 
 
 @pytest.mark.parametrize(

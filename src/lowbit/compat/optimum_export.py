@@ -93,7 +93,7 @@ def export(
 ) -> Verification | None:
     """Write a model of any task; `dtype` is one of DENSE, or None for the type that weights have.
 
-    With `verify` it is compared with its source, but for pipelines of pictures, which are not compared.
+    With `verify` it is compared with its source, a pipeline of pictures part by part.
     """
     name = class_of(model, task, keywords)
     if dtype is not None:
@@ -116,8 +116,13 @@ def export(
         model, export=True, quantization_config=asked, compile=False, **kept, **keywords
     )
     made.save_pretrained(output)
-    if not verify or name == TASKS["text-to-image"]:
+    if not verify:
         return None
+    if name == TASKS["text-to-image"]:
+        from lowbit.openvino.picture_comparison import verify_pipeline
+
+        del made
+        return verify_pipeline(output, model, keywords)
     from lowbit.openvino.class_comparison import verify_class
 
     kind = type(made)

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 import transformers
 
 from lowbit.errors import CheckpointError, LowbitError, RecipeError
@@ -31,13 +32,13 @@ from lowbit.openvino.picture_export import (
     CONFIG,
     DENOISERS,
     INDEX,
-    TEXT_PARTS,
     VAE_PARTS,
     export_pipeline,
     write_config,
     write_rest,
 )
 from lowbit.openvino.picture_graphs import Autoencoder, FrozenDict, Part, TextEncoder, Transformer, UNet, diffusers
+from lowbit.openvino.picture_parts import TEXT_PARTS
 from lowbit.openvino.pretrained import FromPretrained
 
 _KINDS = {"unet": UNet, "transformer": Transformer}
@@ -328,4 +329,5 @@ def _load(folder: Path, library: str | None, kind: str | None) -> Any:
         return None
     # A safety checker is "stable_diffusion"'s: a room of diffusers' own.
     room = getattr(diffusers.pipelines, library, None) or importlib.import_module(library)
-    return getattr(room, kind).from_pretrained(folder)
+    found = getattr(room, kind).from_pretrained(folder)
+    return found.float() if isinstance(found, torch.nn.Module) else found  # graphs give float32, whatever was saved

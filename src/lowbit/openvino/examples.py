@@ -20,6 +20,8 @@ from lowbit.openvino.opening import EXACT, compile_model
 
 _ROWS, _TOKENS, _SAMPLES = 2, 7, 16000
 _PICTURE = 224
+# What transformers calls a table with a row for each place in a text.
+_POSITIONS = ("position_embeddings", "position_embedding", "wpe")
 # What packed layers of the core may differ by: it rounds activations to 8 bits.
 _DENSE, _PACKED = 1e-3, 0.2
 
@@ -56,6 +58,20 @@ def example_of(
 def takes_positions(model: Any) -> bool:
     """Whether a model of text can be told the places of its tokens."""
     return model.main_input_name == "input_ids" and "position_ids" in inspect.signature(model.forward).parameters
+
+
+def table_of_positions(model: Any) -> tuple[int, int | None] | None:
+    """How many tokens of a text a model has places for, and the token that takes none; None where it counts without a table.
+
+    RoBERTa's table begins behind the padding, whose tokens all have its place.
+    """
+    if model.main_input_name != "input_ids":
+        return None
+    for path, part in model.named_modules():
+        if isinstance(part, nn.Embedding) and path.rpartition(".")[2] in _POSITIONS:
+            unused = part.padding_idx
+            return part.num_embeddings - (0 if unused is None else unused + 1), unused
+    return None
 
 
 def fixed_for(model: Any) -> dict[str, Any]:

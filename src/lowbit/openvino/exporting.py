@@ -21,8 +21,9 @@ import numpy as np
 
 from lowbit.calibration import Calibration, calibration_from
 from lowbit.checkpoint.auto import AutoModelForCausalLM
+from lowbit.checkpoint.hub import find_model
 from lowbit.configs.base import WeightOnlyConfig
-from lowbit.contents import REPORT
+from lowbit.contents import CONFIG, REPORT, quantization_config, read_config
 from lowbit.errors import RecipeError
 from lowbit.openvino.comparison import Verification, rounding_of
 from lowbit.openvino.comparison import verify as compare
@@ -37,6 +38,7 @@ from lowbit.openvino.sources import check_generates, has_spec
 
 _ANY_TEXT, _DEFAULT_TEXT = "auto", "default"
 _WINDOWS, _LENGTH = 32, 256
+_TOKENS = "input_ids"
 _DYNAMIC_QUANTIZATION = ("runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
 
 
@@ -116,6 +118,11 @@ def _note_dynamic_groups(out: str | Path, asked: Quantization | None) -> None:
 
 
 def _quantized(source: str | Path, config: WeightOnlyConfig, keywords: Mapping[str, Any] | None) -> Any:
+    home = find_model(source, keywords or {}).path
+    if (home / CONFIG).is_file() and quantization_config(read_config(home)):
+        raise RecipeError(
+            f"{home} is low-bit already: make it low-bit anew from the original model, or leave out {type(config).__name__}"
+        )
     named = getattr(config, "tokenizer", None)
     if config.to_recipe().asks_for_data and (named is None or isinstance(named, str)):
         config = copy.copy(config)
@@ -135,6 +142,14 @@ def compress(
     looks = config.gptq or config.scale_estimation or config.quant_method == OVQuantizationMethod.AWQ
     if config.dataset is None and not looks:
         return compress_weights(graph, **config.arguments)
+    names = {port.get_any_name() for port in graph.inputs}
+    if _TOKENS not in names:
+        wish = "a dataset" if config.dataset is not None else "gptq, awq or scale_estimation"
+        raise RecipeError(
+            f"{wish} looks at what a graph is given, and lowbit makes inputs of text alone, which this graph does not take (it "
+            f"takes {', '.join(sorted(names))}): leave it out, or open the folder as it is and give "
+            "compress_weights(model.model, dataset=[...]) inputs of your own"
+        )
     named = isinstance(config.dataset, str) and not Path(config.dataset).expanduser().is_file()
     tokenizer = config.tokenizer if config.tokenizer is not None else _tokenizer(source, keywords)
     if isinstance(tokenizer, str | Path):

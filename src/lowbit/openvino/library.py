@@ -1,9 +1,10 @@
 """The one door to the package openvino: everything else in this room imports `ov` and `ops` from here.
 
-    ov           the package: ov.Model, ov.Type, ov.Core, ov.save_model, ov.convert_model
+    ov           the package: ov.Model, ov.Type, ov.Core, ov.save_model
     ops          its set of operations, opset 15
     states       opset 6, whose read_value and assign name the variables of a stateful model
     core()       one Core for the process: plugins are loaded once
+    follow(...)  the graph of a torch module, by following one call of it
     device(...)  a device that is here, or a sentence with those that are
 
 Importing any module of this room without the package raises `MissingPackageError` with the line that installs it.
@@ -20,8 +21,13 @@ try:
     import openvino as ov
     from openvino import opset6 as states
     from openvino import opset15 as ops
-    from openvino._offline_transformations import compress_model_transformation
+    from openvino._offline_transformations import (
+        apply_fused_names_cleanup,
+        apply_moc_transformations,
+        compress_model_transformation,
+    )
     from openvino.frontend import (
+        FrontEndManager,
         GeneralFailure,
         InitializationFailure,
         NotImplementedFailure,
@@ -36,7 +42,9 @@ except ModuleNotFoundError as error:
 
 Node = Any  # a node of a graph: the package has no types that mypy reads
 
-__all__ = ["CONVERSION_FAILURES", "Node", "core", "device", "devices", "factory", "ops", "ov", "release", "states"]
+__all__ = [
+    "CONVERSION_FAILURES", "Node", "core", "device", "devices", "factory", "follow", "halved", "ops", "ov", "release", "states",
+]  # fmt: skip
 
 # What the package raises while it converts a model, nothing narrower than Exception above them.
 CONVERSION_FAILURES = (
@@ -59,6 +67,25 @@ def factory(operation: str, inputs: list[Any], attributes: dict[str, Any]) -> An
 def core() -> Any:
     """The process's `ov.Core`."""
     return ov.Core()
+
+
+def follow(module: Any, examples: tuple[Any, ...], shapes: list[Any]) -> Any:
+    """The graph of a torch module, whose inputs have these shapes.
+
+    The package's own `convert_model` goes this way too, and on it starts a process for each of some thirty messages that it sends
+    home: three quarters of the time that a pipeline of pictures takes, and nothing that was asked for.
+    """
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # imports torch
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(module, example_input=examples)  # the frontend asks it, and does not keep it
+    read = frontend.load(decoder)
+    for number, shape in enumerate(shapes):
+        read.set_partial_shape(read.get_place_by_input_index(number), shape)
+    graph = frontend.convert(read)
+    apply_moc_transformations(graph, cf=False, smart_reshape=True)
+    apply_fused_names_cleanup(graph)
+    return graph
 
 
 def halved(model: Any) -> Any:

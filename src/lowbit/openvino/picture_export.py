@@ -23,14 +23,13 @@ from lowbit.openvino.folders import make_folder
 from lowbit.openvino.library import ov
 from lowbit.openvino.opening import MODEL
 from lowbit.openvino.picture_graphs import diffusers
-from lowbit.openvino.picture_parts import TRANSFORMERS, trace_text, trace_transformer, trace_unet, trace_vae
+from lowbit.openvino.picture_parts import TEXT_PARTS, TRANSFORMERS, calls_of
 from lowbit.openvino.recipes import LARGE
 from lowbit.openvino.tokenizer import has_tokenizer, write_tokenizers
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
 DENOISERS = ("unet", "transformer")
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 VAE_PARTS = ("vae_encoder", "vae_decoder")
 
 
@@ -50,7 +49,7 @@ def export_pipeline(
         )
     out = make_folder(out)
     given = isinstance(source, diffusers.DiffusionPipeline)
-    pipeline = source if given else _fetch(source, keywords or {})
+    pipeline = source if given else fetch(source, keywords or {})
     denoiser = next((part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None), None)
     if type(denoiser).__name__ not in (diffusers.UNet2DConditionModel.__name__, *TRANSFORMERS):
         raise LowbitError(
@@ -58,10 +57,9 @@ def export_pipeline(
             "lowbit.openvino.trace(module, inputs) makes a graph of any of its modules"
         )
     assert denoiser is not None
-    halves = denoiser.dtype == torch.float16
-    if halves:
-        pipeline.to(torch.float32)
-    for name, (module, graph) in _graphs(pipeline).items():
+    halves = denoiser.dtype == torch.float16  # each part is followed as a copy in float32: the pipeline stays as it is
+    for name, (module, call) in calls_of(pipeline).items():
+        graph = call.graph()
         asked = quantization
         if asked is None and large_in_8_bits and sum(weight.numel() for weight in module.parameters()) >= LARGE:
             print(f"lowbit: {name} has above 1e9 weights: 8 bits each; load_in_8bit=False keeps them", file=sys.stderr)
@@ -79,7 +77,8 @@ def export_pipeline(
             print(f"lowbit: {folder.name}: {note}", file=sys.stderr)
 
 
-def _fetch(source: str | Path, keywords: Mapping[str, Any]) -> Any:
+def fetch(source: str | Path, keywords: Mapping[str, Any]) -> Any:
+    """A pipeline of diffusers."""
     try:
         return diffusers.DiffusionPipeline.from_pretrained(str(source), **keywords)
     except (OSError, ValueError) as error:
@@ -87,21 +86,6 @@ def _fetch(source: str | Path, keywords: Mapping[str, Any]) -> Any:
             f"{source} cannot be opened as a pipeline of diffusers ({one_line(str(error))}): name a folder "
             "with model_index.json in it"
         ) from error
-
-
-def _graphs(pipeline: Any) -> dict[str, tuple[Any, Any]]:
-    """Each part by the name of its folder: its module, and its graph."""
-    made = {}
-    if getattr(pipeline, "unet", None) is not None:
-        made["unet"] = pipeline.unet, trace_unet(pipeline)
-    if getattr(pipeline, "transformer", None) is not None:
-        made["transformer"] = pipeline.transformer, trace_transformer(pipeline.transformer)
-    made |= {name: (pipeline.vae, graph) for name, graph in trace_vae(pipeline.vae).items()}
-    for name in TEXT_PARTS:
-        module = getattr(pipeline, name, None)
-        if module is not None:
-            made[name] = module, trace_text(module)
-    return made
 
 
 def write_config(config: Any, folder: Path) -> None:

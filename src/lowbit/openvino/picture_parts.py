@@ -10,6 +10,7 @@ Names, order and types are those that OpenVINO's own pipelines ask for; a U-Net'
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from lowbit.errors import LowbitError
 from lowbit.openvino.tracing import trace
 
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # The transformers that can be followed, by their classes.
 TRANSFORMERS = ("FluxTransformer2DModel", "SD3Transformer2DModel")
 _TOKENS = 16  # of a text encoder that says nothing of how many it reads
@@ -75,14 +77,35 @@ class _Decode(nn.Module):
         return sample
 
 
-def trace_text(module: Any) -> Any:
+@dataclass(frozen=True)
+class Call:
+    """How a part is called, which is what its graph is made of and compared with."""
+
+    module: nn.Module
+    inputs: dict[str, torch.Tensor]
+    outputs: tuple[str, ...]
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+    def graph(self) -> Any:
+        return trace(self.module, self.inputs, self.outputs, self.fixed).model
+
+    def answer(self) -> dict[str, torch.Tensor]:
+        """What the module of torch gives."""
+        with torch.no_grad():
+            found = self.module(**self.inputs, **self.fixed)
+        if isinstance(found, torch.Tensor):
+            return {self.outputs[0]: found}
+        return dict(found) if isinstance(found, dict) else dict(zip(self.outputs, found, strict=False))
+
+
+def call_of_text(module: Any) -> Call:
     ids = torch.ones(2, getattr(module.config, "max_position_embeddings", _TOKENS), dtype=torch.long)
+    called = _Text(module)
     with torch.no_grad():
-        outputs = list(_Text(module)(ids))
-    return trace(_Text(module), {"input_ids": ids}, outputs).model
+        return Call(called, {"input_ids": ids}, tuple(called(ids)))
 
 
-def trace_unet(pipeline: Any) -> Any:
+def call_of_unet(pipeline: Any) -> Call:
     unet = pipeline.unet
     config = unet.config
     size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
@@ -102,10 +125,10 @@ def trace_unet(pipeline: Any) -> Any:
         raise LowbitError(
             f"this U-Net has further conditions ({config.addition_embed_type}), which no pipeline here gives it"
         )
-    return trace(_Further(unet), inputs, ["out_sample"]).model
+    return Call(_Further(unet), inputs, ("out_sample",))
 
 
-def trace_transformer(transformer: Any) -> Any:
+def call_of_transformer(transformer: Any) -> Call:
     config = transformer.config
     inputs = {
         "hidden_states": torch.randn(2, config.in_channels, 8, 8),
@@ -118,17 +141,27 @@ def trace_transformer(transformer: Any) -> Any:
         if config.guidance_embeds:
             inputs["guidance"] = torch.tensor([3.5, 3.0])
         inputs |= {"txt_ids": torch.zeros(7, 3), "img_ids": torch.rand(16, 3)}
-    return trace(transformer, inputs, ["out_sample"], {"return_dict": False}).model
+    return Call(transformer, inputs, ("out_sample",), {"return_dict": False})
 
 
-def trace_vae(vae: Any) -> dict[str, Any]:
+def calls_of_vae(vae: Any) -> dict[str, Call]:
     config = vae.config
     side = 8 * 2 ** (len(config.block_out_channels) - 1)
+    picture = {"sample": torch.randn(1, config.in_channels, side, side)}
+    latents = {"latent_sample": torch.randn(1, config.latent_channels, 8, 8)}
     return {
-        "vae_encoder": trace(
-            _Encode(vae), {"sample": torch.randn(1, config.in_channels, side, side)}, ["latent_parameters"]
-        ).model,
-        "vae_decoder": trace(
-            _Decode(vae), {"latent_sample": torch.randn(1, config.latent_channels, 8, 8)}, ["sample"]
-        ).model,
+        "vae_encoder": Call(_Encode(vae), picture, ("latent_parameters",)),
+        "vae_decoder": Call(_Decode(vae), latents, ("sample",)),
     }
+
+
+def calls_of(pipeline: Any) -> dict[str, tuple[Any, Call]]:
+    """Each part by the name of its folder: its module, and how that is called."""
+    found: dict[str, tuple[Any, Call]] = {}
+    if getattr(pipeline, "unet", None) is not None:
+        found["unet"] = pipeline.unet, call_of_unet(pipeline)
+    if getattr(pipeline, "transformer", None) is not None:
+        found["transformer"] = pipeline.transformer, call_of_transformer(pipeline.transformer)
+    found |= {name: (pipeline.vae, call) for name, call in calls_of_vae(pipeline.vae).items()}
+    texts = {name: getattr(pipeline, name, None) for name in TEXT_PARTS}
+    return found | {name: (module, call_of_text(module)) for name, module in texts.items() if module is not None}

@@ -10,6 +10,7 @@ which module that is, and which output class. Low-bit folders arrive with their 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -27,7 +28,7 @@ from lowbit.configs.base import WeightOnlyConfig
 from lowbit.errors import CheckpointError, LowbitError, RecipeError, one_line
 from lowbit.openvino.base import GraphConfig, OVModel, check_tokens
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
-from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of, takes_positions
+from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of, table_of_positions, takes_positions
 from lowbit.openvino.exporting import compress
 from lowbit.openvino.folders import make_folder
 from lowbit.openvino.library import ov
@@ -40,6 +41,8 @@ from lowbit.swap import copy_model
 # What a call may name though the graph does not take it: it changes nothing, or names what is always so here.
 _IDLE = {"token_type_ids", "use_cache", "past_key_values", "interpolate_pos_encoding"}
 
+# Where a graph says how many tokens its table of positions is for.
+_TABLE = ["lowbit", "positions"]
 # The ends of transformers' names for what a head does, which are the ends of the classes here too.
 _HEADS = (
     "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForImageClassification",
@@ -109,7 +112,11 @@ class OVTraced(OVModel):
     @classmethod
     def _graphs(cls, module: Any) -> dict[str, Any]:
         """The graphs of a module by the names of their files."""
-        return {cls.graph_name: trace_model(module).model}
+        graph = trace_model(module).model
+        table = table_of_positions(module)
+        if table is not None:
+            graph.set_rt_info(json.dumps(table), _TABLE)
+        return {cls.graph_name: graph}
 
     @classmethod
     def _asked(cls, quantization: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:
@@ -139,9 +146,23 @@ class OVTraced(OVModel):
         words = getattr(self.config.get_text_config(), "vocab_size", None)
         if "input_ids" in arrays and words is not None:
             check_tokens(arrays["input_ids"], words)
+        if "input_ids" in arrays and "position_ids" not in arrays:
+            self._check_length(arrays["input_ids"])
         found = infer(self.compiled, _completed(arrays, names))
         tensors = {port.get_any_name(): torch.from_numpy(found[port].copy()) for port in self.compiled.outputs}
         return tuple(tensors.values()) if return_dict is False else self._answer(tensors)
+
+    def _check_length(self, tokens: Any) -> None:
+        """Refuse a text that is longer than the table of positions: behind its end a plugin reads anything."""
+        if not self.model.has_rt_info(_TABLE):
+            return
+        longest, unused = json.loads(self.model.get_rt_info(_TABLE).astype(str))
+        count = tokens.shape[-1] if unused is None else int((tokens != unused).sum(-1).max(initial=0))
+        if count > longest:
+            raise LowbitError(
+                f"the text has {count} tokens, and the model has places for {longest}: cut it "
+                f"(tokenizer(..., truncation=True, max_length={longest}))"
+            )
 
     def _answer(self, tensors: dict[str, torch.Tensor]) -> Any:
         return self.output_class(**tensors)

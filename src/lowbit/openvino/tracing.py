@@ -24,7 +24,7 @@ from torch import nn
 from lowbit.errors import LowbitError, RecipeError, one_line
 from lowbit.layers import LowBitConv, LowBitEmbedding, LowBitExperts, LowBitLinear, PackedWeight
 from lowbit.openvino.constants import hold
-from lowbit.openvino.library import CONVERSION_FAILURES, ov
+from lowbit.openvino.library import CONVERSION_FAILURES, follow, ov
 from lowbit.openvino.weights import weight_output
 from lowbit.swap import copy_model, replace_module
 
@@ -189,7 +189,7 @@ def _open_slots(module: nn.Module) -> tuple[list[_Slot], dict[str, str]]:
 def _convert(name: str, call: _Call, examples: tuple[torch.Tensor, ...], shapes: list[Any]) -> Any:
     with _quiet(), torch.no_grad():
         try:
-            return ov.convert_model(call.eval(), example_input=examples, input=shapes)
+            return follow(call.eval(), examples, shapes)
         except (RuntimeError, TypeError, ValueError, *CONVERSION_FAILURES) as error:
             reason = call.refusal or f"{name} cannot be followed by OpenVINO: {one_line(str(error))}"
             raise LowbitError(reason) from error
