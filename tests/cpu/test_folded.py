@@ -112,8 +112,15 @@ def test_minima_and_second_levels_fold_too(tiles: str, name: str) -> None:
     steps = [a.abs().amax(-1) / 127 for a in (heavier, lighter)]
     squares = [a.square().sum(-1) for a in (heavier, lighter)]
     variance = (torch.outer(squares[1], steps[0] ** 2) + torch.outer(steps[1] ** 2, squares[0])) / 12
-    print(name, (error.norm() / variance.sum().sqrt()).item())
     assert error.norm() <= 1.1 * variance.sum().sqrt()
+
+
+def test_a_row_with_one_scale_is_rounded_only_where_the_activations_are(tiles: str) -> None:
+    packed, _ = core.quantized("int8_channel", 48, 200)
+    x = np.random.default_rng(1).integers(-127, 128, (40, 200)).astype(np.float32)
+    x[:, 0] = 127  # makes every step exactly 1
+    exact = x.astype(float) @ packed.values().T
+    assert core.distance(core.multiply(core.prepared(packed), x, 48, "auto"), exact) < 1e-6
 
 
 def test_int8_keeps_the_scale_of_every_group_and_few_tokens_always_do(tiles: str) -> None:

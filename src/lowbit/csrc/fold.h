@@ -16,9 +16,15 @@ namespace lowbit {
 
 constexpr int64_t kFoldMost = 1024;   // inputs that share a scale
 constexpr int64_t kFoldFine = 512;    // the same with weights of 7 bits and more, which have no places to spare
+constexpr int64_t kFoldWhole = 256;   // the same with weights that keep their codes
 constexpr int64_t kFoldStep = 64;    // inputs of one tile product
 constexpr int kBalanceOne = 128;     // a balance of 1
 constexpr int64_t kBalanceRun = 16;  // inputs whose largest balance is kept beside them
+
+// Bytes with one scale a row stay as they are: another rounding, which a balance would need, costs them more than it gives.
+inline bool keeps_codes(const Header& header) {
+    return header.bits == 8 && !header.table && header.plan.groups == 1 && !has_whole_zeros(header) && !header.scales.minima;
+}
 
 // How the positions of a row are cut into stretches.
 struct Fold {
@@ -31,7 +37,8 @@ struct Fold {
 };
 
 inline Fold fold_of(const Header& header) {
-    const int64_t positions = header.plan.positions(), most = divide_up(positions, header.bits > 6 ? kFoldFine : kFoldMost);
+    const int64_t longest = keeps_codes(header) ? kFoldWhole : header.bits > 6 ? kFoldFine : kFoldMost;
+    const int64_t positions = header.plan.positions(), most = divide_up(positions, longest);
     const int64_t length = divide_up(divide_up(positions, most), kFoldStep) * kFoldStep;
     return {length, divide_up(positions, length), divide_up(positions, kFoldStep)};
 }

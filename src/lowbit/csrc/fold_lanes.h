@@ -76,7 +76,8 @@ void balance_folded(const Activations& job, int64_t stretch) {
     const Balance balance = balance_of(job);
     alignas(64) float values[kFoldMost];
     alignas(64) float most[kFoldMost] = {};
-    for (int64_t token = 0; token < job.tokens; token += balance_step(job.tokens)) {
+    const bool balanced = !keeps_codes(*job.header);
+    for (int64_t token = 0; balanced && token < job.tokens; token += balance_step(job.tokens)) {
         const float* numbers = gather_positions(job, token, first, count, values);
         for (int64_t i = 0; i < count; i += kBlockRows) store_bytes(most + i, larger_magnitude(load_bytes(most + i), load_floats(numbers + i)));
     }
@@ -88,7 +89,7 @@ void balance_folded(const Activations& job, int64_t stretch) {
         store_floats(most + i, square_root(square_root(multiply(load_floats(most + i), share))));
     for (int64_t i = 0; i < count; ++i) {
         // Not so of what is no number.
-        const bool below = most[i] < 1.0f;
+        const bool below = balanced && most[i] < 1.0f;
         const auto whole = static_cast<int16_t>(below ? most[i] * kBalanceOne + 0.5f : kBalanceOne);
         balance.factors[first + i] = whole > 1 ? whole : int16_t{1};
         balance.inverse[first + i] = static_cast<float>(kBalanceOne) / balance.factors[first + i];
@@ -285,7 +286,16 @@ void fold_block(const Header& header, const uint8_t* block, const FoldRange& ran
         const int16_t most = *std::max_element(balance.most + from / kBalanceRun, balance.most + until / kBalanceRun);
         factors.balance[g] = static_cast<float>(most) / kBalanceOne;
     }
-    find_factors<kBits, kTable, kMinima>(header, block, range, &factors, scales);
+    bool exact = false;
+    if constexpr (kBits == 8 && !kTable && !kMinima) exact = keeps_codes(header);
+    if (exact) {
+        ScaleReader<> reader(header, block);
+        reader.read(factors.first);
+        store_floats(scales, reader.scales);
+    } else {
+        find_factors<kBits, kTable, kMinima>(header, block, range, &factors, scales);
+    }
+    const Bytes zero = splat_ints(static_cast<int32_t>(static_cast<uint32_t>(range.zero) * 0x01010101u));
     const Table table = load_table(range.bytes);
     const int16_t* inputs = balance.factors + begin;
     const uint8_t* planes = block + header.codes_offset + begin / kUnit * kBits * kVector;
@@ -298,7 +308,7 @@ void fold_block(const Header& header, const uint8_t* block, const FoldRange& ran
             const RowFactors& rows = factors.rows[group];
             LOWBIT_UNROLL
             for (int s = half * kHalf; s < (half + 1) * kHalf; ++s, to += kVector, inputs += 4)
-                store_bytes(to, kMinima ? fold_minimum(steps[s], rows, inputs) : fold_bytes<kRight>(steps[s], rows, inputs));
+                store_bytes(to, exact ? subtract_bytes(steps[s], zero) : kMinima ? fold_minimum(steps[s], rows, inputs) : fold_bytes<kRight>(steps[s], rows, inputs));
             left -= kUnit / 2;
             if (left == 0 && group < factors.count - 1) ++group, left = factors.positions;
         }
