@@ -45,8 +45,7 @@ void Step::rotate(int64_t layer, int64_t token, float* head) const {
         for (int i = 0; i < half; ++i) turn_pair(head[2 * i], head[2 * i + 1], cosines[i], sines[i]);
         return;
     }
-    float* other = head + half;
-    for (int i = 0; i < half; ++i) turn_pair(head[i], other[i], cosines[i], sines[i]);
+    engine_isa().turn(head, head + half, cosines, sines, half);
 }
 
 namespace {
@@ -75,7 +74,7 @@ void Step::turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_b
         if (model_.qk_norm == LOWBIT_HEAD_NORM) norm(vector, out, size, out);
         if (model_.qk_norm == LOWBIT_HEADS_NORM) norm(at_head(vector, h * size), out, size, out);
         rotate(layer, token, out);
-        for (int64_t i = 0; i < size; ++i) out[i] *= model_.attention_scale;
+        engine_isa().scale(out, model_.attention_scale, size, out);
     }
 }
 
@@ -189,7 +188,7 @@ void Step::finish_head(int64_t layer, int64_t head, const float* out, float most
     const float* sinks = plans_.layers[static_cast<size_t>(layer)].vectors[LOWBIT_SINKS].weight;
     if (sinks) total += std::exp(sinks[head] - most);
     const float share = 1.0f / total;
-    for (int i = 0; i < model_.head_dim; ++i) to[i] = out[i] * share;
+    engine_isa().scale(out, share, model_.head_dim, to);
 }
 
 void Step::merge_splits(const Member& me, int64_t layer, int64_t token, float* to) const {

@@ -72,6 +72,9 @@ struct EngineIsa {
     // act(gate) * up, or act(gate) without up.
     void (*activate)(const lowbit_mlp& mlp, const float* gate, const float* up, int64_t count, float* y);
     void (*add_scaled)(float* to, const float* from, float factor, int64_t count);
+    // Pairs of a rotary position: a = a c - b s, b = b c + a s.
+    void (*turn)(float* a, float* b, const float* cosines, const float* sines, int64_t count);
+    void (*scale)(const float* from, float factor, int64_t count, float* to);
     void (*cap)(float* x, float multiplier, float soft_cap, int64_t count);
     void (*widen)(const void* from, int dtype, int64_t index, int64_t count, float* to);
     int64_t (*largest)(const float* x, int64_t count);

@@ -93,6 +93,18 @@ void add_scaled(float* to, const float* from, float factor, int64_t count) {
     });
 }
 
+void turn_pairs(float* a, float* b, const float* cosines, const float* sines, int64_t count) {
+    sweep(count, [&](int64_t i, int n) {
+        const F32 first = load_up_to(a + i, n), second = load_up_to(b + i, n), cosine = load_up_to(cosines + i, n), sine = load_up_to(sines + i, n);
+        store_up_to(a + i, first * cosine - second * sine, n);
+        store_up_to(b + i, second * cosine + first * sine, n);
+    });
+}
+
+void scale_values(const float* from, float factor, int64_t count, float* to) {
+    sweep(count, [&](int64_t i, int n) { store_up_to(to + i, load_up_to(from + i, n) * splat(factor), n); });
+}
+
 void cap_values(float* x, float multiplier, float soft_cap, int64_t count) {
     sweep(count, [&](int64_t i, int n) {
         F32 value = load_up_to(x + i, n) * splat(multiplier);

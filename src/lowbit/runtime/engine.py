@@ -37,7 +37,8 @@ from lowbit.runtime.weights import EngineWeights, Floats, fingerprint
 # it costs.
 DEFAULT_CACHE = "auto"
 # Tokens of one step: as many as keep the activations of a layer in the second-level caches, where a narrow model reads a prompt
-# of 512 tokens 4 to 6% faster than with twice as many (docs/notes/cpu_engine.md).
+# of 512 tokens 4 to 6% faster than with twice as many (docs/notes/cpu_engine.md). Not so where weights are folded, which costs the less
+# the more tokens share it.
 LONGEST_CHUNK = 512
 NARROW, NARROW_CHUNK = 1024, 256
 # A step that takes longer than this runs beside the main thread, so that Ctrl-C ends it; the detour costs 0.05 ms.
@@ -66,7 +67,8 @@ class Engine:
             raise RecipeError(f"the engine cannot compute in {compute!r}: {nearest(compute, COMPUTES)}")
         self.spec, self.context, self.slots, self.vocab_size = spec, context, slots, spec.vocab_size
         self._fingerprint: str | None = None
-        longest = NARROW_CHUNK if spec.hidden_size < NARROW else LONGEST_CHUNK
+        narrow = spec.hidden_size < NARROW and not (compute == "auto" and calls.fold_length())
+        longest = NARROW_CHUNK if narrow else LONGEST_CHUNK
         self.chunk = max(1, min(longest, context)) if slots == 1 else max(LONGEST_CHUNK, slots)
         self._core = abi.engine_library()
         calls.say_if_slow()
