@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from transformers import DynamicCache, PreTrainedModel
 
 from lowbit.models.families import spec_from_config
 from lowbit.models.spec import DecoderSpec
@@ -42,6 +45,37 @@ def test_logits_are_those_of_transformers(case: tuple[DecoderSpec, Engine, NDArr
         pieces = in_pieces(engine, ids, size)
         if lasting:  # else keys that were cached earlier were turned by other frequencies
             assert np.abs(pieces - expected).max() < TOLERANCE
+
+
+def logits_in_pieces(model: PreTrainedModel, ids: list[int], size: int) -> Logits:
+    """Those of transformers, which keeps keys and values from one piece to the next."""
+    model, cache = (
+        copy.deepcopy(model),
+        DynamicCache(config=model.config),
+    )  # its frequencies remember the longest sequence
+    with torch.inference_mode():
+        pieces = [torch.tensor([ids[i : i + size]]) for i in range(0, len(ids), size)]
+        found = [model(piece, past_key_values=cache, use_cache=True).logits[0] for piece in pieces]
+    return torch.cat(found).numpy()
+
+
+@pytest.mark.parametrize("name", ["llama, rope dynamic, past", "phi3, longrope long"])
+def test_frequencies_that_depend_on_the_length(name: str) -> None:
+    """Past the trained length a prompt is turned as a whole, in however many chunks; what comes later, as transformers does."""
+    model_type, fields = CASES[name]
+    model, ids = tiny_model(model_type, fields), prompt()
+    spec = spec_from_config(model.config.to_dict())
+    pieces = {size: logits_in_pieces(model, ids, size) for size in (1, 3, 7)}
+    whole = reference_logits(model)
+    with Engine(spec, engine_weights(spec, arrays(model)), CONTEXT, cache="fp32", compute="fp32") as engine:
+        engine.chunk = 5
+        for _ in range(2):
+            assert np.abs(in_pieces(engine, ids, len(ids)) - whole).max() < TOLERANCE
+            for size, expected in pieces.items():
+                assert np.abs(expected - whole).max() > 100 * TOLERANCE
+                assert np.abs(in_pieces(engine, ids, size) - expected).max() < TOLERANCE
+        engine.reset()
+        assert np.abs(engine.prefill(ids) - whole[-1]).max() < TOLERANCE
 
 
 def test_slots_do_not_disturb_one_another(case: tuple[DecoderSpec, Engine, NDArray[Any]]) -> None:

@@ -252,7 +252,7 @@ class Queued(Engine):
         self.cancelled.set()
 
 
-@pytest.mark.parametrize("moment", ["before the first step"])
+@pytest.mark.parametrize("moment", ["before the first step", "behind the last step"])
 def test_control_c_beside_every_step(moment: str) -> None:
     """It comes before the call has reached the core, which ends its first step, or when it is done, which ends nothing later."""
     with engine_of(context=1024, kind=Queued) as engine:

@@ -104,6 +104,7 @@ int make_engine(const lowbit_model& model, const lowbit_engine_options& options,
     engine->options = with_cache_type(model, options);
     if (int status = engine->cache.make(model, engine->options)) return status;
     engine->lengths = std::vector<std::atomic<int64_t>>(static_cast<size_t>(options.slots));
+    engine->expected.resize(static_cast<size_t>(options.slots));
     engine->asked_threads = thread_count();
     return make_workspace(engine->plans, engine->options, Team::measure(engine->asked_threads), &engine->work);
 }
@@ -221,6 +222,18 @@ extern "C" int lowbit_engine_choose(lowbit_engine* handle, int32_t slot, int32_t
         tokens[so_far] = *chosen;
         return static_cast<int>(LOWBIT_OK);
     });
+}
+
+extern "C" int lowbit_engine_expect(lowbit_engine* handle, int32_t slot, int64_t length) {
+    if (!handle) return fail(LOWBIT_BAD_ARGUMENT, "no engine was given");
+    Engine& engine = handle->engine;
+    if (int status = check_slot(engine, slot)) return status;
+    const Busy busy(engine);
+    if (!busy.mine()) return refuse_busy();
+    if (length < 0) return fail(LOWBIT_BAD_ARGUMENT, "slot %d cannot become %lld tokens long", slot, static_cast<long long>(length));
+    if (int status = check_end(engine, slot, length)) return status;
+    engine.expected[static_cast<size_t>(slot)] = length;
+    return LOWBIT_OK;
 }
 
 extern "C" void lowbit_engine_cancel(lowbit_engine* handle) {

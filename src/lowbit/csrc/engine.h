@@ -67,6 +67,7 @@ struct Engine {
     Fault fault;  // of the step under way, where `checking`
     int asked_threads = 0;  // what the pool was asked for when the workspace was made; it may give fewer
     int64_t profile[LOWBIT_PROFILE_PARTS] = {};
+    std::vector<int64_t> expected;  // of each slot: how long it will be when the prompt is read whose parts it gets; 0: no prompt in parts
 };
 
 // One step over checked arguments; LOWBIT_OK or LOWBIT_CANCELLED.

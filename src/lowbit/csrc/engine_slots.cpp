@@ -38,6 +38,7 @@ extern "C" int lowbit_engine_truncate(lowbit_engine* handle, int32_t slot, int64
     if (!busy.mine()) return refuse_busy();
     if (int status = check_cut(engine, slot, length, "cut")) return status;
     engine.lengths[static_cast<size_t>(slot)] = length;
+    engine.expected[static_cast<size_t>(slot)] = 0;
     if (length == 0) engine.cache.clear(slot);
     return LOWBIT_OK;
 }
@@ -55,6 +56,7 @@ extern "C" int lowbit_engine_copy(lowbit_engine* handle, int32_t from, int32_t t
         return fail(LOWBIT_BAD_ARGUMENT, "slot %d holds %lld tokens and cannot share %lld with a copy of %lld", to, static_cast<long long>(present),
                     static_cast<long long>(common), static_cast<long long>(length));
     if (from == to) return present = length, LOWBIT_OK;
+    engine.expected[static_cast<size_t>(to)] = 0;
     if (common == 0) engine.cache.clear(to);
     try {
         engine.cache.copy(from, to, common, length);
@@ -92,6 +94,7 @@ extern "C" int lowbit_engine_restore(lowbit_engine* handle, int32_t slot, int64_
                     static_cast<long long>(length), static_cast<long long>(engine.options.context));
     std::atomic<int64_t>& present = engine.lengths[static_cast<size_t>(slot)];
     present = 0;
+    engine.expected[static_cast<size_t>(slot)] = 0;
     if (int status = engine.cache.restore(slot, length, static_cast<const uint8_t*>(bytes), size)) {
         engine.cache.clear(slot);
         return status;

@@ -134,7 +134,7 @@ void Step::finish_embedding(Member& me, int64_t token) {
 // Cosines and sines of one token for every kind of rotary positions that the model has.
 void Step::turn_angles(int64_t token, const Sequence& sequence) {
     const double position = static_cast<double>(positions_[static_cast<size_t>(token)]);
-    const int64_t length = sequence.start + sequence.count;
+    const int64_t length = std::max(sequence.start + sequence.count, engine_.expected[static_cast<size_t>(sequence.slot)]);
     for (size_t r = 0; r < plans_.ropes.size(); ++r) {
         const lowbit_rope& rope = plans_.ropes[r];
         const int half = rope.rotary_dim / 2;

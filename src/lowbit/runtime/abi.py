@@ -168,7 +168,9 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "lowbit_engine_save": (ctypes.c_int, [_P, _I, _L, _P, ctypes.POINTER(_L)]),
     "lowbit_engine_restore": (ctypes.c_int, [_P, _I, _L, _P, _L]),
     "lowbit_engine_set_check": (None, [_P, ctypes.c_int]),
+    "lowbit_engine_expect": (ctypes.c_int, [_P, _I, _L]),
     "lowbit_engine_cancel": (None, [_P]),
+    "lowbit_engine_resume": (None, [_P]),
     "lowbit_engine_set_profile": (None, [_P, ctypes.c_int]),
     "lowbit_engine_profile": (None, [_P, _P]),
 }

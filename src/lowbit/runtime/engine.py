@@ -236,6 +236,8 @@ class Engine:
                 f"{tokens.size} tokens after {before} do not fit the context of {self.context}; make the engine with a larger one"
             )
         out = []
+        if tokens.size > self.chunk:  # the first chunk's frequencies may depend on the whole length
+            self._check(self._core.lowbit_engine_expect(self._open(), slot, before + tokens.size))
         try:
             for start in range(0, tokens.size, self.chunk):
                 part = tokens[start : start + self.chunk]
@@ -298,6 +300,7 @@ class Engine:
         except KeyboardInterrupt:
             self.cancel()
             work.exception()
+            self._core.lowbit_engine_resume(self._open())  # it may have come behind the last step
             raise
         work.result()
 

@@ -179,6 +179,7 @@ void refuse_stepping() {
     REFUSE_EACH(lowbit_engine_choose, free_at(6), engine, 0, sequence.data(), 3, 2, &selection, 1, stops, 1, &generator, &count);
     REFUSE_EACH(lowbit_engine_length, 0, engine, 0);
     REFUSE_EACH(lowbit_engine_shortest, 0, engine, 0);
+    REFUSE_EACH(lowbit_engine_expect, 0, engine, 0, 3);
     REFUSE_EACH(lowbit_engine_copy, 0, engine, 0, 1, 0, 3);
     REFUSE_EACH(lowbit_engine_save, free_at(3), engine, 0, 3, nullptr, &size);
     std::vector<uint8_t> bytes(static_cast<size_t>(size));

@@ -124,6 +124,7 @@ std::vector<float> lowbit_folder::read(const int32_t* prompt, int64_t count) {
     }
     held.resize(static_cast<size_t>(same));
     std::vector<float> logits(static_cast<size_t>(saved.model().vocab_size));
+    check(lowbit_engine_expect(engine.get(), 0, count));
     for (int64_t i = same; i < count; i += options.chunk) {
         const int64_t part = std::min<int64_t>(options.chunk, count - i);
         step(prompt + i, part, i + part == count, logits.data());
