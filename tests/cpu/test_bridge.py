@@ -12,6 +12,7 @@ import transformers
 
 import lowbit
 from lowbit.bridge import EngineGenerate
+from lowbit.errors import LowbitError
 from lowbit.layers import LowBitLinear, packed_weights
 from lowbit_assets import FAMILIES, tiny_model_in_memory
 
@@ -171,6 +172,16 @@ def test_weights_are_held_once() -> None:
     _, weights = model.generate._parts
     packed = {held.tensors["prepared"].data_ptr() for held in packed_weights(model).values()}
     assert packed <= {matrix.address for matrix in weights.matrices.values()}
+
+
+@pytest.mark.parametrize("length", [133, 126])
+def test_a_text_beyond_the_learned_positions_is_said(length: int) -> None:
+    """Whether the prompt is too long or the answer would be; the model answers afterwards."""
+    model = packed_model("gpt2")
+    with pytest.raises(LowbitError, match="more than the model's 128 learned positions"):
+        model.generate(torch.full((1, length), 5), max_new_tokens=10, do_sample=False)
+    expected = own_generate(model, IDS, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
 
 
 # Relative to the logits of transformers over the same numbers in fp32. No two overlap, so none is another one's.
