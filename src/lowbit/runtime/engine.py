@@ -37,8 +37,8 @@ from lowbit.runtime.weights import EngineWeights, Floats, fingerprint
 # it costs.
 DEFAULT_CACHE = "auto"
 # Tokens of one step: as many as keep the activations of a layer in the second-level caches, where a narrow model reads a prompt
-# of 512 tokens 4 to 6% faster than with twice as many (docs/notes/cpu_engine.md). Not so where weights are folded, which costs the less
-# the more tokens share it.
+# of 512 tokens 4 to 6% faster than with twice as many (docs/notes/cpu_engine.md). Not so where weights are folded,
+# which costs the less the more tokens share it.
 LONGEST_CHUNK = 512
 NARROW, NARROW_CHUNK = 1024, 256
 # A step that takes longer than this runs beside the main thread, so that Ctrl-C ends it; the detour costs 0.05 ms.
