@@ -2,8 +2,9 @@
 //
 // An item is a block of tokens and up to 256 outputs. For every stretch of 1,024 inputs and every 32 outputs the weights are expanded
 // to folded bytes, 32 KiB that stay in the nearest cache while all token tiles pass over them; the activations of the stretch stay in the
-// second-level cache meanwhile, and are read past the nearest one, since each of their tiles is used once in a pass. The sums of a token tile are stored as integers and closed in fp32 between the products of the next
-// one, because a processor cannot look 200 instructions ahead to do that by itself.
+// second-level cache meanwhile, and are read past the nearest one, since each of their tiles is used once in a pass. The sums of a token
+// tile are stored as integers and closed in fp32 between the products of the next one, because a processor cannot look 200 instructions
+// ahead to do that by itself.
 //
 // Two token tiles meet two weight tiles at a time. One by two needs fewer tile registers, which pays on a core that shares them with
 // another hyperthread (1,990 against 1,450 GOP/s), but costs a fifth more on one that has them for itself (docs/notes/cpu.md).
