@@ -57,6 +57,22 @@ def test_a_search_keeps_the_scales_of_the_definition(name: str) -> None:
     assert (packed.scales != defined.scales).float().mean() < 0.02
 
 
+@pytest.mark.parametrize("name", ["int4_asym_g32", "int3_asym_g64", "int2_asym_g32"])
+def test_a_search_rounds_middles_as_a_division_does(name: str) -> None:
+    """No weight is divided by a candidate. Each of these is the middle of two codes under the one scale that is tried, or the
+    number next to it, so that a quotient one bit away is another code, and the codes make another scale."""
+    format, search = as_format(name), Search(1.0, 1.0, steps=1, zero_steps=0)
+    draw = torch.Generator().manual_seed(3)
+    scales = (0.1 + torch.rand(64, 1, generator=draw)).half().float() / 16
+    highest = 2**format.bits - 1
+    middles = (torch.randint(0, highest, (len(scales), format.group_size - 2), generator=draw) + 0.5) * scales
+    middles = torch.nextafter(middles, middles + torch.randint(-1, 2, middles.shape, generator=draw))
+    weight = torch.cat([torch.tensor([[0.0, highest]]) * scales, middles], dim=1).reshape(8, -1)
+    packed, defined = quantize(weight, format, search), pack(weight, format, fit_grid(weight, format, search))
+    assert (defined.scales.flatten() != scales.half().flatten()).float().mean() > 0.9
+    assert (packed.scales != defined.scales).float().mean() < 0.02
+
+
 @pytest.mark.parametrize("view", ["expanded", "overlapping", "one row", "columns"])
 def test_rows_that_share_memory_are_read_as_they_are(view: str) -> None:
     made = torch.randn(300, generator=torch.Generator().manual_seed(2))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from lowbit.openvino import (
     OVModelForSequenceClassification,
     OVWeightQuantizationConfig,
     compress_weights,
+    write_decoder,
 )
 from lowbit.openvino.library import device
+from lowbit.openvino.native import load as load_native
 from lowbit.openvino.opening import EXACT
 from lowbit_assets import tiny_model
 
@@ -108,6 +112,26 @@ def test_other_families_have_their_tokenizer_as_a_graph(tiny: Path, tmp_path: Pa
     assert {"openvino_tokenizer.xml", "openvino_tokenizer.bin", "openvino_detokenizer.xml", "tokenizer.json"} <= names
     load(folder, export=True, compile=False, convert_tokenizer=False).save_pretrained(tmp_path / "without")
     assert not (tmp_path / "without" / "openvino_tokenizer.xml").exists()
+
+
+def test_without_openvino_tokenizers_the_rest_is_written(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A remark with the line that installs it; also where the package is of another release, which would end in a crash."""
+    import openvino_tokenizers
+
+    monkeypatch.setattr(openvino_tokenizers, "__version__", "2020.1.0.0")
+    (note,) = write_decoder(tiny, tmp_path / "other").notes
+    assert re.search(r"openvino-tokenizers 2020.1.0.0 does not belong .*: pip install 'lowbit\[openvino\]'", note)
+    monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
+    (note,) = write_decoder(tiny, tmp_path / "absent").notes
+    assert re.search(
+        r"no tokenizer .*'openvino-tokenizers', which is not installed: pip install 'lowbit\[openvino\]'$", note
+    )
+    for name in ("other", "absent"):
+        assert not (tmp_path / name / "openvino_tokenizer.xml").exists()
+        answer = load_native(tmp_path / name).generate("hello", max_new_tokens=3, ignore_end=True)
+        assert len(answer.tokens) == 3
 
 
 def test_a_graph_is_opened_by_the_class_of_its_head(tmp_path: Path) -> None:

@@ -65,24 +65,75 @@ constexpr float kFineMove = 0.25f;  // of a fine zero point at a time, in codes
 
 struct Best {
     F32 error, scales, zeros;
+    F32 whole;  // sum(m w^2)
 };
 
-// Score one candidate and keep it where it is better.
-inline void try_candidate(const Lanes& lanes, const QuantizeJob& job, LaneGrid candidate, Best& best) {
-    candidate.scales = select(absolute(candidate.scales) < kTinyScale, splat(1.0f), candidate.scales);
-    F32 product = {}, square = {}, error = {};
+// What a least-squares fit of a candidate's codes asks for: sum(m w q) and sum(m q^2).
+struct Sums {
+    F32 product, square;
+};
+
+inline void add_to(Sums& sums, const Lanes& lanes, int64_t i, F32 value) {
+    lanes.values[i] = value;
+    const F32 weighted = lanes.mask[i] * value;
+    sums.product += weighted * lanes.weights[i];
+    sums.square += weighted * value;
+}
+
+#if defined(__AVX512F__)
+// The inverse of a scale beyond this has fewer digits.
+constexpr float kLargestInverted = 0x1p100f;
+
+// Integers without a division, which takes as long as all the rest: w * (1 / s), and what it leaves of w divided in the same way, are
+// the quotient itself (Markstein). Limits are whole numbers, so that it is all the same whether quotients are clamped before they are
+// rounded or after.
+inline Sums fit_integers(const Lanes& lanes, const QuantizeJob& job, const LaneGrid& candidate) {
+    const float max_code = static_cast<float>((1 << job.format.bits) - 1);
+    const __m512 scales = (__m512)candidate.scales, inverse = (__m512)(1.0f / candidate.scales);
+    const __m512 low = (__m512)-candidate.zeros, high = (__m512)(splat(max_code) - candidate.zeros);
+    const F32 magic = splat(kMagic);
+    Sums sums = {};
     for (int64_t i = 0; i < lanes.length; ++i) {
-        const F32 w = lanes.weights[i], value = nearest_value(w, candidate, job);
-        lanes.values[i] = value;
-        const F32 weighted = lanes.mask ? lanes.mask[i] * value : value;
-        product += weighted * w;
-        square += weighted * value;
+        const __m512 w = (__m512)lanes.weights[i], near = _mm512_mul_ps(w, inverse);
+        const __m512 ratio = _mm512_fmadd_ps(_mm512_fnmadd_ps(near, scales, w), inverse, near);
+        const F32 within = (F32)_mm512_min_ps(_mm512_max_ps(ratio, low), high);
+        add_to(sums, lanes, i, (within + magic) - magic);
     }
-    const F32 scales = round_scales_wide(select(square > 0.0f, product / square, candidate.scales), job);
+    return sums;
+}
+#endif
+
+// The codes of a candidate, and their sums.
+inline Sums fit_codes(const Lanes& lanes, const QuantizeJob& job, const LaneGrid& candidate) {
+#if defined(__AVX512F__)
+    if (job.format.kind == LOWBIT_INT && !job.fine_zeros && !any(absolute(candidate.scales) > kLargestInverted))
+        return fit_integers(lanes, job, candidate);
+#endif
+    Sums sums = {};
+    for (int64_t i = 0; i < lanes.length; ++i) add_to(sums, lanes, i, nearest_value(lanes.weights[i], candidate, job));
+    return sums;
+}
+
+// sum(m (s q - w)^2), in two sums: one would wait for itself.
+inline F32 error_of(const Lanes& lanes, F32 scales) {
+    F32 sums[2] = {};
     for (int64_t i = 0; i < lanes.length; ++i) {
         const F32 miss = scales * lanes.values[i] - lanes.weights[i];
-        error += lanes.mask ? lanes.mask[i] * (miss * miss) : miss * miss;
+        sums[i & 1] += lanes.mask[i] * (miss * miss);
     }
+    return sums[0] + sums[1];
+}
+
+// Score one candidate and keep it where it is better. Two of three are seen to be worse in every lane by
+// sum(m w^2) - 2 s sum(m w q) + s^2 sum(m q^2), the same error but for what the three sums were rounded by.
+inline void try_candidate(const Lanes& lanes, const QuantizeJob& job, LaneGrid candidate, Best& best) {
+    candidate.scales = select(absolute(candidate.scales) < kTinyScale, splat(1.0f), candidate.scales);
+    const Sums sums = fit_codes(lanes, job, candidate);
+    const F32 scales = round_scales_wide(select(sums.square > 0.0f, sums.product / sums.square, candidate.scales), job);
+    const F32 guess = best.whole + scales * (scales * sums.square - 2.0f * sums.product);
+    const F32 rounding = best.whole * (static_cast<float>(lanes.length) * 0x1p-23f);
+    if (!any(~(guess > best.error + rounding))) return;
+    const F32 error = error_of(lanes, scales);
     const I32 better = error < best.error;
     best.error = select(better, error, best.error);
     best.scales = select(better, scales, best.scales);
@@ -105,7 +156,9 @@ inline void search_asymmetric(const Lanes& lanes, const QuantizeJob& job, Best& 
 }
 
 inline LaneGrid search_grid(const Lanes& lanes, const QuantizeJob& job, const LaneGrid& start) {
-    Best best = {splat(INFINITY), start.scales, start.zeros};
+    F32 whole = {};
+    for (int64_t i = 0; i < lanes.length; ++i) whole += lanes.mask[i] * (lanes.weights[i] * lanes.weights[i]);
+    Best best = {splat(INFINITY), start.scales, start.zeros, whole};
     try_candidate(lanes, job, start, best);
     if (stores_zeros(job.format)) {
         search_asymmetric(lanes, job, best);

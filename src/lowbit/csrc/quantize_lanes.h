@@ -53,6 +53,9 @@ public:
         for (int64_t first = 0; first < total; first += kLanes) {
             const int count = static_cast<int>(total - first < kLanes ? total - first : kLanes);
             for (int lane = 0; lane < kLanes; ++lane) load(lane, lane < count ? begin : -1, first + lane);
+            check_numbers(begin, first, count);
+            if (lanes_.mask && !job_.search.importance)
+                for (int64_t i = 0; i < length_; ++i) lanes_.mask[i] = root_of_each(absolute(lanes_.weights[i]));
             LaneGrid grid = plain_grid(lanes_, job_);
             if (job_.search.ratio_count) grid = search_grid(lanes_, job_, grid);
             store(begin, first, count, grid);
@@ -72,16 +75,14 @@ private:
     // Copy group `flat` (counted from row `begin`; begin < 0: none) into a lane.
     void load(int lane, int64_t begin, int64_t flat) {
         float* target = reinterpret_cast<float*>(lanes_.weights) + lane;
-        float* mask = lanes_.mask ? reinterpret_cast<float*>(lanes_.mask) + lane : nullptr;
+        float* mask = lanes_.mask && job_.search.importance ? reinterpret_cast<float*>(lanes_.mask) + lane : nullptr;
         int64_t i = 0;
         if (begin >= 0) {
             const int64_t row = begin + flat / groups_, column = (flat % groups_) * length_;
             const int64_t width = width_of(flat % groups_), source = row * job_.row_stride + column;
             load_row(target, source, width);
             if (mask)
-                for (int64_t k = 0; k < width; ++k)
-                    mask[k * kLanes] = job_.search.importance ? job_.search.importance[column + k] : sqrtf(fabsf(target[k * kLanes]));
-            report_bad(target, width, row * job_.shape.cols + column);
+                for (int64_t k = 0; k < width; ++k) mask[k * kLanes] = job_.search.importance[column + k];
             i = width;
         }
         for (; i < length_; ++i) {
@@ -103,10 +104,18 @@ private:
         }
     }
 
-    void report_bad(const float* target, int64_t width, int64_t position) const {
-        float poison = 0.0f;  // 0 * w is NaN exactly for NaN and infinite w.
-        for (int64_t k = 0; k < width; ++k) poison += 0.0f * target[k * kLanes];
-        if (poison == poison) return;
+    // Say where the first weight is that is no number.
+    void check_numbers(int64_t begin, int64_t first, int count) const {
+        F32 poison = {};  // 0 * w is NaN exactly for NaN and infinite w.
+        for (int64_t i = 0; i < length_; ++i) poison += 0.0f * lanes_.weights[i];
+        for (int lane = 0; lane < count; ++lane) {
+            if (poison[lane] == poison[lane]) continue;
+            const int64_t flat = first + lane, row = begin + flat / groups_;
+            report_bad(reinterpret_cast<const float*>(lanes_.weights) + lane, row * job_.shape.cols + (flat % groups_) * length_);
+        }
+    }
+
+    void report_bad(const float* target, int64_t position) const {
         int64_t k = 0;
         while (std::isfinite(target[k * kLanes])) ++k;
         int64_t known = job_.bad_weight.load();

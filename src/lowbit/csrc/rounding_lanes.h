@@ -23,8 +23,9 @@ inline F32 clamp(F32 x, F32 low, F32 high) {
     return select(x < high, x, high);
 }
 // Round half to even: adding 1.5 * 2^23 leaves no fraction bits. Codes beyond 2^20 are clamped anyway.
+constexpr float kMagic = 12582912.0f;
 inline F32 round_even(F32 x) {
-    const F32 limit = splat(1048576.0f), magic = splat(12582912.0f);
+    const F32 limit = splat(1048576.0f), magic = splat(kMagic);
     return (clamp(x, -limit, limit) + magic) - magic;
 }
 
@@ -69,6 +70,25 @@ inline F32 round_scales_wide(F32 x, const QuantizeJob& job) {
     }
 #endif
     return round_scales(x, job);
+}
+
+inline F32 root_of_each(F32 x) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_sqrt_ps((__m512)x);
+#else
+    for (int lane = 0; lane < kLanes; ++lane) x[lane] = sqrtf(x[lane]);
+    return x;
+#endif
+}
+
+inline bool any(I32 mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    int32_t found = 0;
+    for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
+    return found != 0;
+#endif
 }
 
 inline F32 gather(const float* table, I32 index) {
