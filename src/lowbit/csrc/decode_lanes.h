@@ -16,6 +16,7 @@ namespace {
 struct Fetcher {
     const uint8_t* end;
     int64_t jump;
+    bool second = asks_second_cache();
 
     Fetcher(const Header& header, const ProductJob& job, int64_t end_block) : end(block_at(header, end_block)), jump(job.next ? job.next - end : 0) {}
 
@@ -23,8 +24,12 @@ struct Fetcher {
     LOWBIT_INLINE void operator()(const uint8_t* reading) const {
         const uint8_t* ahead = reading + kAhead;
         ahead += ahead >= end ? jump : 0;
-        LOWBIT_UNROLL
-        for (int v = 0; v < kVectors; ++v) fetch(ahead + v * kVector);
+        if (second)
+            LOWBIT_UNROLL
+            for (int v = 0; v < kVectors; ++v) fetch_second(ahead + v * kVector);
+        else
+            LOWBIT_UNROLL
+            for (int v = 0; v < kVectors; ++v) fetch(ahead + v * kVector);
     }
 };
 

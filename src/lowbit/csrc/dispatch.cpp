@@ -107,6 +107,15 @@ const Isa& isa() {
     return *known;
 }
 
+bool asks_second_cache() {
+#if defined(__x86_64__)
+    static const bool intel = __builtin_cpu_is("intel");
+    return intel;
+#else
+    return false;
+#endif
+}
+
 }  // namespace lowbit
 
 extern "C" int lowbit_fold_length(void) { return lowbit::isa().folded ? static_cast<int>(lowbit::kFoldMost) : 0; }

@@ -9,7 +9,7 @@ namespace lowbit {
 namespace {
 
 // Weights that a thread takes at a time when decoding: small enough that the last part keeps nobody waiting for long.
-constexpr int64_t kLeastPart = 8 << 10, kMostPart = 96 << 10;
+constexpr int64_t kLeastPart = 8 << 10, kMostPart = 16 << 10;
 constexpr int64_t kPartsPerThread = 6;
 constexpr int64_t kPlainRows = kTightRows;  // so that plain and tight matrices can be paired
 
@@ -108,20 +108,13 @@ bool Task::pairs_with(const View& other, const Form* other_form) const {
            (!view.header || view.header->block_bytes == other.header->block_bytes);
 }
 
-// Large parts first; the last of them, two for each thread (which claims one ahead), are cut into the smallest, so that threads end
-// together.
 void Task::cut(int64_t count, int64_t unit_bytes, int team) {
     units = count;
-    large = std::max<int64_t>(std::clamp(count * unit_bytes / (team * kPartsPerThread), kLeastPart, kMostPart) / unit_bytes, 1);
-    small = std::max<int64_t>(std::min(kLeastPart / unit_bytes, large), 1);
-    large_items = std::max<int64_t>(count / large - 2 * team, 0);
-    items = large_items + divide_up(count - large_items * large, small);
+    per_item = std::max<int64_t>(std::clamp(count * unit_bytes / (team * kPartsPerThread), kLeastPart, kMostPart) / unit_bytes, 1);
+    items = divide_up(count, per_item);
 }
 
-Task::Span Task::span(int64_t item) const {
-    const int64_t begin = item < large_items ? item * large : large_items * large + (item - large_items) * small;
-    return {begin, std::min(begin + (item < large_items ? large : small), units)};
-}
+Task::Span Task::span(int64_t item) const { return {item * per_item, std::min((item + 1) * per_item, units)}; }
 
 void Task::plan(int team) {
     const int64_t matrices = second ? 2 : 1;

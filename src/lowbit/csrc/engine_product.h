@@ -61,8 +61,7 @@ struct Task {
     const lowbit_mlp* mlp = nullptr;
     float multiplier = 1.0f, soft_cap = 0.0f;  // of logits
     int64_t items = 0;
-    // Decoding: blocks (of plain and tight matrices groups of rows) of large items, which come first, and of small ones.
-    int64_t units = 0, large = 1, small = 1, large_items = 0;
+    int64_t units = 0, per_item = 1;  // decoding: blocks, of plain and tight matrices groups of rows
 
     struct Span {
         int64_t begin, end;

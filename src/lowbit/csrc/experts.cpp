@@ -39,7 +39,7 @@ void Step::sparse_mlp(Member& me, int64_t layer) {
     }
     run_tasks(me, tasks, count, {});
     mark(me, LOWBIT_PART_MLP);
-    work_.team.meet([&] { route(layer); }, [](int) {});
+    work_.team.meet(me.index, [&] { route(layer); }, [](int) {});
     mark(me, LOWBIT_PART_BARRIER);
     expert_products(me, layer);
     if (plan.shared_gate) {

@@ -31,6 +31,11 @@ struct Activations {
 // 2 KiB, 26 at 4 KiB and at 8 KiB; SmolLM2, whose ranges are short, is 5% faster with 4 than with 8.
 constexpr int kAhead = 4096;
 
+// Whether what was asked for waits in the second-level cache: on Intel's processors, where 16 questions at most go out from the nearest
+// one, against 48 from the second (one Granite Rapids core, 16 GB/s: int4 11 through the nearest, 15 through the second; bf16 held
+// tight 24 and 27 on two). Zen was measured with the nearest.
+bool asks_second_cache();
+
 struct ProductJob {
     Activations activations;
     ZeroPlan zeros;

@@ -77,7 +77,7 @@ void Step::mark(Member& me, lowbit_profile_part part) {
 void Step::meet(Member& me, lowbit_profile_part part, bool may_stop) {
     mark(me, part);
     if (engine_.profiling && me.index == 0) ++engine_.profile[LOWBIT_PART_BARRIERS];
-    work_.team.meet([&] {
+    work_.team.meet(me.index, [&] {
         if (engine_.checking) inspect(me, part, may_stop);
         if (may_stop && engine_.cancelled.load(std::memory_order_relaxed)) stopped_ = true;
     }, [&](int waited) {
@@ -201,60 +201,60 @@ Task Step::task_of(Member& me, const View& view, float* y, int64_t y_stride) {
     return task;
 }
 
-// With few tokens memory decides. Everybody then begins with the item of its own number and claims the next one before it works, so
-// that the weights which come next are always known, and asked for, while these are read.
+Step::Place Step::place_of(const Task* tasks, int64_t item) {
+    for (; item >= tasks->items; ++tasks) item -= tasks->items;
+    return {tasks, item};
+}
+
+// With few tokens memory decides: everybody reads a stretch of the weights, and those that come next are known, and asked for, while
+// these are read.
 void Step::run_tasks(Member& me, Task* tasks, int count, const Following& after) {
     int64_t total = 0;
     for (int i = 0; i < count; ++i) {
         tasks[i].plan(work_.team.size());
         total += tasks[i].items;
     }
-    struct Place {
-        const Task* task = nullptr;
-        int64_t item = 0;
-    };
-    const auto place_of = [&](int64_t item) {
-        int i = 0;
-        for (; item >= tasks[i].items; ++i) item -= tasks[i].items;
-        Place place;
-        place.task = &tasks[i];
-        place.item = item;
-        return place;
-    };
     if (count_ > kFewTokens) {
         work_.team.share(total, 1, [&](int64_t item, int64_t) {
-            const Place here = place_of(item);
+            const Place here = place_of(tasks, item);
             here.task->run(here.item);
         });
         return;
     }
     me.coming = first_part(me, after);
-    for (int64_t item = me.index; item < total;) {
-        const int64_t next = work_.team.size() + work_.team.claim(1);
-        const Place here = place_of(item);
-        const Place there = next < total ? place_of(next) : Place{};
+    work_.team.share_stretches(me.index, total, [&](int64_t item, int64_t next) {
+        const Place here = place_of(tasks, item), there = next < 0 ? Place{} : place_of(tasks, next);
         here.task->run(here.item, there.task ? there.task->begin_of(there.task->view, there.item) : me.coming);
-        item = next;
-    }
+    });
 }
 
 const uint8_t* Step::first_part(const Member& me, const Following& after) const {
-    if (!after.view) return nullptr;
     Form form{};
     form.few = true;
-    Task task;
-    task.view = after.view;
-    task.second = after.second;
-    task.form = &form;
-    task.plan(work_.team.size());
-    return me.index < task.items ? task.begin_of(task.view, me.index) : nullptr;
+    Task tasks[3];
+    int count = 0;
+    int64_t total = 0;
+    for (const View* view : after.views) {
+        if (!view || !*view) continue;
+        Task& task = tasks[count++];
+        task.view = *view;
+        if (after.second) task.second = *after.second;
+        task.form = &form;
+        task.plan(work_.team.size());
+        total += task.items;
+    }
+    const int64_t first = work_.team.first_of(me.index, total);
+    if (first >= total) return nullptr;
+    const Place place = place_of(tasks, first);
+    return place.task->begin_of(place.task->view, place.item);
 }
 
-// The first matrix that a layer multiplies with, or the head behind the last one.
-const View& Step::first_of(int64_t layer) const {
-    if (layer == model_.layer_count) return plans_.head_in ? plans_.head_in : plans_.head;
+// The first matrices that a layer multiplies with, or the head behind the last one.
+Step::Following Step::first_of(int64_t layer) const {
+    if (layer == model_.layer_count) return {{plans_.head_in ? &plans_.head_in : &plans_.head}};
     const LayerPlan& plan = plans_.plans[static_cast<size_t>(layer)];
-    return plan.qkv ? plan.qkv : plan.q;
+    if (plan.qkv) return {{&plan.qkv}};
+    return {{&plan.q, &plan.k, &plan.v}};
 }
 
 // --- the branches ---
@@ -280,7 +280,7 @@ void Step::attention(Member& me, int64_t layer) {
         tasks[count++] = task_of(me, plan.k, qkv + plans_.q_size, width);
         tasks[count++] = task_of(me, plan.v, qkv + plans_.q_size + plans_.kv_size, width);
     }
-    run_tasks(me, tasks, count, {plan.o, {}});
+    run_tasks(me, tasks, count, {{&plan.o}});
     meet(me, LOWBIT_PART_QKV);
     if (!decoding_) {
         work_.team.share(count_, 4, [&](int64_t begin, int64_t end) {
@@ -301,7 +301,7 @@ void Step::attention(Member& me, int64_t layer) {
         if (split) merge_splits(me, layer, token, to);
     });
     Task output = task_of(me, plan.o, work_.branches[0].get(), size);
-    run_tasks(me, &output, 1, plan.gate_up ? Following{plan.gate_up, {}} : plan.gate ? Following{plan.gate, plan.up} : Following{plan.up, {}});
+    run_tasks(me, &output, 1, plan.gate_up ? Following{{&plan.gate_up}} : plan.gate ? Following{{&plan.gate}, &plan.up} : Following{{&plan.up}});
     meet(me, LOWBIT_PART_OUTPUT, true);
     me.pending = {layer, -1};
 }
@@ -340,7 +340,7 @@ void Step::dense_mlp(Member& me, int64_t layer) {
             tasks[0].mlp = &mlp;
         }
     }
-    run_tasks(me, tasks, count, {plan.down, {}});
+    run_tasks(me, tasks, count, {{&plan.down}});
     meet(me, LOWBIT_PART_MLP);
     Rows rows = {work_.gate.get(), mlp.size};
     if (!activated) rows.data = own_rows(me).data;
@@ -350,7 +350,7 @@ void Step::dense_mlp(Member& me, int64_t layer) {
         engine_isa().activate(mlp, both, plan.gate_up ? both + mlp.size : work_.up.get() + token * mlp.size, mlp.size, to);
     });
     Task down = task_of(me, plan.down, work_.branches[1].get(), size);
-    run_tasks(me, &down, 1, {first_of(layer + 1), {}});
+    run_tasks(me, &down, 1, first_of(layer + 1));
     me.pending = {sequential ? -1 : layer, layer};
     meet(me, LOWBIT_PART_MLP, true);
 }

@@ -37,9 +37,15 @@ private:
         int64_t layer = -1;  // -1: outside the layers
         const uint8_t* coming = nullptr;  // weights that this thread reads first in the next products
     };
-    // The matrices of the products that come next.
+    // The matrices of the products that come next; `second` is read in turns with the first.
     struct Following {
-        View view, second;
+        const View* views[3] = {nullptr, nullptr, nullptr};
+        const View* second = nullptr;
+    };
+    // An item of several tasks that are shared out together.
+    struct Place {
+        const Task* task = nullptr;
+        int64_t item = 0;
     };
     struct Rows {
         float* data;
@@ -88,7 +94,8 @@ private:
     Task task_of(Member& me, const View& view, float* y, int64_t y_stride);
     // `after`: the products that come next, whose weights are asked for in time.
     void run_tasks(Member& me, Task* tasks, int count, const Following& after);
-    const View& first_of(int64_t layer) const;
+    static Place place_of(const Task* tasks, int64_t item);
+    Following first_of(int64_t layer) const;
     const uint8_t* first_part(const Member& me, const Following& after) const;
     Rows own_rows(Member& me) const;
     void meet(Member& me, lowbit_profile_part part, bool may_stop = false);

@@ -1,4 +1,4 @@
-// The threads of one step: they enter together, share out items by an atomic counter, and meet at barriers.
+// The threads of one step: they enter together, share out items by atomic counters, and meet at barriers.
 //
 // One step is one job of the pool; inside it a barrier costs a few hundred nanoseconds, where a job of its own for each of the five
 // stages of a layer would cost microseconds. The last thread to arrive may do a piece of serial work before it lets the others go.
@@ -14,6 +14,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <vector>
 
 #include "threads.h"
 
@@ -24,9 +25,7 @@ public:
     // Run body(member) once on each of `size` threads; members are numbered from 0, and member 0 is not always the caller.
     template <class Body>
     static void run(Team& team, int size, const Body& body) {
-        team.size_ = size;
-        team.arrived_.store(0);
-        team.next_.store(0);
+        team.start(size);
         if (size == 1) return body(0);
         parallel_for(size, 1, [&](int64_t begin, int64_t end, int) {
             if (end - begin > 1) team.size_ = 1;  // the pool runs everything on one thread
@@ -58,10 +57,34 @@ public:
         for (int64_t begin = claim(grain); begin < items; begin = claim(grain)) body(begin, std::min(begin + grain, items));
     }
 
-    // Wait for everybody; the counter of items starts again at 0. `idle` is told how often it was called while waiting.
+    // Where a member begins when it owns a stretch of the items.
+    int64_t first_of(int member, int64_t items) const { return items * member / size_; }
+
+    // Every member owns a stretch of the items and takes them from its front; who has none left takes from the back of others'. For
+    // items that are read from memory: what a processor fetches beyond the end of one is then what the same thread reads next.
+    // body(item, next): the item behind it in the own stretch, -1 where there is none.
+    template <class Body>
+    void share_stretches(int member, int64_t items, const Body& body) {
+        const uint32_t stage = generation_.load(std::memory_order_relaxed) % 2;
+        for (int step = 0; step < size_; ++step) {
+            const int owner = (member + step) % size_;
+            const int64_t begin = first_of(owner, items), count = first_of(owner + 1, items) - begin;
+            const uint64_t one = step == 0 ? 1 : kFromBack;
+            for (;;) {
+                const uint64_t taken = stretches_[static_cast<size_t>(owner)].taken[stage].fetch_add(one, std::memory_order_relaxed);
+                const int64_t front = static_cast<int64_t>(taken % kFromBack), back = static_cast<int64_t>(taken / kFromBack);
+                if (front + back >= count) break;
+                if (step == 0) body(begin + front, front + 1 < count ? begin + front + 1 : -1);
+                else body(begin + count - 1 - back, -1);
+            }
+        }
+    }
+
+    // Wait for everybody; the counters of items start again at 0. `idle` is told how often it was called while waiting.
     template <class Serial, class Idle>
-    void meet(const Serial& serial, const Idle& idle) {
+    void meet(int member, const Serial& serial, const Idle& idle) {
         const uint32_t generation = generation_.load(std::memory_order_relaxed);
+        stretches_[static_cast<size_t>(member)].taken[(generation + 1) % 2].store(0, std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
             serial();
             next_.store(0, std::memory_order_relaxed);
@@ -80,6 +103,22 @@ public:
     }
 
 private:
+    // How many items of a member's stretch were taken from its front and, in units of kFromBack, from its back: for this stage and for
+    // the next one, which is set back before anybody can enter it.
+    static constexpr uint64_t kFromBack = uint64_t{1} << 32;
+    struct alignas(64) Stretch {
+        std::atomic<uint64_t> taken[2] = {{0}, {0}};
+    };
+
+    void start(int size) {
+        size_ = size;
+        arrived_.store(0);
+        next_.store(0);
+        if (static_cast<size_t>(size) > stretches_.size()) stretches_ = std::vector<Stretch>(static_cast<size_t>(size));
+        for (Stretch& stretch : stretches_)
+            for (auto& taken : stretch.taken) taken.store(0);
+    }
+
     // About 17 microseconds, beyond any stage's imbalance on a quiet machine. On a busy one the missing thread has lost its core,
     // and a sleeper keeps its own share of time for later where a spinner would waste it.
     static constexpr int kPatience = 600;
@@ -104,6 +143,7 @@ private:
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> generation_{0};
     std::atomic<int> sleepers_{0};
+    std::vector<Stretch> stretches_;
 };
 
 }  // namespace lowbit

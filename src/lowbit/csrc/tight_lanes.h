@@ -139,13 +139,18 @@ inline uint64_t split_unit(const uint16_t* weights, const TightTable& table, uin
 // Memory is asked for kAhead bytes before it is read, beyond the end of these rows where the thread reads next.
 struct TightFetcher {
     const uint8_t *end, *next;
+    bool second = asks_second_cache();
 
     // Always inlined: gcc drops a call that only prefetches.
     __attribute__((always_inline)) void operator()(const uint8_t* reading) const {
         const uint8_t* ahead = reading + kAhead;
         if (ahead >= end && next) ahead = next + (ahead - end);
+        if (second)
 #pragma GCC unroll 6
-        for (int64_t i = 0; i < kTightUnitBytes; i += kCacheLine) __builtin_prefetch(ahead + i);
+            for (int64_t i = 0; i < kTightUnitBytes; i += kCacheLine) __builtin_prefetch(ahead + i, 0, 2);
+        else
+#pragma GCC unroll 6
+            for (int64_t i = 0; i < kTightUnitBytes; i += kCacheLine) __builtin_prefetch(ahead + i);
     }
 };
 

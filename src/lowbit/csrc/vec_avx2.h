@@ -43,6 +43,7 @@ inline void store_bytes(void* to, Bytes value) {
 }
 // Always inlined: gcc takes a call that only prefetches for one without effect and drops it.
 LOWBIT_INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+LOWBIT_INLINE void fetch_second(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1); }
 
 template <int kRight, int kMask>
 inline Bytes part(Bytes v) {

@@ -28,6 +28,7 @@ inline Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
 inline void store_bytes(void* to, Bytes value) { _mm512_storeu_si512(to, value); }
 // Always inlined: gcc takes a call that only prefetches for one without effect and drops it.
 LOWBIT_INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+LOWBIT_INLINE void fetch_second(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1); }
 
 // (v >> kRight) & kMask in each byte; a negative kRight shifts left.
 template <int kRight, int kMask>

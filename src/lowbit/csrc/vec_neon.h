@@ -45,6 +45,7 @@ inline void store_bytes(void* to, Bytes value) {
     for (int i = 0; i < kQuarters; ++i) vst1q_u8(static_cast<uint8_t*>(to) + 16 * i, bytes_of(value.q[i]));
 }
 LOWBIT_INLINE void fetch(const void* address) { __builtin_prefetch(address); }
+LOWBIT_INLINE void fetch_second(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 template <int kRight, int kMask>
 inline Bytes part(Bytes v) {

@@ -45,6 +45,7 @@ inline Bytes load_bytes(const void* from) {
 inline void store_bytes(void* to, const Bytes& value) { memcpy(to, &value, sizeof value); }
 // Always inlined: gcc takes a call that only prefetches for one without effect and drops it.
 LOWBIT_INLINE void fetch(const void* address) { __builtin_prefetch(address); }
+LOWBIT_INLINE void fetch_second(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 template <int kRight, int kMask>
 inline Bytes part(const Bytes& v) {
