@@ -54,7 +54,7 @@ check-rest:
 # SETS='avx2;avx512', 45 s more); TSan sees the portable one, since all meet in the pool in the same way. What of UBSan is left out in
 # the files with register tiles is in src/lowbit/csrc/CMakeLists.txt. Processor time: 110 s and 55 s, of which 40 s are the checks.
 NATIVE := $(RUN)/cmake -S tests/cpu/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(RUN)/ninja
-SETS ?= $(if $(shell grep -sm1 avx512_vbmi /proc/cpuinfo),avx512,avx2;neon)
+SETS ?= $(if $(shell grep -sm1 avx512_vbmi /proc/cpuinfo),avx512,avx2;neon;neon_i8mm)
 check-sanitize: $(READY)
 	$(NATIVE) -B build/asan -DLOWBIT_SANITIZE=address,undefined -DLOWBIT_SETS='$(SETS)'
 	$(RUN)/cmake --build build/asan

@@ -43,7 +43,7 @@ TOLERANCE_INT8 = 0.02
 
 def instruction_sets() -> list[str]:
     names = []
-    for name in ("amx", "avx512", "avx2", "neon", "portable"):
+    for name in ("amx", "avx512", "avx2", "neon_i8mm", "neon", "portable"):
         try:
             calls.set_instruction_set(name)
         except KernelError:

@@ -82,7 +82,7 @@ def threads() -> int:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: portable, avx2, avx512 or amx."""
+    """The instruction set in use: portable, avx2, avx512, amx, neon or neon_i8mm."""
     return bytes(library().lowbit_isa()).decode()
 
 

@@ -5,7 +5,7 @@
 
 #include "error.h"
 
-#if defined(LOWBIT_NEON)
+#if defined(LOWBIT_NEON) || defined(LOWBIT_NEON_I8MM)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -38,6 +38,13 @@ bool has_avx512() {
 
 #if defined(LOWBIT_NEON)
 bool has_dot_products() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+#endif
+
+#if defined(LOWBIT_NEON_I8MM)
+bool has_matrix_products() {
+    constexpr unsigned long kI8mm = 1ul << 13;  // HWCAP2_I8MM, which older headers do not name
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP && getauxval(AT_HWCAP2) & kI8mm;
+}
 #endif
 
 #if defined(LOWBIT_AMX)
@@ -80,6 +87,9 @@ const Row kRows[] = {
 #endif
 #if defined(LOWBIT_AVX2)
     {&kAvx2, has_avx2},
+#endif
+#if defined(LOWBIT_NEON_I8MM)
+    {&kNeonI8mm, has_matrix_products},
 #endif
 #if defined(LOWBIT_NEON)
     {&kNeon, has_dot_products},

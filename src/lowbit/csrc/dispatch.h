@@ -37,6 +37,9 @@ extern const FoldedProducts kEmulatedProducts;
 #if defined(LOWBIT_NEON)
 extern const Isa kNeon;
 #endif
+#if defined(LOWBIT_NEON_I8MM)
+extern const Isa kNeonI8mm;
+#endif
 #if defined(LOWBIT_AMX)
 extern const FoldedProducts kAmxProducts;
 #endif

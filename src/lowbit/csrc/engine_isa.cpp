@@ -34,6 +34,9 @@ const EngineIsa& engine_isa() {
 #if defined(LOWBIT_AVX2)
     if (isa().decode_rows == kAvx2.decode_rows) return kEngineAvx2;
 #endif
+#if defined(LOWBIT_NEON_I8MM)
+    if (isa().decode_rows == kNeonI8mm.decode_rows) return kEngineNeonI8mm;
+#endif
 #if defined(LOWBIT_NEON)
     if (isa().decode_rows == kNeon.decode_rows) return kEngineNeon;
 #endif

@@ -120,5 +120,8 @@ extern const EngineIsa kEngineAvx512;
 #if defined(LOWBIT_NEON)
 extern const EngineIsa kEngineNeon;
 #endif
+#if defined(LOWBIT_NEON_I8MM)
+extern const EngineIsa kEngineNeonI8mm;
+#endif
 
 }  // namespace lowbit

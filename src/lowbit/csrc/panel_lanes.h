@@ -5,6 +5,7 @@
 // expanding (u = code - z + 128), so that the inner loop is the same for symmetric and asymmetric weights.
 #pragma once
 #include "activation_lanes.h"
+#include "segment_lanes.h"
 #include "unpack_lanes.h"
 
 namespace lowbit {
@@ -59,6 +60,7 @@ void expand_block(const Header& header, const uint8_t* block, const ZeroPlan& ze
             store_bytes(panel.zeros[s][which], subtract_ints(widen_bytes(row_zeros), splat_ints(zeros.wide ? kWideBias : 0)));
         }
     }
+    pair_vectors(to, units * kSteps);
 }
 
 void expand(const Header& header, const uint8_t* block, const ZeroPlan& zeros, Stretch stretch, int which, Panel& panel) {
@@ -94,22 +96,7 @@ void tile_product(const Panel& panel, const Plan& plan, Stretch stretch, const T
                 partial[b][t] = splat_ints(x.sums[place + t]);
                 if (kRowZeros) partial[b][t] = multiply_ints(partial[b][t], load_bytes(panel.zeros[s][b]));
             }
-        for (int64_t v = 0; v < vectors; v += 4) {
-            LOWBIT_UNROLL
-            for (int k = 0; k < 4; ++k) {
-                Bytes w[kBlocks];
-                LOWBIT_UNROLL
-                for (int b = 0; b < kBlocks; ++b) w[b] = load_bytes(weights + b * kStretch * kBlockRows + k * kVector);
-                LOWBIT_UNROLL
-                for (int t = 0; t < kPanelTokens; ++t) {
-                    const Ints four = splat_ints(inputs[k * kPanelTokens + t]);
-                    LOWBIT_UNROLL
-                    for (int b = 0; b < kBlocks; ++b) partial[b][t] = dot<kWide>(partial[b][t], w[b], four);
-                }
-            }
-            weights += 4 * kVector;
-            inputs += 4 * kPanelTokens;
-        }
+        add_segment<kBlocks, kWide>(weights + s * vectors * kVector, kStretch * kBlockRows, inputs + s * vectors * kPanelTokens, vectors, partial);
         Floats scales[kBlocks], minima[kBlocks];
         LOWBIT_UNROLL
         for (int b = 0; b < kBlocks; ++b) scales[b] = load_floats(panel.scales[s][b]);

@@ -1,4 +1,5 @@
-// Sixteen 32-bit lanes as four 128-bit quarters, on NEON with dot products (ARMv8.2). vec_avx512.h says what each name means.
+// Sixteen 32-bit lanes as four 128-bit quarters, on NEON with dot products (ARMv8.2), and with products of small matrices (i8mm) in the
+// file that is compiled for these. vec_avx512.h says what each name means.
 #pragma once
 #include <arm_neon.h>
 
@@ -24,8 +25,13 @@ struct Floats {
 // 16 of 32 registers for sums, 4 for weights.
 constexpr int kPanelTokens = 4;
 constexpr int kPanelBlocks = 1;
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define LOWBIT_MATRIX_PRODUCTS
+constexpr int kWideBias = 0;
+#else
 // Dot products take both sides as signed; weights that exceed 127 are centred first.
 constexpr int kWideBias = 128;
+#endif
 
 template <class Operation>
 LOWBIT_INLINE Bytes each(Operation operation) {
@@ -85,9 +91,14 @@ template <bool kWide>
 inline Ints dot(Ints sums, Bytes weights, Ints x) {
     return each([=](int i) {
         uint8x16_t w = bytes_of(weights.q[i]);
+        const int32x4_t before = vreinterpretq_s32_u32(sums.q[i]);
+        const int8x16_t four = vreinterpretq_s8_u32(x.q[i]);
+#if defined(LOWBIT_MATRIX_PRODUCTS)
+        return vreinterpretq_u32_s32(vusdotq_s32(before, w, four));
+#else
         if (kWide) w = veorq_u8(w, vdupq_n_u8(0x80));
-        const int32x4_t sum = vdotq_s32(vreinterpretq_s32_u32(sums.q[i]), vreinterpretq_s8_u8(w), vreinterpretq_s8_u32(x.q[i]));
-        return vreinterpretq_u32_s32(sum);
+        return vreinterpretq_u32_s32(vdotq_s32(before, vreinterpretq_s8_u8(w), four));
+#endif
     });
 }
 

@@ -1,4 +1,5 @@
-// The names of vector_lanes.h and byte_lanes.h on NEON with dot products: sixteen lanes as four registers.
+// The names of vector_lanes.h and byte_lanes.h on NEON with dot products, and with those of mixed signs (i8mm) where the file is compiled
+// for them: sixteen lanes as four registers.
 #pragma once
 #include <arm_neon.h>
 
@@ -119,6 +120,12 @@ inline Quads splat_quad(const uint8_t* p) {
     const uint8x16_t all = vreinterpretq_u8_u32(vdupq_n_u32(four));
     return {{all, all, all, all}};
 }
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+inline I32 dot_quads(I32 sum, Quads unsigned_bytes, Quads signed_bytes) {
+    for (int i = 0; i < 4; ++i) sum.v[i] = vusdotq_s32(sum.v[i], unsigned_bytes.v[i], vreinterpretq_s8_u8(signed_bytes.v[i]));
+    return sum;
+}
+#else
 // Both sides of the instruction are signed: u s = (u - 128) s + 64 s + 64 s.
 inline I32 dot_quads(I32 sum, Quads unsigned_bytes, Quads signed_bytes) {
     for (int i = 0; i < 4; ++i) {
@@ -128,6 +135,7 @@ inline I32 dot_quads(I32 sum, Quads unsigned_bytes, Quads signed_bytes) {
     }
     return sum;
 }
+#endif
 template <int kBits>
 inline I32 shift_left(I32 x) {
     for (int i = 0; i < 4; ++i) x.v[i] = vshlq_n_s32(x.v[i], kBits);
