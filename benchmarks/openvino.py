@@ -197,27 +197,35 @@ def size_of(folder: Path) -> int:
 
 
 def measure_speed(name: str) -> Callable[[Place], Found]:
+    """Each side begins as often as the other: who is loaded first, and who is asked first in a turn."""
+
     def measure(place: Place) -> Found:
-        workers = {}
+        folders = {}
         for side, (out, command) in exports(place).items():
             if side == VERIFIED:
                 continue
             if not (out / "openvino_model.bin").is_file():
                 timed(command(out), place.threads)
-            workers[side] = Worker(place.python, WORKERS / "run_openvino.py", out, place.threads)
-        speeds: dict[str, list[float]] = {side: [] for side in workers}
-        try:
-            for seed in range(-1, 2 * place.rounds):  # the first lays things out
-                for side, worker in workers.items():
-                    value = worker.read(TASKS[name], seed + 1).value
-                    if seed >= 0:
-                        speeds[side].append(value)
-        finally:
-            for worker in workers.values():
-                worker.close()
+            folders[side] = out
+        speeds: dict[str, list[float]] = {side: [] for side in folders}
+        for order in (list(folders), list(reversed(folders))):
+            workers = {side: worker(place, folders[side]) for side in order}
+            try:
+                for turn in workers.values():
+                    turn.read(TASKS[name], 0)  # lays things out
+                for seed in range(place.rounds):
+                    for side in order if seed % 2 else reversed(order):
+                        speeds[side].append(workers[side].read(TASKS[name], 1 + seed).value)
+            finally:
+                for turn in workers.values():
+                    turn.close()
         return {side: statistics.median(values) for side, values in speeds.items()}
 
     return measure
+
+
+def worker(place: Place, folder: Path) -> Worker:
+    return Worker(place.python, WORKERS / "run_openvino.py", folder, place.threads)
 
 
 # --- quality ------------------------------------------------------------------------------------------------------------

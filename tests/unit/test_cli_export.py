@@ -6,17 +6,21 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.cli import main
 from lowbit.errors import LowbitError
 from lowbit.openvino import verify, write_decoder
-from lowbit.openvino.comparison import Row, _truth, divergence
+from lowbit.openvino.comparison import DEFAULT_LIMIT, Row, _ask, _row, _truth, divergence, exact_settings
 from lowbit_assets import tiny_model, tiny_model_in_memory
 from lowbit_assets.tiny import VOCABULARY, write_byte_tokenizer
 
@@ -78,6 +82,34 @@ def test_a_guess_is_no_answer(plain: Path, tmp_path: Path) -> None:
         assert found.tokens == own.tokens and found.gaps.shape == (32, VOCABULARY)
         np.testing.assert_allclose(found.gaps, own.gaps, rtol=0, atol=1e-5)
         np.testing.assert_allclose(found.logits, own.logits, rtol=0, atol=1e-5)
+
+
+def test_what_is_chosen_behind_an_answer(plain: Path, tmp_path: Path) -> None:
+    """At once and one by one: what a folder would have chosen by itself, as long as the answer is its own."""
+    written = write_decoder(plain, tmp_path / "out", "int8", tokenizer=False, keep=True)
+    known: Future[Any] = Future()
+    own, settings = _truth(written, PROMPT, []), exact_settings("CPU")
+    known.set_result(own)
+    alone = _ask(written.folder, PROMPT, "CPU", "exact", settings, known)
+    behind = _ask(written.folder, PROMPT, "CPU", "default", settings, known)
+    assert alone.gaps is None and alone.tokens == behind.tokens == tuple(own.tokens)
+    np.testing.assert_allclose(behind.gaps, own.gaps, rtol=0, atol=1e-4)
+    # A folder that goes wrong behind the prompt alone: its divergence says so.
+    gaps = np.array(behind.gaps)
+    gaps[28] = np.roll(gaps[28], 1) * 50
+    row = _row(dataclasses.replace(behind, gaps=gaps), own, 1e-3)
+    assert row.divergence > DEFAULT_LIMIT and not row.passed and _row(behind, own, 1e-3).passed
+
+
+def test_a_rounding_that_fails_ends_the_export(tmp_path: Path) -> None:
+    """It runs in a thread of its own, a weight ahead."""
+    folder = tiny_model("llama", tmp_path / "plain")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LowbitError, match="NaN or infinite"):
+        write_decoder(folder, tmp_path / "out", "int4_g32")
+    assert not (tmp_path / "out").exists() and "lowbit-ahead" not in " ".join(t.name for t in threading.enumerate())
 
 
 def test_what_counts_as_the_same() -> None:

@@ -7,8 +7,8 @@
     config.json, generation_config.json, tokenizer files, chat template, licences: as they came with the model
     lowbit_report.json               the format of every weight
 
-Weights that are low-bit already keep their codes; plain ones are rounded where a format is asked for. One weight is in
-memory at a time beside what is written: an export takes the room of its result and of one weight.
+Weights that are low-bit already keep their codes; plain ones are rounded where a format is asked for. Two weights
+are in memory at a time beside what is written, since one is rounded while the one before is laid down.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.folder import replace_folder
@@ -47,6 +48,7 @@ from lowbit.runtime.files import RECIPE_ROLES, Loaded, ModelFiles, read_spec, re
 OV_CONFIG = "openvino_config.json"
 # Where a graph says what was done to its weights when it was written.
 RECIPE, FORMATS = ["lowbit", "recipe"], ["lowbit", "formats"]
+Item = TypeVar("Item")
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -113,6 +115,8 @@ def write_decoder(
     with replace_folder(Path(out).expanduser()) as folder:
         kept = Kept(folder) if keep and recipe is not None else None
         weights = read_weights(files, spec, recipe)
+        if recipe is not None:
+            weights = _ahead(weights)
         weights = _reported(weights if kept is None else kept.passing(weights), spec, report)
         _write_texts(files, folder)
         # Tokenizers are converted beside the work of the graph.
@@ -123,6 +127,16 @@ def write_decoder(
         report.seconds = time.perf_counter() - started
         (folder / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
     return Written(Path(out).expanduser(), spec, report, tuple(notes), files, recipe, kept=kept)
+
+
+def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same, each made while the one before is used: rounding takes all cores, and what is done with codes takes one."""
+    coming, end = iter(items), object()
+    with ThreadPoolExecutor(1, "lowbit-ahead") as beside:
+        made: Future[Any] = beside.submit(next, coming, end)
+        while (item := made.result()) is not end:
+            made = beside.submit(next, coming, end)
+            yield item
 
 
 def _write_graph(
