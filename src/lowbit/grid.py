@@ -11,26 +11,11 @@ a point of the grid.
 Symmetric integers use the full range: the scale carries a sign, chosen so that the weight of the largest magnitude
 lands on -2^(bits-1) exactly (a restricted range wastes that code, which at 2 bits is a quarter of them).
 
-`Search` refines the scale of each group. Candidates are the plain scale r0 and, for `steps` ratios r evenly spaced from
-`lowest` to `highest`,
-
-    symmetric    r * extreme / -2^(b-1)  and  r * extreme / (2^(b-1) - 1)         (the largest weight at either end)
-    asymmetric   r * (high - low) / (2^b - 1), each with z = round(-low r / s) - zero_steps .. + zero_steps
-    fine zeros   the same, z rounded to what its byte counts and moved by a quarter of a code at a time
-    codebooks    r * |extreme| / max level
-
-Each is refitted by least squares to the codes it gives, s = sum(m w q) / sum(m q^2), rounded to the stored type, and the
-first with the least sum(m (s q - w)^2) is kept. m is the importance of the input where one is given, else sqrt|w|:
-without data, least squares alone clips the large weights of a group, which costs the model more than it saves. Mean KL
-of int4_g64 over three drafts of the reference model: plain 0.446, m = 1 0.431, sqrt|w| 0.402, |w| 0.434; of its tied
-head at int5_g64: plain 0.034, m = 1 0.052, sqrt|w| 0.038. Least squares for a power other than 2, a scale that keeps
-the energy of the group, a second refit and 32 or 64 steps gave nothing beyond that. It needs arithmetic only;
-`benchmarks/default_format.py` shows its worth. Without `refit` the candidates are taken as they are, and m = 1.
+`Search` refines the scale of each group: `grid_search.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,27 +23,18 @@ import torch
 from lowbit.bits import pack_codes, spread_groups, unpack_codes
 from lowbit.errors import WeightError
 from lowbit.formats import SCALE_BITS, Format
-from lowbit.grid_core import core_quantize, core_unpack
+from lowbit.grid_core import core_quantize, core_serves, core_unpack
 from lowbit.grid_points import code_values, nearest_codes, round_zeros
+from lowbit.grid_search import TINY_SCALE, Groups, extremes, search_scales
 from lowbit.kquants import dequantize_kquant, quantize_kquant
 from lowbit.packing import PackedTensor
 from lowbit.search import PLAIN, Search, worth_searching
 
 SCALE_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# fp16 cannot hold a scale below this; groups that small are stored as zeros.
-_TINY_SCALE = 6e-8
 _SUMMED_AT_ONCE = 1 << 22
-# Candidates of the search are tried together on a GPU, up to so many numbers; a CPU likes them one by one, in its cache.
-_TRIED_AT_ONCE = 1 << 23
-# How far the search moves a fine zero point at a time, in codes.
-FINE_MOVE = 0.25
 _E8M0_BIAS = 127
 # A code of a doubly quantised scale that means "the tensor's mean scale".
 _DQ_MIDPOINT = 128
-
-
-# A scale and a zero point of each group, [groups, 1].
-_Candidate = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -83,6 +59,16 @@ def quantize(
     return packed if packed is not None else pack(weight, format, fit_grid(weight, format, search, importance))
 
 
+def rounded(
+    weight: torch.Tensor, format: Format, search: Search = PLAIN, importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `quantize` would be read back as, in fp32; where the definition rounds, no codes are packed for it."""
+    if format.kind == "kquant" or core_serves(format, weight):
+        return unpack(quantize(weight, format, search, importance))
+    grid = fit_grid(weight, format, search, importance)
+    return from_codes(to_codes(weight, format, grid.scales, grid.zeros), format, grid.scales, grid.zeros)
+
+
 def fit(weight: torch.Tensor, format: Format, search: Search, importance: torch.Tensor) -> Grid:
     """The grid that `quantize` rounds a weight onto; the core finds it where it can."""
     packed = core_quantize(weight, format, search, importance)
@@ -104,7 +90,7 @@ def fit_grid(
     rounder = scale_rounder(weight, format)
     scales, zeros = _plain_scales(groups, format, rounder)
     if search.steps:
-        scales, zeros = _search_scales(groups, weights, format, rounder, search, (scales, zeros))
+        scales, zeros = search_scales(Groups(groups, weights, format), rounder, search, (scales, zeros))
     return store_grid(tuple(weight.shape), groups, scales, zeros, rounder)
 
 
@@ -240,7 +226,7 @@ class ScaleRounder:
         # A scale beyond the type would be stored as infinity, and its group read as NaN; clamped, the group saturates.
         largest = torch.finfo(dtype).max
         rounded = scales.clamp(-largest, largest).to(dtype).float()
-        return torch.where(rounded.abs() < _TINY_SCALE, torch.ones_like(rounded), rounded)
+        return torch.where(rounded.abs() < TINY_SCALE, torch.ones_like(rounded), rounded)
 
 
 def scale_rounder(weight: torch.Tensor, format: Format) -> ScaleRounder:
@@ -269,12 +255,6 @@ def _global_scale(weight: torch.Tensor, format: Format) -> torch.Tensor | None:
     return largest / (448.0 * format.max_level)
 
 
-def _extreme(groups: torch.Tensor) -> torch.Tensor:
-    """The entry of the largest magnitude of each group, with its sign: [groups, 1]."""
-    index = groups.abs().argmax(dim=-1, keepdim=True)
-    return groups.gather(-1, index)
-
-
 def _plain_scales(
     groups: torch.Tensor, format: Format, rounder: ScaleRounder
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -283,7 +263,7 @@ def _plain_scales(
         high = groups.amax(dim=-1, keepdim=True).clamp_min(0.0)
         scales = rounder((high - low) / format.max_code)
         return scales, round_zeros(-low / scales, format)
-    extreme = _extreme(groups)
+    extreme = extremes(groups)
     if format.kind == "int":
         return rounder(extreme / -format.midpoint), None
     if format.scale_dtype == "e8m0":
@@ -296,65 +276,10 @@ def _plain_scales(
 
 def _fill_blanks(scales: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """The mean scale for groups of zeros, whose placeholder of 1 would stretch the second level for all their neighbours."""
-    blank = _extreme(groups).abs() < scales.abs() / 2
+    blank = extremes(groups).abs() < scales.abs() / 2
     count = (~blank).sum()
     mean = torch.where(blank, torch.zeros_like(scales), scales).sum() / count.clamp_min(1)
     return torch.where(blank & (count > 0), mean, scales)
-
-
-def _candidates(groups: torch.Tensor, format: Format, search: Search) -> Iterator[_Candidate]:
-    """Scales (and zero points) to try, before rounding to the stored type."""
-    if format.kind == "int" and not format.symmetric:
-        low = groups.amin(dim=-1, keepdim=True).clamp_max(0.0)
-        high = groups.amax(dim=-1, keepdim=True).clamp_min(0.0)
-        move = FINE_MOVE if format.fine_zeros else 1.0
-        for ratio in search.ratios():
-            scales = (high - low).clamp_min(1e-20) * (ratio / format.max_code)
-            middle = round_zeros(-low * ratio / scales, format)
-            for shift in range(-search.zero_steps, search.zero_steps + 1):
-                yield scales, (middle + shift * move).clamp(0, format.max_zero)
-        return
-    extreme = _extreme(groups)
-    if format.kind == "int":
-        for ratio in search.ratios():
-            yield extreme * (-ratio / format.midpoint), None
-            yield extreme * (ratio / (format.midpoint - 1)), None
-        return
-    for ratio in search.ratios():
-        yield extreme.abs() * (ratio / format.max_level), None
-
-
-def _search_scales(
-    groups: torch.Tensor,
-    weights: torch.Tensor,
-    format: Format,
-    rounder: ScaleRounder,
-    search: Search,
-    start: tuple[torch.Tensor, torch.Tensor | None],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    best_scales, best_zeros = start
-    best_error = torch.full_like(best_scales, torch.inf)
-    tried = [start, *_candidates(groups, format, search)]
-    for together in _runs(tried, 1 if groups.device.type == "cpu" else max(_TRIED_AT_ONCE // groups.numel(), 1)):
-        scales = torch.stack([scale for scale, _ in together])
-        zeros = None if best_zeros is None else torch.stack([zero for _, zero in together if zero is not None])
-        usable = torch.where(scales.abs() < _TINY_SCALE, torch.ones_like(scales), scales)
-        values = code_values(nearest_codes(groups, usable, zeros, format), zeros, format)
-        product = (weights * values * groups).sum(dim=-1, keepdim=True)
-        square = (weights * values * values).sum(dim=-1, keepdim=True)
-        refitted = rounder(torch.where(square > 0, product / square, usable) if search.refit else usable)
-        error, first = (weights * (refitted * values - groups).square()).sum(dim=-1, keepdim=True).min(dim=0)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scales = torch.where(better, refitted.gather(0, first[None])[0], best_scales)
-        if zeros is not None and best_zeros is not None:
-            best_zeros = torch.where(better, zeros.gather(0, first[None])[0], best_zeros)
-    return best_scales, best_zeros
-
-
-def _runs(tried: list[_Candidate], count: int) -> Iterator[list[_Candidate]]:
-    """So many at a time."""
-    return (tried[i : i + count] for i in range(0, len(tried), count))
 
 
 def _stored_grid(scales: torch.Tensor, zeros: torch.Tensor | None, format: Format, unit: torch.Tensor | None) -> Grid:

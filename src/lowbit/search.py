@@ -55,11 +55,26 @@ def worth_searching(search: Search, bits: int, width: int) -> Search:
 #
 # Beyond 1.1 nothing is found (int4_g64, 0.7 to 2.0: 0.233), and without refitting less is (0.6 to 1.6: 0.234 against 0.214).
 WEIGHED_BITS, WEIGHED = 4, Search(lowest=0.5, steps=20)
+# At 2 bits one end of the symmetric range is twice as far as the other: ratios of 0.7 to 1.1 of a half and of the whole of the
+# largest weight leave a hole, 0.55 to 0.7, and what the other levels would have liked lies on both sides of it. The whole measure:
+#
+#                 0.7 - 1.1   0.7 - 1.4   0.7 - 1.8   0.35 - 1.4   0.35 - 1.8   0.25 - 1.8
+#   int2_g32        3.206       3.198       3.290       2.752        2.714        2.723
+#   int2_g64        4.250       4.264       4.010       3.307        3.370        3.318
+#   int2_g32 GPTQ   1.246       1.223       1.214                    1.152
+#   int2_g64 GPTQ   1.425                   1.439                    1.380
+#
+# AutoRound, which moves its scales itself, would rather start from the first column; so would rtn without data.
+WEIGHED_2_BITS = Search(lowest=0.35, highest=1.8, steps=30)
 
 
-def weighed(search: Search, bits: int) -> Search:
+def weighed(search: Search, bits: int, symmetric: bool) -> Search:
     """The search of integers whose inputs have an importance."""
-    return WEIGHED if search.refit and search.steps and bits >= WEIGHED_BITS else search
+    if not search.refit or not search.steps:
+        return search
+    if bits == 2 and symmetric:
+        return WEIGHED_2_BITS
+    return WEIGHED if bits >= WEIGHED_BITS else search
 
 
 SEARCHES = {"rtn": Search(), "plain_rtn": PLAIN}

@@ -19,6 +19,7 @@ ROWS = [
     {"bits", "packing", "core", "recipe", "schemes"},
     {"small_blocks", "configs", "allocate"},
     {"kquants", "grid_core", "grid_points"},
+    {"grid_search"},
     {"grid"},
     {"kernels", "models"},
     {"layers", "algorithms", "interop"},

@@ -4,10 +4,15 @@ Where one is within a rounding of the other, the same is asked of nearly all cod
 that lay between two codes, and what is searched or tuned goes on from there.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from lowbit.algorithms.rtn import round_by_search, round_weight
 from lowbit.calibration import Calibration
+from lowbit.formats import as_format
+from lowbit.grid import unpack
 from lowbit.layers import packed_weights
 from lowbit.options import AutoRoundOptions, AwqOptions, Options, RtnOptions, SmoothQuantOptions, TeqOptions
 from lowbit.quantize import quantize_
@@ -76,6 +81,32 @@ def test_scalers_do_as_well(scaler: str, options: Options, family: str) -> None:
     # The same groups were scaled, and the same refused.
     told = {device: [note.split(":")[0] for note in run[2]] for device, run in runs.items()}
     assert told["cuda"] == told["cpu"] and scaler in told["cuda"]
+
+
+@pytest.fixture
+def only_repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Operations whose sums may end differently from run to run raise."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("scaler, options", [("awq", AwqOptions(steps=8)), ("smoothquant", SmoothQuantOptions())])
+def test_scalers_find_the_same_again_to_the_bit(scaler: str, options: Options, only_repeatable: None) -> None:
+    """Heads share values in this family, so that channels share scales."""
+    asked = {"rounder": "rtn", "rounder_options": RtnOptions(), "scaler": scaler, "scaler_options": options}
+    runs = [rounded("cuda", "llama", "int3_g32", **asked) for _ in range(2)]
+    assert torch.equal(runs[0][1], runs[1][1]) and runs[0][2] == runs[1][2]
+
+
+@pytest.mark.parametrize("format", ["int4_g32", "int2_g32", "int3_asym_g32", "int4_fine_g32", "nf4", "q4_k"])
+def test_a_weight_comes_back_without_its_codes_as_it_does_from_them(format: str) -> None:
+    weight = torch.randn(64, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    importance = torch.rand(512, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    for given in (None, importance):
+        packed = round_weight(weight, as_format(format), importance=given)
+        assert torch.equal(round_by_search(weight, as_format(format), given), unpack(packed))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

@@ -185,7 +185,7 @@ def test_what_cannot_be_tuned_is_refused() -> None:
 
 def test_the_rates_of_recipes() -> None:
     rates = {
-        (name, bits): first_rate(options, bits)
+        (name, bits): first_rate(options, {bits})
         for name, options in AUTOROUND_RECIPES.items()
         for bits in (2, 3, 4, 5, 8)
     }
@@ -193,6 +193,7 @@ def test_the_rates_of_recipes() -> None:
     assert rates["default", 4] == 2 / 200
     assert {rates["default", bits] for bits in (2, 3, 5, 8)} == {1 / 200}
     assert rates["best", 4] == 2 / 1000 and rates["best", 8] == 1 / 1000
+    assert {first_rate(AUTOROUND_RECIPES["default"], mixed) for mixed in ({4, 6}, {3, 4})} == {1 / 200}
     assert AUTOROUND_RECIPES["best"].samples == 512
 
 

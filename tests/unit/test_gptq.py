@@ -181,6 +181,17 @@ def test_importance_moves_the_error_to_where_it_costs_least() -> None:
     assert float(importance_of(statistics).min()) > 0
 
 
+@pytest.mark.parametrize("largest", [1.2, 1.6, 2.2, 2.8, 3.4])
+def test_at_two_bits_a_weight_of_little_importance_does_not_widen_the_step(largest: float) -> None:
+    """Where the largest of a group lies at the short end of the range, its step is whatever share of it the others need."""
+    codes = torch.randint(-2, 2, (16, 32), generator=torch.Generator().manual_seed(0)).float()
+    codes[:, 0] = largest
+    importance = torch.ones(32)
+    importance[0] = 1e-3
+    restored = unpack(round_weight(codes * 0.1, as_format("int2_g32"), importance=importance))
+    torch.testing.assert_close(restored[:, 1:], codes[:, 1:] * 0.1, rtol=0.01, atol=0)
+
+
 def test_a_clipped_weight_is_nearer_than_a_plain_one_and_needs_no_data() -> None:
     weight, _ = draw()
     weight[:, ::40] *= 4

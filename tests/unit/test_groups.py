@@ -124,6 +124,18 @@ def test_heads_that_share_values_share_their_scale() -> None:
     torch.testing.assert_close(scale[0], (torch.arange(1.0, 17.0) * torch.arange(17.0, 33.0)).sqrt())
 
 
+def test_rows_shared_by_more_and_by_fewer_channels_get_one_scale_each() -> None:
+    group = ScalingGroup((), "", rows=torch.tensor([2, 0, 2, 5, 2, 0]))
+    scale = torch.tensor([[1.0, 2.0, 3.0, 7.0, 9.0, 8.0], [2.0, 2.0, 2.0, 2.0, 2.0, 2.0]], requires_grad=True)
+    tied = group.tie(scale)
+    torch.testing.assert_close(tied[0], torch.tensor([3.0, 4.0, 3.0, 7.0, 3.0, 4.0]))
+    torch.testing.assert_close(tied[1], scale[1])
+    tied.sum().backward()  # d/ds of n (s s' ..)^(1/n) is the mean over s
+    torch.testing.assert_close(scale.grad[0], tied[0].detach() / scale[0].detach())
+    alone = ScalingGroup((), "", rows=torch.tensor([3, 0, 1]))
+    assert torch.equal(alone.tie(scale[0, :3]), scale[0, :3])
+
+
 def test_a_fold_in_bfloat16_costs_nothing_at_the_norm() -> None:
     block, call = block_of("llama")
     half = copy.deepcopy(block).to(torch.bfloat16)

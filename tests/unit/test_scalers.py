@@ -11,7 +11,8 @@ from torch import nn
 from torch.func import functional_call
 
 from lowbit.algorithms.awq import clip_weight, scale_by_awq_, search_clip, search_scale
-from lowbit.algorithms.scaling import collect_inputs, round_by_search
+from lowbit.algorithms.rtn import round_by_search
+from lowbit.algorithms.scaling import collect_inputs
 from lowbit.algorithms.smoothquant import scale_by_smoothquant_, search_alpha, smooth
 from lowbit.algorithms.statistics import Statistics
 from lowbit.algorithms.table import BlockWork

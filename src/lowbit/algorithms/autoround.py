@@ -7,8 +7,9 @@
 
 v and f descend by the sign of their gradient, p -= rate sign(dloss/dp), the rounding itself passed straight through.
 The rate falls linearly to nothing. From 1 / iterations the way adds up to 1/2, from one neighbour to the other and no
-further; at 4 bits it starts at twice that, so that a vote can be taken back: KL of the reference model at int4_g64
-0.112 instead of 0.129. At 3 and 2 bits, where ranges move far, the same costs up to 5% (docs/notes/calibration.md).
+further; where a whole block has 4 bits it starts at twice that, so that a vote can be taken back: KL of the reference
+model at int4_g64 0.112 instead of 0.129. At 3 and 2 bits, where ranges move far, the same costs up to 5%, and where 4
+bits stand beside more, 8% (docs/notes/calibration.md).
 Kept are the parameters with the least loss met. A mini-batch is judged by its loss relative to that of the same rows
 at the start: some rows are harder than others, and by plain losses the kept parameters would be those that met the
 easiest rows. At the end they are measured on all rows, beside the last ones, which no lucky mini-batch chose, and the
@@ -267,7 +268,7 @@ def _descend(
     """Tune in place; the copy of the parameters with the least relative loss that was met."""
     bits = min(weight.format.bits for weight in tuned.values())
     outliers = options.outliers if bits <= _FEW_BITS else 0.0
-    rate = first_rate(options, bits)
+    rate = first_rate(options, {weight.format.bits for weight in tuned.values()})
     # At 8 bits a factor that moves by 1/200 moves the outermost weights across more than half a step at once.
     range_rate = rate / 2 ** max(bits - _USUAL_BITS, 0) if not options.range_rate else options.range_rate
     best, least = _copy(tuned), 1.0
@@ -281,9 +282,9 @@ def _descend(
     return best
 
 
-def first_rate(options: AutoRoundOptions, bits: int) -> float:
-    """The rate at the start: 2 / iterations at 4 bits, else half of it. `bits` are the fewest of the block."""
-    return options.rate or (2 if bits == _USUAL_BITS else 1) / options.iterations
+def first_rate(options: AutoRoundOptions, bits: set[int]) -> float:
+    """The rate at the start: 2 / iterations where all of a block has 4 bits, else half of it."""
+    return options.rate or (2 if bits == {_USUAL_BITS} else 1) / options.iterations
 
 
 def _backward(text: _Rows, tuned: Mapping[str, _Tuned], places: list[int], outliers: float) -> float:

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from lowbit.algorithms.scaling import Round, group_max, grouped, inputs_of, round_by_search
+from lowbit.algorithms.rtn import round_by_search
+from lowbit.algorithms.scaling import Round, group_max, grouped, inputs_of
 from lowbit.algorithms.table import BlockWork
 from lowbit.algorithms.trials import Trial, scale_groups_
 from lowbit.bits import spread_groups

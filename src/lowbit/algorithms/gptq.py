@@ -159,7 +159,7 @@ def _needs_static(format: Format) -> bool:
 
 def _search_of(format: Format) -> Search:
     """How widely scales are searched: as rtn does where it knows an importance."""
-    return weighed(Search(), format.bits) if format.kind == "int" else Search()
+    return weighed(Search(), format.bits, format.symmetric) if format.kind == "int" else Search()
 
 
 def _importance(values: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from lowbit.algorithms.statistics import Statistics
 from lowbit.algorithms.table import Rounded
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
-from lowbit.grid import quantize, unpack
+from lowbit.grid import quantize, rounded, unpack
 from lowbit.grid_core import core_distance
 from lowbit.options import Options, RtnOptions
 from lowbit.packing import PackedTensor
@@ -32,10 +32,17 @@ def round_weight(
 
     Rounders that need data fall back to `rtn` here.
     """
+    return quantize(weight, format, _search_for(format, rounder, importance), importance)
+
+
+def round_by_search(weight: torch.Tensor, format: Format, importance: torch.Tensor | None) -> torch.Tensor:
+    """What `rtn` would be read back as, in fp32."""
+    return rounded(weight, format, _search_for(format, "rtn", importance), importance)
+
+
+def _search_for(format: Format, rounder: str, importance: torch.Tensor | None) -> Search:
     search = SEARCHES.get(rounder, Search())
-    if importance is not None and format.kind == "int":
-        search = weighed(search, format.bits)
-    return quantize(weight, format, search, importance)
+    return search if importance is None or format.kind != "int" else weighed(search, format.bits, format.symmetric)
 
 
 def round_to_nearest(
@@ -68,7 +75,7 @@ def importance_of(statistics: Statistics) -> torch.Tensor:
 
 def floored(square: torch.Tensor) -> torch.Tensor:
     """Mean squares [in], none of them nothing."""
-    return square.clamp_min(float(square.mean()) * _LEAST_IMPORTANCE)
+    return square.clamp_min(square.mean() * _LEAST_IMPORTANCE)
 
 
 def relative_error(weight: torch.Tensor, packed: PackedTensor) -> float:

@@ -7,20 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from lowbit.algorithms.rtn import round_weight
 from lowbit.algorithms.statistics import Statistics
 from lowbit.formats import Format
-from lowbit.grid import unpack
 from lowbit.models.capture import Call, watch_calls
 from lowbit.models.groups import first_tensor
 
 # Weight [.., out, in], format, importance [in] or None -> the weight that comes back.
 Round = Callable[[torch.Tensor, Format, torch.Tensor | None], torch.Tensor]
-
-
-def round_by_search(weight: torch.Tensor, format: Format, importance: torch.Tensor | None) -> torch.Tensor:
-    """Rounded to nearest with the searched scale, by importance where one is given."""
-    return unpack(round_weight(weight, format, importance=importance))
 
 
 def some_of(calls: Sequence[Call], tokens: int) -> Sequence[Call]:

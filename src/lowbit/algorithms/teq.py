@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch.func import functional_call
 
-from lowbit.algorithms.rtn import importance_of
-from lowbit.algorithms.scaling import Round, collect_inputs, group_max, round_by_search, some_of
+from lowbit.algorithms.rtn import importance_of, round_by_search
+from lowbit.algorithms.scaling import Round, collect_inputs, group_max, some_of
 from lowbit.algorithms.table import BlockWork
 from lowbit.algorithms.trials import groups_of
 from lowbit.bits import spread_groups

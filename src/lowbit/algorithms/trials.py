@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lowbit.algorithms.rtn import importance_of
-from lowbit.algorithms.scaling import Round, collect_inputs, round_by_search, some_of
+from lowbit.algorithms.rtn import importance_of, round_by_search
+from lowbit.algorithms.scaling import Round, collect_inputs, some_of
 from lowbit.algorithms.statistics import Statistics
 from lowbit.algorithms.table import BlockWork
 from lowbit.formats import Format
@@ -114,7 +114,8 @@ class GroupTrial:
     @torch.no_grad()
     def loss(self, scale: torch.Tensor | None) -> float:
         """The relative squared error of the parent's output when this scale (None: none) is folded and weights are rounded."""
-        changed, error, square = {}, 0.0, importance_of(self.statistics)
+        changed, square = {}, importance_of(self.statistics)
+        error = torch.zeros((), dtype=torch.float64, device=square.device)
         for name, weight in self.weights.items():
             holder = self.holders[name]
             rounded = round_scaled(self.round, weight, self.formats[name], square, scale)
@@ -122,8 +123,8 @@ class GroupTrial:
             changed[path] = holder.turn(rounded.to(holder.read().dtype))
         with self._rounded_inputs(scale):
             for (args, kwargs), target in zip(self.calls, self.targets, strict=True):
-                error += float((self._output(changed, args, kwargs).float() - target.float()).square().sum())
-        return error / self.size if self.size else 0.0
+                error += (self._output(changed, args, kwargs).float() - target.float()).square().sum()
+        return float(error) / self.size if self.size else 0.0
 
     def _output(self, changed: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         return first_tensor(functional_call(self.parent, changed, args, kwargs))

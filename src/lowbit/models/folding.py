@@ -9,6 +9,7 @@ parameters by name, for a trial; `fold_scale_` writes them. Which weights belong
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -37,14 +38,31 @@ class ScalingGroup:
         return self.linears + self.others
 
     def tie(self, scale: torch.Tensor) -> torch.Tensor:
-        """A positive scale [.., in] with one value, the geometric mean, for channels that share a row."""
-        if self.rows is None:
+        """A positive scale [.., in] with one value, the geometric mean, for channels that share a row.
+
+        Each mean is a sum along an axis, forwards and in its gradient: sums that are scattered end differently from run to run on
+        a GPU, and a search that goes by a scale then goes elsewhere (docs/notes/calibration.md).
+        """
+        if self._sharing is None or self.rows is None:
             return scale
-        rows = self.rows.to(scale.device).expand(scale.shape)
-        size = (*scale.shape[:-1], int(self.rows.max()) + 1)
-        count = scale.new_zeros(size).scatter_add_(-1, rows, torch.ones_like(scale))
-        total = scale.new_zeros(size).scatter_add_(-1, rows, scale.log())
-        return (total / count.clamp_min(1)).exp().gather(-1, rows)
+        channels, own = (part.to(scale.device) for part in self._sharing)
+        logs = torch.where(own, scale.log()[..., channels], 0.0)
+        mean = logs.sum(-1) / own.sum(-1).clamp_min(1)
+        return mean.exp()[..., self.rows.to(scale.device)]
+
+    @cached_property
+    def _sharing(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The channels of each row [rows, most], and which of these places are taken; None where no row has several."""
+        if self.rows is None:
+            return None
+        count = torch.bincount(self.rows)
+        most = int(count.max())
+        if most < 2:
+            return None
+        places = torch.arange(most, device=count.device)
+        order = torch.argsort(self.rows, stable=True)
+        first = count.cumsum(0) - count
+        return order[(first[:, None] + places).clamp_max(len(order) - 1)], places < count[:, None]
 
     def factors(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
         """What each row of `previous` is divided by."""

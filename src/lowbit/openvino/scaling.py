@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from lowbit.algorithms.awq import search_scale
-from lowbit.algorithms.rtn import importance_of
-from lowbit.algorithms.scaling import round_by_search
+from lowbit.algorithms.rtn import importance_of, round_by_search
 from lowbit.algorithms.trials import round_scaled
 from lowbit.formats import Format
 from lowbit.models.folding import ScalingGroup
