@@ -104,7 +104,7 @@ void Step::store_heads(Member& me, int64_t layer, int64_t token, int64_t head_be
 
 void Step::prepare_heads(Member& me, int64_t layer, int64_t token) {
     store_heads(me, layer, token, 0, model_.kv_heads);
-    turn_queries(me, layer, token, 0, model_.heads, nullptr);
+    if (turns_whole_rows()) turn_queries(me, layer, token, 0, model_.heads, nullptr);
 }
 
 namespace {
@@ -154,18 +154,25 @@ void Step::attend_one(Member& me, int64_t layer, int64_t item) {
                     work_.attention.get() + token * plans_.q_size + (head * group + r) * model_.head_dim);
 }
 
+// The queries of one token that share a key head, turned: only where a norm spans all heads of a token were they turned before.
+void Step::gather_queries(Member& me, int64_t layer, int64_t token, int64_t head, float* to) {
+    const int64_t group = plans_.group, size = model_.head_dim;
+    if (!turns_whole_rows()) return turn_queries(me, layer, token, head * group, (head + 1) * group, to);
+    const float* qkv = work_.qkv.get() + token * plans_.qkv_size;
+    for (int64_t h = 0; h < group; ++h)
+        memcpy(to + h * size, qkv + plans_.q_places[static_cast<size_t>(head * group + h)], static_cast<size_t>(size) * sizeof(float));
+}
+
 void Step::attend_tile(Member& me, int64_t layer, int64_t item) {
     const int64_t head = item % model_.kv_heads, group = plans_.group, size = model_.head_dim;
     const Tile& tile = tiles_[static_cast<size_t>(item / model_.kv_heads)];
     const int64_t window = plans_.layers[static_cast<size_t>(layer)].window;
     AttendJob job = start_job(model_, engine_.cache, engine_.cache.head(layer, tile.slot, head), window);
     job.rows = tile.count * group;
+    for (int64_t t = 0; t < tile.count; ++t) gather_queries(me, layer, tile.first + t, head, me.room.queries.get() + t * group * size);
     for (int64_t r = 0; r < job.rows; ++r) {
-        const int64_t token = tile.first + r / group, query = head * group + r % group;
-        memcpy(me.room.queries.get() + r * size, work_.qkv.get() + token * plans_.qkv_size + plans_.q_places[static_cast<size_t>(query)],
-               static_cast<size_t>(size) * sizeof(float));
         me.room.positions[r] = tile.position + r / group;
-        if (model_.alibi) me.room.slopes[r] = model_.alibi[query];
+        if (model_.alibi) me.room.slopes[r] = model_.alibi[head * group + r % group];
     }
     job.queries = me.room.queries.get();
     job.positions = me.room.positions.get();

@@ -225,16 +225,15 @@ inline KeyTile key_tile_at(const AttendJob& job, int64_t first) {
     return keys;
 }
 
-// The softmax of a tile goes over its rows three times: the largest score of each, what these change (once for 16 rows, because an
-// exponential takes as long for one number as for 16), and the shares. So no row waits for what its own maximum sets off.
+// The softmax of a tile goes over sixteen rows four times: the largest score of each, what these change (once, because an exponential takes
+// as long for one number as for 16), probabilities with their sums, and the shares. So no row waits for what its own maximum sets
+// off, and what goes across lanes (each_largest, each_sum) is done for all of them together.
 
-// The largest score of one row, as `read` takes them. Of a plain tile the scores lack the scale of the query, which is one factor later on.
+// The scores of one row, as `read` takes them, and the largest of them by lane. Of a plain tile they lack the scale of the query, which is one
+// factor later on.
 template <int kBlocks, class Read>
-inline void find_peak(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys, const Read& read) {
-    if (!keys.plain) {
-        room.peaks[r] = largest_of(mask_scores(job, r, keys.first, keys.blocks, room.query_scales[r], read));
-        return;
-    }
+inline F32 scale_scores(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys, const Read& read) {
+    if (!keys.plain) return mask_scores(job, r, keys.first, keys.blocks, room.query_scales[r], read);
     float* scores = job.scores + r * kKeyTile;
     F32 most = splat(kMasked);
     const int64_t blocks = kBlocks ? kBlocks : keys.blocks;
@@ -244,23 +243,21 @@ inline void find_peak(const AttendJob& job, const ByteRoom& room, int64_t r, con
         store(scores + b * kKeyBlock, s);
         most = larger(most, s);
     }
-    room.peaks[r] = largest_of(most) * room.query_scales[r];
+    return most;
 }
 
-// What rows have so far, seen from new largest scores; the weights of the tile's probabilities beside it.
-inline void meet_peaks(const AttendJob& job, const ByteRoom& room, int64_t begin, int64_t end) {
+// What up to sixteen rows have so far, seen from new largest scores; the weights of the tile's probabilities beside it.
+inline void meet_peaks(const AttendJob& job, const ByteRoom& room, int64_t r, int count, F32 peaks) {
     alignas(64) float shrinks[kLane];
-    for (int64_t r = begin; r < end; r += kLane) {
-        const int count = static_cast<int>(end - r < kLane ? end - r : kLane);
-        const F32 peaks = load_first(room.peaks + r, count), before = load_first(job.most + r, count), most = larger(before, peaks);
-        const F32 shrink = power_of_two((before - most) * splat(kLog2E));
-        store_first(room.weights + r, power_of_two((peaks - most) * splat(kLog2E)), count);
-        store_first(job.total + r, load_first(job.total + r, count) * shrink, count);
-        store_first(job.most + r, most, count);
-        store(shrinks, shrink);
-        for (int i = 0; i < count; ++i)
-            if (shrinks[i] != 1.0f) scale_row(job.out + (r + i) * job.padded, job.padded, shrinks[i]);
-    }
+    const F32 before = load_first(job.most + r, count), most = larger(before, peaks);
+    const F32 shrink = power_of_two((before - most) * splat(kLog2E));
+    store_first(room.peaks + r, peaks, count);
+    store_first(room.weights + r, power_of_two((peaks - most) * splat(kLog2E)), count);
+    store_first(job.total + r, load_first(job.total + r, count) * shrink, count);
+    store_first(job.most + r, most, count);
+    store(shrinks, shrink);
+    for (int i = 0; i < count; ++i)
+        if (shrinks[i] != 1.0f) scale_row(job.out + (r + i) * job.padded, job.padded, shrinks[i]);
 }
 
 // Where the shares of rows go: each to its own place, or rows without a lower plane to the front and the others to the back, so that
@@ -271,10 +268,29 @@ struct Places {
     int64_t take(int64_t r, bool lower) { return !sorted ? r : lower ? --back : front++; }
 };
 
+// Probabilities of one row where its scores were, and by lane what they and the shares add up to. kBlocks: of all tiles but the last, whose
+// number is not known here.
+template <int kBlocks>
+inline void find_probabilities(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys, float* totals, float* sums) {
+    float* scores = job.scores + r * kKeyTile;
+    const F32 scale = splat((keys.plain ? room.query_scales[r] : 1.0f) * kLog2E), lowered = splat(-room.peaks[r] * kLog2E);
+    F32 total = splat(0.0f), sum = splat(0.0f);
+    const int64_t blocks = kBlocks ? kBlocks : keys.blocks;
+#pragma GCC unroll 8
+    for (int64_t b = 0; b < blocks; ++b) {
+        const F32 p = power_for_shares(multiply_add(load(scores + b * kKeyBlock), scale, lowered));
+        store(scores + b * kKeyBlock, p);
+        total = total + p;
+        sum = multiply_add(p, load(keys.factors + b * kKeyBlock), sum);
+    }
+    store(totals, total);
+    store(sums, sum);
+}
+
 // Shares of one row, probabilities times their factors, as bytes. Four vectors at a time pack better than one.
 template <int kBlocks, class Store>
-inline void store_shares(const F32 (&p)[kTileBlocks], const float* factors, int64_t blocks, Store store) {
-    const auto share = [&](int64_t b) { return p[b] * load(factors + b * kKeyBlock); };
+inline void store_shares(const float* p, const float* factors, int64_t blocks, Store store) {
+    const auto share = [&](int64_t b) { return load(p + b * kKeyBlock) * load(factors + b * kKeyBlock); };
 #pragma GCC unroll 2
     for (int64_t b = 0; b < kBlocks; b += 4) {
         const F32 shares[4] = {share(b), share(b + 1), share(b + 2), share(b + 3)};
@@ -283,47 +299,45 @@ inline void store_shares(const F32 (&p)[kTileBlocks], const float* factors, int6
     for (int64_t b = kBlocks; b < blocks; ++b) store(b * kKeyBlock, share(b));
 }
 
-// Scores of one row become shares, and their sum joins the row's. kBlocks: of all tiles but the last, whose number is not known here.
 template <int kBlocks>
-inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys, Places& places) {
-    const float* scores = job.scores + r * kKeyTile;
-    const F32 scale = splat((keys.plain ? room.query_scales[r] : 1.0f) * kLog2E), lowered = splat(-room.peaks[r] * kLog2E);
-    F32 p[kTileBlocks], total = splat(0.0f), sum = splat(0.0f);
-    const int64_t blocks = kBlocks ? kBlocks : keys.blocks;
-#pragma GCC unroll 8
-    for (int64_t b = 0; b < blocks; ++b) {
-        p[b] = power_for_shares(multiply_add(load(scores + b * kKeyBlock), scale, lowered));
-        total = total + p[b];
-        sum = multiply_add(p[b], load(keys.factors + b * kKeyBlock), sum);
-    }
-    const bool lower = !(sum_of(sum) >= kByteSum * (kShareMost / kShareByte));
-    const int64_t place = places.take(r, lower);
+inline void share_row(const AttendJob& job, const ByteRoom& room, int64_t r, const KeyTile& keys, bool lower, Places& places) {
+    const float* p = job.scores + r * kKeyTile;
+    const int64_t place = places.take(r, lower), blocks = kBlocks ? kBlocks : keys.blocks;
     uint8_t *high = room.shares + place * 2 * kKeyTile, *low = high + kKeyTile;
-    job.total[r] += room.weights[r] * sum_of(total);
     room.row_of[place] = static_cast<int32_t>(r);
     room.lower[place] = lower;
     if (lower) {
-        const auto store = [=](int64_t key, const auto& x) { store_planes(high + key, low + key, x); };
-        store_shares<kBlocks>(p, keys.factors, blocks, store);
+        store_shares<kBlocks>(p, keys.factors, blocks, [=](int64_t key, const auto& x) { store_planes(high + key, low + key, x); });
         room.weights[r] *= keys.unit;
     } else {
-        const auto store = [=](int64_t key, const auto& x) { store_plane(high + key, x); };
-        store_shares<kBlocks>(p, keys.narrow, blocks, store);
+        store_shares<kBlocks>(p, keys.narrow, blocks, [=](int64_t key, const auto& x) { store_plane(high + key, x); });
         memset(low, 0, static_cast<size_t>(blocks * kKeyBlock));
         room.weights[r] *= keys.unit * (kShareMost / (kShareByte * (1 << kShareBits)));
     }
 }
 
 template <int kBlocks, class ReadOf>
-inline void soften_blocks(const AttendJob& job, const ByteRoom& room, Places& places, const KeyTile& keys, const ReadOf& read_of) {
-    const int64_t begin = places.front, end = places.back;
-    for (int64_t r = begin; r < end; ++r) find_peak<kBlocks>(job, room, r, keys, read_of(r));
-    meet_peaks(job, room, begin, end);
-    for (int64_t r = begin; r < end; ++r) share_row<kBlocks>(job, room, r, keys, places);
+inline void soften_rows(const AttendJob& job, const ByteRoom& room, int64_t first, int count, Places& places, const KeyTile& keys, const ReadOf& read_of) {
+    alignas(64) float totals[kLane][kLane], sums[kLane][kLane];
+    for (int i = 0; i < count; ++i) store(totals[i], scale_scores<kBlocks>(job, room, first + i, keys, read_of(first + i)));
+    const F32 peaks = each_largest(totals, count);
+    meet_peaks(job, room, first, count, keys.plain ? peaks * load_first(room.query_scales + first, count) : peaks);
+    for (int i = 0; i < count; ++i) find_probabilities<kBlocks>(job, room, first + i, keys, totals[i], sums[i]);
+    float* total = job.total + first;
+    store_first(total, multiply_add(load_first(room.weights + first, count), each_sum(totals, count), load_first(total, count)), count);
+    store(sums[0], each_sum(sums, count));
+    for (int i = 0; i < count; ++i)
+        share_row<kBlocks>(job, room, first + i, keys, !(sums[0][i] >= kByteSum * (kShareMost / kShareByte)), places);
 }
 
-// Rows from places.front to places.back. With the number of a whole tile's blocks as a constant probabilities stay in registers from the
-// sum that decides on their bits to the bytes.
+template <int kBlocks, class ReadOf>
+inline void soften_blocks(const AttendJob& job, const ByteRoom& room, Places& places, const KeyTile& keys, const ReadOf& read_of) {
+    const int64_t begin = places.front, end = places.back;
+    for (int64_t r = begin; r < end; r += kLane)
+        soften_rows<kBlocks>(job, room, r, static_cast<int>(end - r < kLane ? end - r : kLane), places, keys, read_of);
+}
+
+// Rows from places.front to places.back. With the number of a whole tile's blocks as a constant its loops vanish.
 template <class ReadOf>
 inline void soften_bytes(const AttendJob& job, const ByteRoom& room, Places places, const KeyTile& keys, const ReadOf& read_of) {
     if (keys.blocks == kTileBlocks) soften_blocks<kTileBlocks>(job, room, places, keys, read_of);

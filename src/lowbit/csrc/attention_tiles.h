@@ -19,7 +19,8 @@ namespace {
 static_assert(kQueryPlanes == 1, "a row of queries is a row of a tile");
 static_assert(kKeyBlock * 4 == kTileRow && kLane * 4 == kTileRow && kValueStep == kTileRow, "blocks of the cache are tiles");
 
-using TileSums = int32_t[2][kTileRows][kLane];  // of the high and the low plane of shares
+constexpr int kValueTiles = 4;                                     // of 16 channels: 64, a row of a tile
+using TileSums = int32_t[2][kValueTiles][kTileRows][kLane];        // of the high and the low plane of shares
 
 inline bool fits_tiles(const AttendJob& job) {
     return job.cache_type == LOWBIT_CACHE_INT8 && job.rows >= kTileRows && job.padded % kTileRow == 0;
@@ -85,43 +86,55 @@ inline void share_rows(const AttendJob& job, const ByteRoom& room, int64_t begin
     }
 }
 
-// Shares of the 16 rows from `row` times 16 channels.
-inline void multiply_values(const AttendJob& job, const ByteRoom& room, int64_t row, int64_t channel, const ValueSteps& steps, TileSums& sums) {
-    const uint8_t* shares = room.shares + row * 2 * kKeyTile;
-    const bool lower = any_of(room.lower + row, kTileRows);
+// Sums of 16 rows from `row` over 64 channels that wait to be added to what these rows have; the first `fresh` of them have theirs already.
+struct Waiting {
+    int64_t row, fresh, channel;
+    bool lower;
+};
+
+template <int kTile>
+inline void multiply_value(const AttendJob& job, const uint8_t* values) {
+    load_tile<7>(values + 4 * kLane * kTile, 4 * job.padded);
+    dot_unsigned_signed<kTile, 6, 7>();
+}
+
+// One plane of their shares times 64 channels: four sums at once, so that none waits for itself.
+inline void multiply_plane(const AttendJob& job, const uint8_t* shares, int64_t channel, const ValueSteps& steps, int32_t (*sums)[kTileRows][kLane]) {
     zero_tile<0>();
     zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
     for (int64_t step = 0; step < steps.count; ++step) {
-        load_tile<3>(steps.at(step) + 4 * channel, 4 * job.padded);
-        load_tile<2>(shares + step * kValueStep, 2 * kKeyTile);
-        dot_unsigned_signed<0, 2, 3>();
-        if (!lower) continue;
-        load_tile<2>(shares + kKeyTile + step * kValueStep, 2 * kKeyTile);
-        dot_unsigned_signed<1, 2, 3>();
+        const uint8_t* values = steps.at(step) + 4 * channel;
+        load_tile<6>(shares + step * kValueStep, 2 * kKeyTile);
+        multiply_value<0>(job, values);
+        multiply_value<1>(job, values);
+        multiply_value<2>(job, values);
+        multiply_value<3>(job, values);
     }
     store_tile<0>(sums[0]);
     store_tile<1>(sums[1]);
+    store_tile<2>(sums[2]);
+    store_tile<3>(sums[3]);
 }
 
-inline void join_planes(const AttendJob& job, const ByteRoom& room, int64_t row, int64_t fresh, int64_t channel, const TileSums& sums) {
-    for (int64_t i = fresh; i < kTileRows; ++i) {
-        const I32 total = shift_left<kShareBits>(load_ints(sums[0][i])) + load_ints(sums[1][i]);
-        float* to = job.out + (row + i) * job.padded + channel;
-        store(to, multiply_add(to_floats(total), splat(room.weights[row + i]), load(to)));
-    }
+inline void multiply_values(const AttendJob& job, const ByteRoom& room, const Waiting& rows, const ValueSteps& steps, TileSums& sums) {
+    const uint8_t* shares = room.shares + rows.row * 2 * kKeyTile;
+    multiply_plane(job, shares, rows.channel, steps, sums[0]);
+    if (rows.lower) multiply_plane(job, shares + kKeyTile, rows.channel, steps, sums[1]);
 }
 
-// The first `fresh` of the 16 rows have their values already.
-inline void add_values_tiles(const AttendJob& job, const ByteRoom& room, int64_t row, int64_t fresh, const ValueSteps& steps) {
-    alignas(64) TileSums sums[2];
-    int which = 0;
-    multiply_values(job, room, row, 0, steps, sums[0]);
-    for (int64_t channel = kLane; channel < job.padded; channel += kLane) {
-        multiply_values(job, room, row, channel, steps, sums[1 - which]);
-        join_planes(job, room, row, fresh, channel - kLane, sums[which]);
-        which = 1 - which;
+inline void join_planes(const AttendJob& job, const ByteRoom& room, const Waiting& rows, const TileSums& sums) {
+    for (int64_t i = rows.fresh; i < kTileRows; ++i) {
+        float* to = job.out + (rows.row + i) * job.padded + rows.channel;
+        const F32 weight = splat(room.weights[rows.row + i]);
+#pragma GCC unroll 4
+        for (int tile = 0; tile < kValueTiles; ++tile, to += kLane) {
+            I32 total = shift_left<kShareBits>(load_ints(sums[0][tile][i]));
+            if (rows.lower) total = total + load_ints(sums[1][tile][i]);
+            store(to, multiply_add(to_floats(total), weight, load(to)));
+        }
     }
-    join_planes(job, room, row, fresh, job.padded - kLane, sums[which]);
 }
 
 inline void attend_tiles(const AttendJob& job) {
@@ -130,16 +143,32 @@ inline void attend_tiles(const AttendJob& job) {
     const auto sixteen_at = [&](int64_t row) { return row + kTileRows <= job.rows ? row : job.rows - kTileRows; };
     begin_rows(job);
     for (int64_t r = 0; r < job.rows; ++r) round_query(job, room, r);
+    // Shares are multiplied when those of the next rows are there, and sums added behind the products that follow: a tile cannot be loaded
+    // from what has just been stored, and lanes need not wait for tiles.
+    alignas(64) TileSums sums[2];
     for (int64_t first = job.key_begin / kKeyBlock * kKeyBlock; first < job.key_end; first += kKeyTile) {
         const KeyTile keys = key_tile_at(job, first);
         const ValueSteps steps(job, room, keys);
+        Waiting multiplied{};
+        int64_t products = 0;
+        const auto multiply_rows = [&](int64_t done) {
+            const int64_t row = sixteen_at(done);
+            const bool lower = any_of(room.lower + row, kTileRows);
+            for (int64_t channel = 0; channel < job.padded; channel += kTileRow, ++products) {
+                const Waiting rows = {row, done - row, channel, lower};
+                multiply_values(job, room, rows, steps, sums[products % 2]);
+                if (products > 0) join_planes(job, room, multiplied, sums[(products + 1) % 2]);
+                multiplied = rows;
+            }
+        };
         score_tiles(job, room, 0, keys);
         for (int64_t done = 0; done < job.rows; done += kTileRows) {
-            const int64_t row = sixteen_at(done);
             if (done + kTileRows < job.rows) score_tiles(job, room, sixteen_at(done + kTileRows), keys);
-            share_rows(job, room, done, row + kTileRows, keys, steps);
-            add_values_tiles(job, room, row, done - row, steps);
+            share_rows(job, room, done, sixteen_at(done) + kTileRows, keys, steps);
+            if (done > 0) multiply_rows(done - kTileRows);
         }
+        multiply_rows((job.rows - 1) / kTileRows * kTileRows);
+        join_planes(job, room, multiplied, sums[(products + 1) % 2]);
     }
 }
 

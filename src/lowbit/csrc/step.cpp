@@ -283,7 +283,8 @@ void Step::attention(Member& me, int64_t layer) {
     run_tasks(me, tasks, count, {{&plan.o}});
     meet(me, LOWBIT_PART_QKV);
     if (!decoding_) {
-        work_.team.share(count_, 4, [&](int64_t begin, int64_t end) {
+        // So many tokens share the lines of the cache that their keys are stored to.
+        work_.team.share(count_, kKeyBlock, [&](int64_t begin, int64_t end) {
             for (int64_t token = begin; token < end; ++token) prepare_heads(me, layer, token);
         });
         meet(me, LOWBIT_PART_ROPE);

@@ -68,6 +68,8 @@ private:
 
     // attention.cpp
     void prepare_heads(Member& me, int64_t layer, int64_t token);
+    bool turns_whole_rows() const { return model_.qk_norm == LOWBIT_WIDTH_NORM; }
+    void gather_queries(Member& me, int64_t layer, int64_t token, int64_t head, float* to);
     void turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end, float* out);
     void store_heads(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end);
     void rotate(int64_t layer, int64_t token, float* head) const;
