@@ -22,8 +22,8 @@ FASTEST = ("llama.cpp", "ik_llama.cpp", "OpenVINO", "onnxruntime-genai")
 ROWS = (
     Row("first token of a cold process, 1.1 B", LARGE, 4, START, ratio=1.0, most=0.9, only=FASTEST),
     Row("first token of a cold process, SmolLM2", SMALL, 4, START, only=FASTEST),
-    Row("peak memory, 1.1 B", LARGE, 4, MEMORY, ratio=1.0, only=FASTEST, against="ik_llama.cpp"),
-    Row("peak memory, SmolLM2", SMALL, 4, MEMORY, ratio=1.0, only=FASTEST, against="ik_llama.cpp"),
+    Row("peak memory, 1.1 B", LARGE, 4, MEMORY, ratio=1.0, only=FASTEST, against="ik_llama.cpp Q4_0"),
+    Row("peak memory, SmolLM2", SMALL, 4, MEMORY, ratio=1.0, only=FASTEST, against="ik_llama.cpp Q4_0"),
     Row("model.generate, 1.1 B", LARGE, 4, THROUGH, ratio=0.93, against="lowbit"),
     Row("model.generate, SmolLM2", SMALL, 4, SMALL_THROUGH, ratio=0.93, against="lowbit"),
     Row("Ctrl-C in a prompt, 1.1 B", LARGE, 4, PROMPT_INTERRUPT, most=0.3, only=OURS, files=("int4",)),

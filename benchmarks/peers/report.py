@@ -56,7 +56,7 @@ def choose(lines: Sequence[Line], row: Row) -> Line | None:
 
 def hardest(met: Sequence[Meeting], row: Row) -> Meeting | None:
     """The meeting that decides the row: the least ratio (the greatest, of seconds and megabytes)."""
-    counted = [m for m in met if not row.against or row.against in ("lowbit", m.peer["program"])]
+    counted = [m for m in met if not row.against or row.against in ("lowbit", m.peer["program"], m.peer["name"])]
     if not counted:
         return None
     return (max if row.task.less_is_better else min)(counted, key=lambda m: m.ratio)

@@ -50,7 +50,7 @@ class Row:
     amx_ratio: float | None = None  # the ratio on a processor with tiles
     only: tuple[str, ...] = ()  # programs that take part besides ours; empty: all
     most: float | None = None  # the value of ours, at most
-    against: str = ""  # the program that the ratio is taken against; empty: the best
+    against: str = ""  # the program, or the program and its file, that the ratio is taken against; empty: the best
     files: tuple[str, ...] = ()  # only files whose name begins so; empty: all
     times: tuple[float, str] | None = None  # at least so many times our figure in another row
 
