@@ -124,6 +124,15 @@ def test_order_keeps_columns_in_their_groups() -> None:
     assert mixed.order.tolist() == [3, 6, 5, 4, 1, 2, 0]
 
 
+@pytest.mark.parametrize("options", [GptqOptions(), GptqOptions(order="activation", static_groups=True)])
+def test_in_whatever_order_columns_are_rounded_none_is_stored(options: GptqOptions) -> None:
+    """Groups are the default order; what is stored is as if nothing had been reordered, so inference needs no index."""
+    weight, x = draw()
+    assert GptqOptions().order == "group"
+    packed = round_gptq(weight, as_format("int4_g32"), statistics_of(x), options).packed
+    assert packed.order is None and set(packed.tensors()) == {"codes", "scales"}
+
+
 def test_factor_is_that_of_the_inverse() -> None:
     _, x = draw()
     hessian = statistics_of(x).hessian
