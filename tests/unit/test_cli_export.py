@@ -20,8 +20,7 @@ import lowbit
 from lowbit.cli import main
 from lowbit.errors import LowbitError
 from lowbit.openvino import verify, write_decoder
-from lowbit.openvino.comparison import DEFAULT_LIMIT, SETTINGS, Row, _ask, _graphs, _row, _truth, divergence
-from lowbit.openvino.export import ahead
+from lowbit.openvino.comparison import DEFAULT_LIMIT, Row, _ask, _row, _truth, divergence, exact_settings
 from lowbit_assets import tiny_model, tiny_model_in_memory
 from lowbit_assets.tiny import VOCABULARY, write_byte_tokenizer
 
@@ -89,11 +88,10 @@ def test_what_is_chosen_behind_an_answer(plain: Path, tmp_path: Path) -> None:
     """At once and one by one: what a folder would have chosen by itself, as long as the answer is its own."""
     written = write_decoder(plain, tmp_path / "out", "int8", tokenizer=False, keep=True)
     known: Future[Any] = Future()
-    own = _truth(written, PROMPT, [])
+    own, settings = _truth(written, PROMPT, []), exact_settings("CPU")
     known.set_result(own)
-    # Both as exact: how a device likes to compute would move the numbers.
-    graphs = ahead(_graphs(written.folder, [("CPU", "exact")] * 2))
-    alone, behind = (_ask(graphs, PROMPT, "CPU", setting, known) for setting in SETTINGS)
+    alone = _ask(written.folder, PROMPT, "CPU", "exact", settings, known)
+    behind = _ask(written.folder, PROMPT, "CPU", "default", settings, known)
     assert alone.gaps is None and alone.tokens == behind.tokens == tuple(own.tokens)
     np.testing.assert_allclose(behind.gaps, own.gaps, rtol=0, atol=1e-4)
     # A folder that goes wrong behind the prompt alone: its divergence says so.

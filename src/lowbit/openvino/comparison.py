@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit.errors import LowbitError
-from lowbit.openvino.export import Written, ahead
+from lowbit.openvino.export import Written
 from lowbit.openvino.library import core, device, devices
 from lowbit.openvino.native.rows import Decoder, Rows, check_graph
 from lowbit.openvino.opening import EXACT, compile_model, read_model
@@ -134,14 +134,14 @@ def verify(written: Written, on: Iterable[str] | None = None) -> Verification:
     """Compare an exported folder with its source, on the devices named or on all that are here."""
     chosen = devices() if on is None else [device(name) for name in on]
     prompt = _prompt(written)
-    settings = [(name, setting) for name in chosen for setting in SETTINGS]
-    # A device makes a model ready on one core, mostly, and lays its weights out at the first inference, on one core too: the source
-    # runs on the other one meanwhile, and the next model is made ready there.
-    graphs = ahead(_graphs(written.folder, settings))
+    settings = [
+        (name, setting, exact_settings(name) if setting == "exact" else {}) for name in chosen for setting in SETTINGS
+    ]
+    # A device makes a model ready on one core, mostly; the source runs on the other one meanwhile.
     beside = ThreadPoolExecutor(1, "lowbit-verify")
     known: Future[_Truth] = Future()
     try:
-        asked = [beside.submit(_ask, graphs, prompt, *setting, known) for setting in settings]
+        asked = [beside.submit(_ask, written.folder, prompt, *setting, known) for setting in settings]
         plain = _plain(written, prompt)
         truth = _truth(written, prompt, asked[0].result().tokens if asked else ())
         known.set_result(truth)
@@ -159,7 +159,7 @@ def rounding_of(written: Written) -> float | None:
     if written.spec is None:
         return None
     prompt, name = _prompt(written), devices()[0]
-    answer = _ask(_graphs(written.folder, [(name, SETTINGS[0])]), prompt, name, SETTINGS[0])
+    answer = _ask(written.folder, prompt, name, SETTINGS[0], exact_settings(name))
     if answer.logits is None:
         raise LowbitError(f"the graph that was rounded does not run on {name}: {answer.error}")
     return divergence(_Source(written).logits(prompt), answer.logits)
@@ -288,28 +288,18 @@ def _prompt(written: Written) -> list[int]:
     return [int(token) for token in np.random.default_rng(0).integers(0, size, room)]
 
 
-def _graphs(folder: Path, settings: Iterable[tuple[str, str]]) -> Iterator[_Graph | Exception]:
-    """The folder on each device in each setting, or why it is not."""
-    for name, setting in settings:
-        try:
-            yield _Graph(folder, name, exact_settings(name) if setting == "exact" else {})
-        except (LowbitError, RuntimeError) as error:
-            yield error
-
-
 def _ask(
-    graphs: Iterator[_Graph | Exception],
+    folder: Path,
     prompt: list[int],
     name: str,
     setting: str,
+    properties: Mapping[str, str],
     truth: Future[_Truth] | None = None,
 ) -> _Answer:
-    """What the next folder says on a device: the logits after each token of a prompt, and the likeliest tokens that follow."""
+    """What a folder says on a device: the logits after each token of a prompt, and the likeliest tokens that follow."""
     started, gaps = time.perf_counter(), None
-    graph = next(graphs)
-    if isinstance(graph, Exception):
-        return _Answer(name, setting, error=str(graph))
     try:
+        graph = _Graph(folder, name, properties)
         logits = graph.read(prompt)
         if truth is not None and setting == "default":
             gaps = _behind(graph, logits[-1], truth.result().tokens)

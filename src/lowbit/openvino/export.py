@@ -116,7 +116,7 @@ def write_decoder(
         kept = Kept(folder) if keep and recipe is not None else None
         weights = read_weights(files, spec, recipe)
         if recipe is not None:
-            weights = ahead(weights)  # rounding takes all cores, and what is done with codes takes one
+            weights = _ahead(weights)
         weights = _reported(weights if kept is None else kept.passing(weights), spec, report)
         _write_texts(files, folder)
         # Tokenizers are converted beside the work of the graph.
@@ -129,16 +129,14 @@ def write_decoder(
     return Written(Path(out).expanduser(), spec, report, tuple(notes), files, recipe, kept=kept)
 
 
-def ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same, each made by a thread of its own while the one before is used."""
-    coming, end, taken = iter(items), object(), []
+def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same, each made while the one before is used: rounding takes all cores, and what is done with codes takes one."""
+    coming, end = iter(items), object()
     with ThreadPoolExecutor(1, "lowbit-ahead") as beside:
         made: Future[Any] = beside.submit(next, coming, end)
         while (item := made.result()) is not end:
-            taken.append(item)
-            del item  # it is its user's alone, and may be large
             made = beside.submit(next, coming, end)
-            yield taken.pop()
+            yield item
 
 
 def _write_graph(
