@@ -142,7 +142,7 @@ def examine(device: str = "cpu") -> Diagnosis:
     )
     if found.instruction_set:
         found.prefill, found.cache = calls.folding(), CACHE
-        found.plain = TIGHT if tight_pays() else MAPPED
+        found.plain = "; ".join(filter(None, [TIGHT if tight_pays() else MAPPED, calls.rounding()]))
     found.openvino, of_openvino = look_at_openvino()
     found.problems = [
         *package_problems(packages),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from lowbit.blockwise import Where
@@ -162,4 +163,6 @@ def _explain_generate(model: nn.Module) -> str:
     reason = generate.model_refusal()
     if reason is not None:
         return f"transformers' own loop, since {reason}"
-    return f"the engine of the compiled core, keys and values in {generate.cache}"
+    plain = any(weight.dtype is torch.bfloat16 and weight.dim() > 1 for weight in model.parameters())
+    rounded = calls.rounding() if plain and generate.compute == "auto" else ""
+    return "; ".join(filter(None, [f"the engine of the compiled core, keys and values in {generate.cache}", rounded]))

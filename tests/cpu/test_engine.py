@@ -123,7 +123,7 @@ def test_plain_sixteen_bit_weights(dtype: str) -> None:
     for key, matrix in weights.matrices.items():
         half = torch.from_numpy(np.ascontiguousarray(matrix.owner)).to(getattr(torch, dtype)).view(torch.int16).numpy()
         weights.matrices[key] = replace(matrix, address=half.ctypes.data, dtype=dtype, owner=half)
-    with Engine(spec, weights, CONTEXT, cache="fp32") as engine:
+    with Engine(spec, weights, CONTEXT, cache="fp32", compute="fp32") as engine:
         assert np.abs(engine.logits(ids(40)) - decoder_logits(spec, rounded, ids(40))).max() < TOLERANCE
 
 

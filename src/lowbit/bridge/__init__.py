@@ -165,14 +165,16 @@ class EngineGenerate:
                 now.close()  # its weights stay, they are the model's
                 self._engine = None
             context = 1 << (most - 1).bit_length()
-            self._engine = Engine(*self._parts, context=context, cache=self.cache, slots=slots, compute=self._compute())
+            self._engine = Engine(*self._parts, context=context, cache=self.cache, slots=slots, compute=self.compute)
         assert self._engine is not None
         for slot in range(self._engine.slots):
             self._engine.reset(slot)
         return self._engine
 
-    def _compute(self) -> str:
-        asked = {w.compute for w in self.model.modules() if isinstance(w, PackedWeight)} or {"fp32"}
+    @property
+    def compute(self) -> str:
+        """What the layers were asked to compute in, if all were asked alike."""
+        asked = {w.compute for w in self.model.modules() if isinstance(w, PackedWeight)}
         return asked.pop() if len(asked) == 1 else "auto"
 
     def _search(

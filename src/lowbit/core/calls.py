@@ -82,7 +82,7 @@ def threads() -> int:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: portable, avx2, avx512, amx, neon or neon_i8mm."""
+    """The instruction set in use: portable, avx2, avx512, avx512_bf16, amx, neon or neon_i8mm."""
     return bytes(library().lowbit_isa()).decode()
 
 
@@ -97,6 +97,16 @@ def folding() -> str:
     if not length:
         return ""
     return f"with more than 16 tokens, scales are folded into int8 weights per up to {length} inputs; compute='int8' keeps groups"
+
+
+def rounding() -> str:
+    """What compute="auto" means for bf16 weights and many tokens, as a sentence; empty where activations stay in fp32."""
+    tokens = int(library().lowbit_bf16_tokens())
+    return (
+        f"from {tokens} tokens on, bf16 weights meet activations rounded to bf16; compute='fp32' keeps them"
+        if tokens
+        else ""
+    )
 
 
 @lru_cache(maxsize=1)

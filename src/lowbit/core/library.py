@@ -83,6 +83,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "lowbit_last_error": (ctypes.c_char_p, []),
     "lowbit_isa": (ctypes.c_char_p, []),
     "lowbit_fold_length": (_I, []),
+    "lowbit_bf16_tokens": (_I, []),
     "lowbit_set_isa": (_I, [ctypes.c_char_p]),
     "lowbit_quota": (_I, [ctypes.c_char_p]),
     "lowbit_set_threads": (_I, [_I]),

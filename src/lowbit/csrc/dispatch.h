@@ -1,5 +1,6 @@
 // The functions that exist once per instruction set, and the choice among them by CPUID.
 #pragma once
+#include "brains.h"
 #include "fold.h"
 #include "product.h"
 #include "quantize.h"
@@ -22,6 +23,7 @@ struct Isa {
     void (*panel_items)(const ProductJob& job, int64_t begin, int64_t end);  // items: token blocks x panels
     void (*float_items)(const ProductJob& job, int64_t begin, int64_t end);  // items: token blocks x panels
     const FoldedProducts* folded = nullptr;  // products of many tokens with the scales folded, where there are tiles
+    const BrainProducts* brains = nullptr;   // products of many tokens in bf16, where there are instructions for it
 };
 
 const Isa& isa();  // the one in use
@@ -33,6 +35,10 @@ extern const Isa kAvx2;
 #if defined(LOWBIT_AVX512)
 extern const Isa kAvx512;
 extern const FoldedProducts kEmulatedProducts;
+extern const BrainProducts kEmulatedBrains;
+#endif
+#if defined(LOWBIT_AVX512_BF16)
+extern const BrainProducts kPairsOfBrains;
 #endif
 #if defined(LOWBIT_NEON)
 extern const Isa kNeon;
@@ -42,7 +48,9 @@ extern const Isa kNeonI8mm;
 #endif
 #if defined(LOWBIT_AMX)
 extern const FoldedProducts kAmxProducts;
+extern const BrainProducts kAmxBrains;
 #endif
 extern const FoldedProducts kPortableTiles;
+extern const BrainProducts kPortableBrains;
 
 }  // namespace lowbit

@@ -92,6 +92,8 @@ struct EngineIsa {
     void (*tight)(const DenseJob& job);
     // One row of bf16 into its lane of a block that was zero; its exceptions, as they are listed; returns how many.
     int64_t (*split_row)(const uint16_t* row, int64_t cols, int lane, const TightTable& table, uint8_t* block, uint32_t* others);
+    // Inputs [first, first + count) of a row of a TightHeader.
+    void (*read_tight)(const void* tight, int64_t row, int64_t first, int64_t count, uint16_t* to);
     bool tight_pays;  // decoding reads tight rows at least as fast as plain ones
     void (*attend)(const AttendJob& job);
     // One key or value of a head into the cache; int8 returns its scale.

@@ -7,5 +7,5 @@
 namespace lowbit {
 const EngineIsa kEngineNeon = {normalize, activate, add_scaled, turn_pairs, scale_values, cap_values, widen_numbers,
                                largest_index, weigh_logits, tally_from, moment_from, fold_keys, gather_from,
-                               dense_product, tight_product, split_row, kTightPays, attend, store_key, store_value};
+                               dense_product, tight_product, split_row, read_tight, kTightPays, attend, store_key, store_value};
 }  // namespace lowbit

@@ -280,7 +280,7 @@ int64_t expert_packed_bytes(const Plans& plans, const lowbit_engine_options& opt
         for (int role : {LOWBIT_EXPERTS_GATE_UP, LOWBIT_EXPERTS_DOWN}) {
             if (!layer.sparse) continue;
             const View view = view_of(layer.matrices[role]);
-            most = std::max(most, room_for(view, assigned, options.compute) + tiles * room_for(view, 8, options.compute));
+            most = std::max(most, room_for(view, assigned, options.compute) + tiles * room_for(view, kFewTokens + 1, options.compute));
         }
     return most;
 }

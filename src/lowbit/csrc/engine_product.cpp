@@ -14,7 +14,7 @@ constexpr int64_t kPartsPerThread = 6;
 constexpr int64_t kPlainRows = kTightRows;  // so that plain and tight matrices can be paired
 
 ProductJob job_of(const View& view, const Form& form, float* y, int64_t y_stride) {
-    ProductJob job = form.job(*view.header);
+    ProductJob job = view.header ? form.job(*view.header) : form.job(view.plain_rows());
     job.bias = view.bias;
     job.y = y;
     job.y_dtype = LOWBIT_FP32;
@@ -27,6 +27,15 @@ ProductJob job_of(const View& view, const Form& form, float* y, int64_t y_stride
 int64_t View::bytes() const { return header ? header->total_bytes : tight ? tight->total_bytes : rows * cols * dtype_bytes(dtype); }
 
 int64_t View::group_bytes() const { return tight ? tight->block_bytes : kPlainRows * cols * dtype_bytes(dtype); }
+
+bool View::rounds_to_brains(int64_t tokens, int compute) const {
+    return !header && (tight || dtype == LOWBIT_BF16) && lowbit::rounds_to_brains(true, tokens, compute);
+}
+
+PlainRows View::plain_rows() const {
+    if (tight) return {rows, cols, nullptr, engine_isa().read_tight, tight};
+    return {rows, cols, static_cast<const uint16_t*>(data), nullptr, nullptr};
+}
 
 View view_of(const lowbit_matrix& matrix, int64_t index) {
     View view;
@@ -50,8 +59,8 @@ void Input::start(const float* from, int64_t row_stride, int64_t count) {
 }
 
 const Form* Input::form_for(const View& view, int compute, uint8_t* room, int64_t* used) {
-    if (!view.header) return nullptr;
-    Form wanted = plan_form(*view.header, tokens, compute);
+    if (!view.header && !view.rounds_to_brains(tokens, compute)) return nullptr;
+    const Form wanted = view.header ? plan_form(*view.header, tokens, compute) : plan_brains(view.rows, view.cols, tokens);
     for (int i = 0; i < form_count; ++i)
         if (same_form(forms[i], wanted)) return &forms[i];
     Form& form = forms[form_count++];
@@ -89,7 +98,7 @@ void Input::make_ready(int64_t begin, int64_t end) const {
 }
 
 int64_t room_for(const View& view, int64_t tokens, int compute) {
-    if (!view.header) return 0;
+    if (!view.header) return view.rounds_to_brains(tokens, compute) ? plan_brains(view.rows, view.cols, tokens).bytes() : 0;
     int64_t most = 0;
     for (int64_t count : {int64_t{1}, int64_t{2}, int64_t{4}, kFewTokens, tokens})
         if (count <= tokens) most = std::max(most, plan_form(*view.header, count, compute).bytes());
@@ -99,7 +108,7 @@ int64_t room_for(const View& view, int64_t tokens, int compute) {
 int64_t token_unit() {
     const int64_t step = isa().folded ? isa().folded->token_tile : 8;
     int64_t unit = step;
-    while (unit % isa().panel_tokens) unit += step;
+    while (unit % isa().panel_tokens || (isa().brains && unit % kBrainTokens)) unit += step;
     return unit;
 }
 
@@ -118,7 +127,8 @@ Task::Span Task::span(int64_t item) const { return {item * per_item, std::min((i
 
 void Task::plan(int team) {
     const int64_t matrices = second ? 2 : 1;
-    if (!view.header) cut(divide_up(view.rows, kPlainRows), view.group_bytes() * matrices, team);
+    if (!view.header && form && form->brains) items = form->items(view.rows);
+    else if (!view.header) cut(divide_up(view.rows, kPlainRows), view.group_bytes() * matrices, team);
     else if (form->few) cut(view.header->blocks, view.header->block_bytes * matrices, team);
     else items = form->items(*view.header, joins() ? 2 : 1);
 }
@@ -144,7 +154,7 @@ Piece run_plain(const Task& task, const View& view, float* y, int64_t item, cons
 Piece run_prepared(const Task& task, const View& view, const Form& form, float* y, int64_t item, const uint8_t* next) {
     ProductJob job = job_of(view, form, y, task.y_stride);
     job.next = next;
-    const int64_t blocks = view.header->blocks, tokens = form.activations.tokens;
+    const int64_t blocks = divide_up(view.rows, kBlockRows), tokens = form.activations.tokens;
     if (form.few) {
         const Task::Span span = task.span(item);
         form.run(job, span.begin, span.end);

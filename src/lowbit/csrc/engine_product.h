@@ -18,6 +18,9 @@ struct View {
     explicit operator bool() const { return rows > 0; }
     int64_t bytes() const;
     int64_t group_bytes() const;  // of four rows that are not prepared
+    // Plain and tight rows of bf16, when so many tokens are rounded to bf16 too.
+    bool rounds_to_brains(int64_t tokens, int compute) const;
+    PlainRows plain_rows() const;
 };
 
 View view_of(const lowbit_matrix& matrix, int64_t index = 0);
@@ -31,7 +34,7 @@ struct Input {
     Form forms[kMostForms];
 
     void start(const float* from, int64_t row_stride, int64_t count);
-    // The form that this weight needs, placed at `room` behind the ones before; nullptr for plain and tight rows.
+    // The form that this weight needs, placed at `room` behind the ones before; nullptr where rows of fp32 meet plain and tight ones.
     const Form* form_for(const View& view, int compute, uint8_t* room, int64_t* used);
     // Once all rows are there and before any is made ready: what forms want to know of all tokens, in so many pieces.
     int64_t stretches() const;

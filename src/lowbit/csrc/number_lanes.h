@@ -29,7 +29,7 @@ inline void round_numbers(float* values, int64_t count, int dtype) {
 
 // Add the bias and write up to 16 outputs of one token.
 inline void store_outputs(const ProductJob& job, int64_t token, int64_t block, Floats sums) {
-    const int64_t first = block * kBlockRows, rows = job.activations.header->rows;
+    const int64_t first = block * kBlockRows, rows = job.rows;
     const int64_t index = token * job.y_stride + first;
     if (first + kBlockRows <= rows) {
         if (job.bias) sums = add(sums, load_floats(job.bias + first));

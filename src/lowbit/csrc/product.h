@@ -16,7 +16,7 @@ struct ZeroPlan {
 //             scale * sum [segments][tile] where the weight has minima
 //   float     fp32 [positions][tile]
 struct Activations {
-    const Header* header;
+    const Header* header;  // NULL: of rows that are not prepared, whose columns lie in order
     const void* x;
     int dtype;
     int64_t tokens, stride;
@@ -25,6 +25,15 @@ struct Activations {
     int rounding;  // float: the element type that activations and weights are rounded to before they meet
     uint8_t* data;
     int64_t tile_bytes;
+    int64_t cols;  // without a header
+};
+
+// Rows of bf16 that are not prepared: [rows][cols], or what `read` gives of one of them.
+struct PlainRows {
+    int64_t rows, cols;
+    const uint16_t* data;
+    void (*read)(const void* from, int64_t row, int64_t first, int64_t count, uint16_t* to);
+    const void* from;
 };
 
 // How far ahead of the codes being read a decoding product asks memory for more. int4 g64 on one Zen 5 core: 12 GB/s without, 20 at
@@ -38,6 +47,8 @@ bool asks_second_cache();
 
 struct ProductJob {
     Activations activations;
+    PlainRows plain;      // where activations have no header
+    int64_t rows;         // of the weight
     ZeroPlan zeros;
     const float* bias;
     void* y;

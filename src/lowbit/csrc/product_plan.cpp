@@ -51,6 +51,7 @@ int64_t token_block_for(const Header& header, int tile, int64_t bytes_per_number
 constexpr int64_t kItemsPerThread = 4;
 constexpr int kLeastFoldedPanel = 4;
 constexpr int64_t kLeastFoldedBlock = 128;
+constexpr int kLeastBrainPanel = 2;
 
 void fold_form(const Header& header, const FoldedProducts& folded, Form* form) {
     Activations& x = form->activations;
@@ -66,7 +67,7 @@ void fold_form(const Header& header, const FoldedProducts& folded, Form* form) {
 }  // namespace
 
 uint8_t* folded_room() {
-    alignas(64) static thread_local uint8_t room[kFoldedRoomBytes];
+    alignas(64) static thread_local uint8_t room[std::max(kFoldedRoomBytes, kBrainRoomBytes)];
     return room;
 }
 
@@ -74,7 +75,39 @@ bool rounds_to_int8(const Header& header, int compute) {
     return (compute == LOWBIT_COMPUTE_INT8 || compute == LOWBIT_COMPUTE_INT8_GROUPS) && header.kind != LOWBIT_DENSE;
 }
 
+bool rounds_to_brains(bool brains, int64_t tokens, int compute) {
+    const BrainProducts* products = isa().brains;
+    if (!products || tokens <= kFewTokens) return false;
+    return compute == LOWBIT_COMPUTE_BF16 || (brains && compute == LOWBIT_COMPUTE_INT8 && products->by_default);
+}
+
+Form plan_brains(int64_t rows, int64_t cols, int64_t tokens) {
+    const BrainProducts& products = *isa().brains;
+    Form form{};
+    form.brains = true;
+    form.panel_blocks = products.panel_blocks;
+    form.token_block = products.token_block;
+    Activations& x = form.activations;
+    x.cols = cols;
+    x.tokens = tokens;
+    x.tile = kBrainTokens;
+    x.tile_bytes = brain_steps(x) * 2 * kBrainTile;
+    while (form.panel_blocks > kLeastBrainPanel && form.items(rows) < kItemsPerThread * thread_count()) form.panel_blocks /= 2;
+    return form;
+}
+
+namespace {
+
+Form plan_prepared_brains(const Header& header, int64_t tokens) {
+    Form form = plan_brains(header.rows, header.plan.positions(), tokens);
+    form.activations.header = &header;
+    return form;
+}
+
+}  // namespace
+
 Form plan_form(const Header& header, int64_t tokens, int compute) {
+    if (rounds_to_brains(holds_brains(header), tokens, compute)) return plan_prepared_brains(header, tokens);
     Form form{};
     form.integer = rounds_to_int8(header, compute);
     form.few = form.integer && tokens <= kFewTokens;
@@ -96,6 +129,11 @@ Form plan_form(const Header& header, int64_t tokens, int compute) {
 }
 
 bool same_form(const Form& a, const Form& b) {
+    if (a.brains || b.brains) {
+        const Activations &x = a.activations, &y = b.activations;
+        return a.brains == b.brains && !x.header == !y.header && x.cols == y.cols &&
+               (!x.header || (x.header->cols == y.header->cols && !memcmp(&x.header->plan, &y.header->plan, sizeof(Plan))));
+    }
     const Header &x = *a.activations.header, &y = *b.activations.header;
     return a.integer == b.integer && a.folded == b.folded && a.activations.zero_constant == b.activations.zero_constant &&
            !memcmp(&x.plan, &y.plan, sizeof x.plan) && (!a.folded || fold_of(x).length == fold_of(y).length) && x.cols == y.cols && !x.scales.minima == !y.scales.minima &&
@@ -112,7 +150,7 @@ void Form::balance(int64_t stretch) const { isa().folded->balance(activations, s
 
 void Form::make_ready(int64_t tile) const {
     const Isa& set = isa();
-    (folded ? set.folded->quantize_tile : integer ? set.quantize_tile : set.widen_tile)(activations, tile);
+    (brains ? set.brains->round_tile : folded ? set.folded->quantize_tile : integer ? set.quantize_tile : set.widen_tile)(activations, tile);
 }
 
 int64_t Form::items(const Header& header, int joined) const {
@@ -120,18 +158,33 @@ int64_t Form::items(const Header& header, int joined) const {
     return divide_up(activations.tokens, token_block) * divide_up(header.blocks, panel_blocks / joined);
 }
 
+int64_t Form::items(int64_t rows) const {
+    return divide_up(activations.tokens, token_block) * divide_up(divide_up(rows, kBlockRows), panel_blocks);
+}
+
 void Form::run(const ProductJob& job, int64_t begin, int64_t end) const {
     const Isa& set = isa();
-    (few ? set.decode_rows : folded ? set.folded->panel_items : integer ? set.panel_items : set.float_items)(job, begin, end);
+    (few ? set.decode_rows : brains ? set.brains->panel_items : folded ? set.folded->panel_items : integer ? set.panel_items : set.float_items)(job, begin, end);
 }
 
 ProductJob Form::job(const Header& header, int joined) const {
     ProductJob job{};
     job.activations = activations;
     job.activations.header = &header;
+    job.rows = header.rows;
     job.zeros = plan_zeros(header, !few);
     job.token_block = token_block;
     job.panel_blocks = panel_blocks / joined;
+    return job;
+}
+
+ProductJob Form::job(const PlainRows& plain) const {
+    ProductJob job{};
+    job.activations = activations;
+    job.plain = plain;
+    job.rows = plain.rows;
+    job.token_block = token_block;
+    job.panel_blocks = panel_blocks;
     return job;
 }
 

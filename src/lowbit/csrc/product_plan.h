@@ -12,7 +12,7 @@ constexpr int64_t kFewTokens = 16;
 // Weights of one format and width share it.
 struct Form {
     Activations activations;
-    bool integer, few, folded;  // folded: fold.h
+    bool integer, few, folded, brains;  // folded: fold.h, brains: brains.h
     int panel_blocks;     // blocks of 16 rows that share a panel
     int64_t token_block;  // tokens that share an expanded panel
 
@@ -26,11 +26,18 @@ struct Form {
     int64_t items(const Header& header, int joined = 1) const;
     void run(const ProductJob& job, int64_t begin, int64_t end) const;
     ProductJob job(const Header& header, int joined = 1) const;
+    // Of rows that are not prepared.
+    int64_t items(int64_t rows) const;
+    ProductJob job(const PlainRows& plain) const;
 };
 
 // Whether a product rounds its activations to int8.
 bool rounds_to_int8(const Header& header, int compute);
 Form plan_form(const Header& header, int64_t tokens, int compute);
+// Whether so many tokens meet weights as bf16 on both sides; `brains`: weights that are bf16 already.
+bool rounds_to_brains(bool brains, int64_t tokens, int compute);
+// Of rows that are not prepared, where that is so.
+Form plan_brains(int64_t rows, int64_t cols, int64_t tokens);
 // Whether the activations made for one serve the other.
 bool same_form(const Form& a, const Form& b);
 

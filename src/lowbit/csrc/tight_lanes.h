@@ -29,6 +29,15 @@ inline F32 weights_of(const Pairs& pairs) {
     const __m512i both = kVector < 2 ? pairs.low : pairs.high;
     return {_mm512_castsi512_ps(kVector % 2 ? _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))) : _mm512_slli_epi32(both, 16))};
 }
+inline void store_pairs(uint16_t* to, const Pairs& pairs) {
+    // Words 2i and 2i + 1 of a register belong to inputs i and 16 + i.
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), four = _mm512_set1_epi32(4);
+    const __m512i even = _mm512_mullo_epi32(_mm512_and_si512(lanes, _mm512_set1_epi32(7)), four);
+    const __m512i begin = _mm512_add_epi32(even, _mm512_srli_epi32(lanes, 3));
+    const __m512i order = _mm512_or_si512(begin, _mm512_slli_epi32(_mm512_add_epi32(begin, _mm512_set1_epi32(2)), 16));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, pairs.low));
+    _mm512_storeu_si512(to + 32, _mm512_permutexvar_epi16(order, pairs.high));
+}
 // The way back; a bit for every byte whose upper half has no name.
 inline uint64_t split_unit(const uint16_t* weights, const TightTable& table, uint8_t* low, uint8_t* names) {
     const auto wide = [&](int j) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 16 * j))); };
@@ -78,6 +87,17 @@ inline F32 weights_of(const Pairs& pairs) {
     };
     return {part(both[0]), part(both[1])};
 }
+inline void store_pairs(uint16_t* to, const Pairs& pairs) {
+    const auto store = [](uint16_t* place, F32 weights) {
+        uint32_t bits[kLane];
+        memcpy(bits, &weights, sizeof bits);
+        for (int i = 0; i < kLane; ++i) place[i] = static_cast<uint16_t>(bits[i] >> 16);
+    };
+    store(to, weights_of<0>(pairs));
+    store(to + kLane, weights_of<1>(pairs));
+    store(to + 2 * kLane, weights_of<2>(pairs));
+    store(to + 3 * kLane, weights_of<3>(pairs));
+}
 // Half a unit each time: the quarters of a register are those of the unit.
 inline uint64_t split_unit(const uint16_t* weights, const TightTable& table, uint8_t* low, uint8_t* names) {
     const __m256i byte = _mm256_set1_epi16(0xff);
@@ -122,6 +142,7 @@ template <int kVector>
 inline F32 weights_of(const Pairs& pairs) {
     return load_brain(pairs.weights + kVector * kLane);
 }
+inline void store_pairs(uint16_t* to, const Pairs& pairs) { memcpy(to, pairs.weights, sizeof pairs.weights); }
 inline uint64_t split_unit(const uint16_t* weights, const TightTable& table, uint8_t* low, uint8_t* names) {
     uint64_t unknown = 0;
     for (int k = 0; k < kTightUnit; ++k) {
@@ -248,6 +269,27 @@ void tight_product(const DenseJob& job) {
     for (int64_t begin = 0; begin < job.tokens; begin += kDenseBlock) {
         const int64_t end = begin + kDenseBlock < job.tokens ? begin + kDenseBlock : job.tokens;
         for (int64_t block = first; block < last; ++block) tight_tokens(job, header, block, begin, end, fetcher);
+    }
+}
+
+// Inputs [first, first + count) of a row, both multiples of a unit but for the end of the row.
+void read_tight(const void* tight, int64_t row, int64_t first, int64_t count, uint16_t* to) {
+    const TightHeader& header = *static_cast<const TightHeader*>(tight);
+    const TightNames table = tight_table(header.high);
+    const int64_t lane = row % kTightRows;
+    const uint8_t* unit = header.block(row / kTightRows) + first / kTightUnit * kTightUnitBytes;
+    for (int64_t k = 0; k < count; k += kTightUnit, unit += kTightUnitBytes) {
+        const uint8_t *low = unit + lane * kTightUnit, *names = unit + kTightRows * kTightUnit + lane / 2 * kTightUnit;
+        const Pairs pairs = lane % 2 ? join_bytes<1>(low, names, table) : join_bytes<0>(low, names, table);
+        uint16_t all[kTightUnit];
+        const bool whole = k + kTightUnit <= count;
+        store_pairs(whole ? to + k : all, pairs);
+        if (!whole) memcpy(to + k, all, static_cast<size_t>(count - k) * sizeof(uint16_t));
+    }
+    const uint32_t *starts = header.starts() + row, *others = header.others();
+    for (uint32_t i = starts[0]; i < starts[1]; ++i) {
+        const int64_t place = static_cast<int64_t>(others[i] >> 16) - first;
+        if (place >= 0 && place < count) to[place] = static_cast<uint16_t>(others[i]);
     }
 }
 

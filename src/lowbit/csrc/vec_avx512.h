@@ -81,13 +81,39 @@ inline Floats e4m3_to_floats(const uint8_t* from) {
 }
 
 inline void floats_to_halves(void* to, Floats value) { _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtps_ph(value, 0)); }
-inline void floats_to_brains(void* to, Floats value) {
+// Rounded to bf16: the upper half of each lane.
+inline __m512i round_brains(Floats value) {
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
-    _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+    return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
+}
+inline void floats_to_brains(void* to, Floats value) {
+    _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_brains(value), 16)));
+}
+// Both as bf16, side by side in each lane.
+inline Bytes pair_brains(Floats even, Floats odd) {
+    const __m512i upper = _mm512_and_si512(round_brains(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+    return _mm512_or_si512(_mm512_srli_epi32(round_brains(even), 16), upper);
+}
+// Sixteen rows of 16 words of 32 bits as 16 columns, one after another. A quarter of four rows at a time comes from memory.
+inline void transpose_words(const uint16_t* const* rows, uint8_t* to) {
+    for (int c = 0; c < 4; ++c) {
+        const auto quarter = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + 8 * c)); };
+        const auto four = [&](int row) {
+            __m512i v = _mm512_castsi128_si512(quarter(row));
+            v = _mm512_inserti32x4(v, quarter(row + 4), 1);
+            return _mm512_inserti32x4(_mm512_inserti32x4(v, quarter(row + 8), 2), quarter(row + 12), 3);
+        };
+        const __m512i a = four(0), b = four(1), d = four(2), e = four(3);
+        const __m512i low = _mm512_unpacklo_epi32(a, b), high = _mm512_unpackhi_epi32(a, b);
+        const __m512i other_low = _mm512_unpacklo_epi32(d, e), other_high = _mm512_unpackhi_epi32(d, e);
+        store_bytes(to + 256 * c, _mm512_unpacklo_epi64(low, other_low));
+        store_bytes(to + 256 * c + 64, _mm512_unpackhi_epi64(low, other_low));
+        store_bytes(to + 256 * c + 128, _mm512_unpacklo_epi64(high, other_high));
+        store_bytes(to + 256 * c + 192, _mm512_unpackhi_epi64(high, other_high));
+    }
 }
 
 // Codes to bytes through a table of 2^kBits entries.

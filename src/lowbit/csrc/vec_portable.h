@@ -137,6 +137,13 @@ inline void floats_to_halves(void* to, const Floats& value) {
 inline void floats_to_brains(void* to, const Floats& value) {
     for (int i = 0; i < 16; ++i) static_cast<uint16_t*>(to)[i] = to_bf16(value.lane[i]);
 }
+inline Bytes pair_brains(const Floats& even, const Floats& odd) {
+    return each([&](int i) { return static_cast<uint32_t>(to_bf16(even.lane[i])) | static_cast<uint32_t>(to_bf16(odd.lane[i])) << 16; });
+}
+inline void transpose_words(const uint16_t* const* rows, uint8_t* to) {
+    for (int word = 0; word < 16; ++word)
+        for (int row = 0; row < 16; ++row) memcpy(to + word * 64 + row * 4, rows[row] + 2 * word, 4);
+}
 
 struct Table {
     const uint8_t* bytes;

@@ -31,10 +31,11 @@ void check_products_of(const lowbit_format& format, const std::vector<int64_t>& 
     EXPECT(distance(y.data(), std::vector<double>(expected.begin(), expected.end())) < (tokens > 1024 ? 0.02 : 1e-6));
 }
 
-void check_engine_of(const lowbit_format* format) {
+void check_engine_of(const lowbit_format* format, int32_t chosen = SparseLlama::kChosen) {
     constexpr int64_t kTokens = 40;
     const TinyLlama llama(format);
-    const SparseLlama sparse(llama, format);
+    SparseLlama sparse(llama, format);
+    sparse.model.top_k = chosen;
     const std::vector<int32_t> tokens = some_tokens(kTokens, 1);
     const std::vector<double> expected = llama.logits(tokens);
     const std::vector<uint8_t> wanted(static_cast<size_t>(kTokens), 1);
@@ -65,6 +66,8 @@ void check_experts() {
     check_products_of(format_named("int4_g64"), {1, 40, 1100, 1101}, 1110, LOWBIT_COMPUTE_INT8);
     check_engine_of(nullptr);
     for (const char* name : {"int4_g32_bf16", "int6_asym_channel", "nf4_g64"}) check_engine_of(&format_named(name));
+    // Every expert has all 40 tokens: a tile of 32 and a part of one each, on the sets that have such tiles.
+    check_engine_of(&format_named("int4_g32_bf16"), SparseLlama::kExperts);
 }
 
 }  // namespace check
