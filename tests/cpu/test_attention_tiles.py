@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cpu.test_core import sets_here
 from cpu.test_engine import CACHE_TOLERANCE, ids, relative
-from cpu.test_folded import sets_with_tiles
+from cpu.test_folded import PLAIN
 from lowbit.core import calls
 from lowbit.errors import KernelError
 from lowbit.models.families import spec_from_config
@@ -44,7 +45,7 @@ def set_lanes() -> None:
         calls.set_instruction_set("portable")
 
 
-@pytest.fixture(params=sets_with_tiles())
+@pytest.fixture(params=sets_here(PLAIN))
 def tiles(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
     calls.set_instruction_set(None)

@@ -20,7 +20,6 @@ from cpu.test_engine import ids, relative, spec_and_arrays
 from cpu.test_folded import numbers
 from cpu.test_tight import plain_and_tight
 from lowbit.core import calls
-from lowbit.errors import KernelError
 from lowbit.models.spec import DecoderSpec
 from lowbit.runtime.engine import Engine
 from lowbit.runtime.weights import EngineWeights, engine_weights
@@ -35,19 +34,7 @@ SHAPES = [(37, 20), (48, 203), (16, 576), (131, 1057)]
 HALF_STEP, ONE_SUM = 2.0**-8, 2.0**-24
 
 
-def sets_here() -> list[str]:
-    found = []
-    for name in SETS:
-        try:
-            calls.set_instruction_set(name)
-        except KernelError:
-            continue
-        found.append(name)
-    calls.set_instruction_set(None)
-    return found
-
-
-@pytest.fixture(params=sets_here())
+@pytest.fixture(params=core.sets_here(SETS))
 def brains(request: pytest.FixtureRequest) -> Iterator[str]:
     calls.set_instruction_set(request.param)
     yield request.param

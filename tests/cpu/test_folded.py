@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from cpu import test_core as core
 from lowbit.core import calls
-from lowbit.errors import KernelError
 from lowbit.formats import as_format
 from lowbit.grid import quantize, unpack
 from lowbit.kernels import cpu_rows
@@ -34,23 +33,10 @@ SHAPES = [(37, 60), (48, 203), (16, 576), (131, 1057)]
 PLAIN = {"amx": "avx512", "amx_emulated": "portable"}
 
 
-def sets_with_tiles() -> list[str]:
-    """The stand-in, and the tiles themselves where this processor has them and the system lends them."""
-    found = []
-    for name in PLAIN:
-        try:
-            calls.set_instruction_set(name)
-        except KernelError:
-            continue
-        found.append(name)
-    calls.set_instruction_set(None)
-    return found
-
-
 STORED_WITH_MINIMA_OR_TWO_LEVELS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_1", "q5_1", "int4_g64_dq")
 
 
-@pytest.fixture(params=sets_with_tiles())
+@pytest.fixture(params=core.sets_here(PLAIN))
 def tiles(request: pytest.FixtureRequest) -> Iterator[str]:
     calls.set_instruction_set(request.param)
     yield request.param
