@@ -1,8 +1,9 @@
 // Attention of a step: heads normed and rotated, keys and values stored, queries over the cache, partial results merged.
 //
 // When every sequence has one token, an item is (token, key head, split of its keys): it rotates its own queries, the last split stores
-// the newest key and value, and the consumer merges the splits, so that there is one barrier. With more tokens the heads are prepared
-// first, because a query needs keys that another thread would be storing; an item is then (tile of tokens, key head).
+// the newest key and value, and the consumer merges the splits, so that there is one barrier. With more tokens keys and values are stored
+// first, because a query needs keys that another thread would be storing; an item, which rotates its own queries, is then (tile of
+// tokens, key head).
 #include <cmath>
 #include <cstring>
 
