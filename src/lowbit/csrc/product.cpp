@@ -11,7 +11,8 @@ namespace lowbit {
 namespace {
 
 constexpr int64_t kTokensAtOnce = 1024;    // bounds the room for activations whatever the prompt
-constexpr int64_t kPartBytes = 96 << 10;  // weights that a thread takes at a time when decoding
+constexpr int64_t kPartBytes = 16 << 10;  // weights that a thread takes at a time when decoding, out of its own stretch of them
+constexpr int64_t kAloneBytes = 96 << 10;  // of weights that one thread reads before another would be awake
 
 // Room that lives as long as its thread, so that a token costs no allocation.
 class Room {
@@ -63,7 +64,7 @@ int64_t part_at(const Part* parts, int64_t count, int64_t index, First first) {
 
 // Products with several weights as jobs of the pool: all activations are made ready, then all items are shared out.
 int multiply(const Call& call, Part* parts, int64_t count) {
-    int64_t stretches = 0, tiles = 0, items = 0, bytes = 0, grain = 1;
+    int64_t stretches = 0, tiles = 0, items = 0, bytes = 0, grain = 1, read = 0;
     for (int64_t i = 0; i < count; ++i) {
         Part& part = parts[i];
         part.form = plan_form(*part.header, part.tokens, call.compute);
@@ -77,7 +78,9 @@ int multiply(const Call& call, Part* parts, int64_t count) {
         tiles += part.form.tiles();
         items += part.form.items(*part.header);
         bytes += part.form.bytes();
-        if (part.form.few) grain = std::max<int64_t>(kPartBytes / part.header->block_bytes, 1);
+        if (!part.form.few) continue;
+        grain = std::max<int64_t>(kPartBytes / part.header->block_bytes, 1);
+        read += part.header->total_bytes;
     }
     uint8_t* data = room.get(bytes);
     if (!data) return fail(LOWBIT_NO_MEMORY, "not enough memory for the activations of %lld products", static_cast<long long>(count));
@@ -111,7 +114,7 @@ int multiply(const Call& call, Part* parts, int64_t count) {
             part.form.run(part.job, begin - part.first_item, stop - part.first_item);
             begin = stop;
         }
-    });
+    }, read > 0 && read <= kAloneBytes ? 1 : thread_count(), read > 0 ? Sharing::kStretches : Sharing::kInTurn);
     return LOWBIT_OK;
 }
 }  // namespace

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "stretches.h"
 #include "threads.h"
 
 namespace lowbit {
@@ -58,33 +59,20 @@ public:
     }
 
     // Where a member begins when it owns a stretch of the items.
-    int64_t first_of(int member, int64_t items) const { return items * member / size_; }
+    int64_t first_of(int member, int64_t items) const { return first_of_stretch(member, size_, items); }
 
-    // Every member owns a stretch of the items and takes them from its front; who has none left takes from the back of others'. For
-    // items that are read from memory: what a processor fetches beyond the end of one is then what the same thread reads next.
-    // body(item, next): the item behind it in the own stretch, -1 where there is none.
+    // The same for items that are read from memory (stretches.h): body(item, next).
     template <class Body>
     void share_stretches(int member, int64_t items, const Body& body) {
         const uint32_t stage = generation_.load(std::memory_order_relaxed) % 2;
-        for (int step = 0; step < size_; ++step) {
-            const int owner = (member + step) % size_;
-            const int64_t begin = first_of(owner, items), count = first_of(owner + 1, items) - begin;
-            const uint64_t one = step == 0 ? 1 : kFromBack;
-            for (;;) {
-                const uint64_t taken = stretches_[static_cast<size_t>(owner)].taken[stage].fetch_add(one, std::memory_order_relaxed);
-                const int64_t front = static_cast<int64_t>(taken % kFromBack), back = static_cast<int64_t>(taken / kFromBack);
-                if (front + back >= count) break;
-                if (step == 0) body(begin + front, front + 1 < count ? begin + front + 1 : -1);
-                else body(begin + count - 1 - back, -1);
-            }
-        }
+        take_stretches(member, size_, items, [&](int owner) -> Stretch& { return stretches_[static_cast<size_t>(owner)].of_stage[stage]; }, body);
     }
 
     // Wait for everybody; the counters of items start again at 0. `idle` is told how often it was called while waiting.
     template <class Serial, class Idle>
     void meet(int member, const Serial& serial, const Idle& idle) {
         const uint32_t generation = generation_.load(std::memory_order_relaxed);
-        stretches_[static_cast<size_t>(member)].taken[(generation + 1) % 2].store(0, std::memory_order_relaxed);
+        stretches_[static_cast<size_t>(member)].of_stage[(generation + 1) % 2].reset();
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
             serial();
             next_.store(0, std::memory_order_relaxed);
@@ -103,20 +91,18 @@ public:
     }
 
 private:
-    // How many items of a member's stretch were taken from its front and, in units of kFromBack, from its back: for this stage and for
-    // the next one, which is set back before anybody can enter it.
-    static constexpr uint64_t kFromBack = uint64_t{1} << 32;
-    struct alignas(64) Stretch {
-        std::atomic<uint64_t> taken[2] = {{0}, {0}};
+    // One for this stage and one for the next, which is set back before anybody can enter it.
+    struct alignas(64) Stretches {
+        Stretch of_stage[2];
     };
 
     void start(int size) {
         size_ = size;
         arrived_.store(0);
         next_.store(0);
-        if (static_cast<size_t>(size) > stretches_.size()) stretches_ = std::vector<Stretch>(static_cast<size_t>(size));
-        for (Stretch& stretch : stretches_)
-            for (auto& taken : stretch.taken) taken.store(0);
+        if (static_cast<size_t>(size) > stretches_.size()) stretches_ = std::vector<Stretches>(static_cast<size_t>(size));
+        for (Stretches& stretches : stretches_)
+            for (Stretch& stretch : stretches.of_stage) stretch.reset();
     }
 
     // About 17 microseconds, beyond any stage's imbalance on a quiet machine. On a busy one the missing thread has lost its core,
@@ -143,7 +129,7 @@ private:
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> generation_{0};
     std::atomic<int> sleepers_{0};
-    std::vector<Stretch> stretches_;
+    std::vector<Stretches> stretches_;
 };
 
 }  // namespace lowbit

@@ -14,6 +14,7 @@
 
 #include "error.h"
 #include "machine_limits.h"
+#include "stretches.h"
 
 namespace lowbit {
 namespace {
@@ -34,6 +35,11 @@ struct Job {
     int64_t grain = 1;
     RangeFunction function = nullptr;
     void* context = nullptr;
+    Sharing sharing = Sharing::kInTurn;
+};
+
+struct alignas(64) OwnStretch {
+    Stretch stretch;
 };
 
 thread_local bool inside_job = false;
@@ -51,6 +57,7 @@ public:
                 break;
             }
         }
+        stretches_ = std::vector<OwnStretch>(workers_.size() + 1);
     }
 
     ~Pool() {
@@ -69,6 +76,7 @@ public:
         std::lock_guard<std::mutex> one_job(run_mutex_);
         job_ = job;
         next_.store(0, std::memory_order_relaxed);
+        for (OwnStretch& own : stretches_) own.stretch.reset();
         running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
         generation_.fetch_add(1);
         if (sleepers_.load() > 0) {
@@ -88,17 +96,27 @@ public:
 private:
     void claim(int thread) {
         inside_job = true;
-        for (;;) {
-            const int64_t begin = next_.fetch_add(job_.grain, std::memory_order_relaxed);
-            if (begin >= job_.items) break;
-            try {
-                job_.function(job_.context, begin, std::min(begin + job_.grain, job_.items), thread);
-            } catch (...) {
-                std::lock_guard<std::mutex> lock(thrown_mutex_);
-                if (!thrown_) thrown_ = std::current_exception();
+        if (job_.sharing == Sharing::kStretches) {
+            const int64_t parts = (job_.items + job_.grain - 1) / job_.grain;
+            take_stretches(thread, static_cast<int>(stretches_.size()), parts, [&](int owner) -> Stretch& { return stretches_[static_cast<size_t>(owner)].stretch; },
+                           [&](int64_t part, int64_t) { run_part(part * job_.grain, thread); });
+        } else {
+            for (;;) {
+                const int64_t begin = next_.fetch_add(job_.grain, std::memory_order_relaxed);
+                if (begin >= job_.items) break;
+                run_part(begin, thread);
             }
         }
         inside_job = false;
+    }
+
+    void run_part(int64_t begin, int thread) {
+        try {
+            job_.function(job_.context, begin, std::min(begin + job_.grain, job_.items), thread);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(thrown_mutex_);
+            if (!thrown_) thrown_ = std::current_exception();
+        }
     }
 
     void work(int thread) {
@@ -126,6 +144,7 @@ private:
 
     const pid_t process_;
     std::vector<std::thread> workers_;
+    std::vector<OwnStretch> stretches_;  // of each worker and of who called
     std::mutex run_mutex_, sleep_mutex_, thrown_mutex_;
     std::exception_ptr thrown_;
     std::condition_variable wake_;
@@ -166,14 +185,14 @@ int thread_count() {
 
 void set_thread_count(int threads) { wanted_threads.store(threads > 0 ? std::min(threads, kMostThreads) : default_threads()); }
 
-void run_parallel(int64_t items, int64_t grain, RangeFunction function, void* context, int threads) {
+void run_parallel(int64_t items, int64_t grain, RangeFunction function, void* context, int threads, Sharing sharing) {
     if (items <= 0) return;
     grain = std::max<int64_t>(grain, 1);
     if (inside_job || items <= grain || threads == 1) {
         function(context, 0, items, 0);
         return;
     }
-    pool_of(threads)->run({items, grain, function, context});
+    pool_of(threads)->run({items, grain, function, context, sharing});
 }
 
 }  // namespace lowbit

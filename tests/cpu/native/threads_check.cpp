@@ -30,11 +30,11 @@ void use_engine(const TinyLlama& llama, uint64_t seed, const std::vector<double>
     lowbit_engine_destroy(engine);
 }
 
-void use_products(const Weight& weight, const Aligned& buffer) {
-    const std::vector<float> x = Random(1).bells(20 * weight.cols);
-    std::vector<float> first(static_cast<size_t>(20 * weight.rows)), y(first.size());
+void use_products(const Weight& weight, const Aligned& buffer, int64_t tokens) {
+    const std::vector<float> x = Random(1).bells(tokens * weight.cols);
+    std::vector<float> first(static_cast<size_t>(tokens * weight.rows)), y(first.size());
     for (int round = 0; round < 2 * kRounds; ++round) {
-        const int status = lowbit_run(buffer.data(), buffer.size(), x.data(), LOWBIT_FP32, 20, weight.cols, nullptr, round ? y.data() : first.data(),
+        const int status = lowbit_run(buffer.data(), buffer.size(), x.data(), LOWBIT_FP32, tokens, weight.cols, nullptr, round ? y.data() : first.data(),
                                       LOWBIT_FP32, weight.rows, LOWBIT_COMPUTE_INT8);
         wrong += status != LOWBIT_OK || (round && y != first);
     }
@@ -45,6 +45,9 @@ void check_meeting() {
     const TinyLlama llama(&format_named("int4_g32_bf16"));
     const Weight weight = quantized(format_named("int4_g64"), 320, 203, 9);
     const auto buffer = prepared(weight);
+    // Read by several threads at once, each from a stretch of its own: small weights are read by one.
+    const Weight large = quantized(format_named("int4_g64"), 1000, 320, 9);
+    const auto large_buffer = prepared(large);
     constexpr int64_t kTokens = 20;
     const std::vector<double> first = llama.logits(some_tokens(kTokens, 1)), second = llama.logits(some_tokens(kTokens, 2));
     std::atomic<bool> done{false};
@@ -57,7 +60,8 @@ void check_meeting() {
     std::vector<std::thread> users;
     users.emplace_back([&] { use_engine(llama, 1, first, kTokens); });
     users.emplace_back([&] { use_engine(llama, 2, second, kTokens); });
-    users.emplace_back([&] { use_products(weight, *buffer); });
+    users.emplace_back([&] { use_products(weight, *buffer, 20); });
+    users.emplace_back([&] { use_products(large, *large_buffer, 3); });
     for (std::thread& user : users) user.join();
     done.store(true);
     changer.join();
