@@ -30,6 +30,7 @@ from lowbit.runtime.abi import CACHE_TYPES, engine_library
 from lowbit.runtime.engine import Engine
 from lowbit.runtime.engine_file import ENGINE_FILE, conversation_form, write_engine_file
 from lowbit.runtime.text import Tokenizer
+from unit.family_cases import CASES, tiny_model
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src/lowbit/csrc"
@@ -261,6 +262,19 @@ def test_a_second_question_reads_only_what_is_new(folder: Folder) -> None:
     folder.answer([3, 4, 5], 2)
     assert folder.answer(again, 12) == continued and len(made) == 12
     assert folder.answer(first, 12, stop_after=5)[0] == made[:5]
+
+
+def test_a_text_that_grows_past_the_trained_length_is_read_anew(tmp_path: Path) -> None:
+    save_tokenizer(byte_level("smollm"), tmp_path)
+    tiny_model(*CASES["phi3, longrope long"]).save_pretrained(tmp_path)
+    write_engine_file(tmp_path)
+    model, face = load(tmp_path), Folder(tmp_path)
+    prompt = list(range(3, 10))  # 12 is that length
+    first = model.generate(prompt, max_new_tokens=12)
+    for question in (prompt, [*prompt, *first.tokens, 4, 4], prompt, list(range(3, 21)), list(range(3, 13))):
+        expected = model.generate(question, max_new_tokens=12)
+        assert face.answer(question, 12) == (list(expected.tokens), expected.text)
+    face.close()
 
 
 def test_templates_that_do_more_than_write_are_refused(saved: Path, tmp_path: Path) -> None:

@@ -203,7 +203,8 @@ class EngineGenerate:
         logits = self._prefill(engine, request, cache_file)
         rows = [seen.tolist() for seen in request.seen for _ in range(request.returns)]
         selectors = [Selector(selection.replace(seed=seed), stops) for seed in request.seeds]
-        if request.slots == 1 and streamer is None and clock is None:
+        turn = _turning(engine, request)
+        if request.slots == 1 and streamer is None and clock is None and turn is None:
             first = selectors[0].choose(logits[0], np.asarray(rows[0], np.int32))
             rows[0].append(first)
             left = request.settings.max_new_tokens - 1
@@ -220,7 +221,10 @@ class EngineGenerate:
             active = [row for row in active if rows[row][-1] not in stops]
             if not active or made == request.settings.max_new_tokens:
                 break
-            logits = engine.step([rows[row][-1] for row in active], active)
+            if made + len(request.prompts[0]) == turn:
+                logits = _read_again(engine, request, rows, active)
+            else:
+                logits = engine.step([rows[row][-1] for row in active], active)
         return rows
 
     def _choose_guessed(
@@ -261,6 +265,20 @@ class EngineGenerate:
             for copied in range(first + 1, first + request.returns):
                 engine.copy(first, copied, len(prompt))
         return np.stack(logits)
+
+
+def _turning(engine: Engine, request: Request) -> int | None:
+    """The length within these answers at which a model with two tables of frequencies takes the other one, or None."""
+    slot, prompt = Slot(engine), len(request.prompts[0])  # batches of such models are left to transformers
+    within = prompt <= slot.fixed_until < prompt + request.settings.max_new_tokens
+    return slot.fixed_until + 1 if slot.two_tables and within else None
+
+
+def _read_again(engine: Engine, request: Request, rows: list[list[int]], active: list[int]) -> Floats:
+    """The logits after texts whose keys in the cache are turned for shorter ones."""
+    new = [rows[row][len(request.seen[0]) :] for row in active]
+    texts = [np.asarray([*request.prompts[0], *tokens], np.int32) for tokens in new]
+    return np.stack([Slot(engine, row).advance(text) for row, text in zip(active, texts, strict=True)])
 
 
 def _state_of(model: nn.Module) -> list[tuple[int, int]]:

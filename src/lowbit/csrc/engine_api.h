@@ -144,7 +144,8 @@ LOWBIT_API int lowbit_engine_cache_type(const lowbit_engine* engine);
 LOWBIT_API int lowbit_engine_step(lowbit_engine* engine, const int32_t* tokens, const int32_t* slots, const uint8_t* wanted,
                                   int64_t count, float* logits);
 /* A prompt longer than a chunk is read in several steps. Where frequencies depend on the length (LOWBIT_ROPE_LONG, LOWBIT_ROPE_DYNAMIC),
- * its first parts must know how long the slot will be: say it before the first; cutting the slot forgets it. */
+ * its first parts must know how long the slot will be: say it before the first; cutting the slot forgets it. Keys stay turned as they were
+ * cached: whoever lets a slot grow past trained_positions of a LOWBIT_ROPE_LONG cuts it to 0 there and appends everything again. */
 LOWBIT_API int lowbit_engine_expect(lowbit_engine* engine, int32_t slot, int64_t length);
 /* The most likely token again and again, from `token` (not yet in the cache), until `count` are made or one of `stops` is: writes
  * them and their number. Ends early with LOWBIT_CANCELLED. */

@@ -171,14 +171,21 @@ def _read(slots: Sequence[Slot], prompt: Tokens, beams: Sequence[Beam]) -> Float
     """The logits after each beam, [beams, vocabulary]: what slots lack is copied or read first, then one token of each
     in one step."""
     wholes = [np.concatenate([prompt, np.asarray(beam.tokens, np.int32)]) for beam in beams]
-    lasts = []
-    for beam, whole in zip(beams, wholes, strict=True):
+    logits: dict[int, Floats] = {}
+    lasts: dict[int, int] = {}
+    for index, (beam, whole) in enumerate(zip(beams, wholes, strict=True)):
         own = slots[beam.slot]
         fullest = max(slots, key=lambda slot: slot.common(whole))
         if fullest.common(whole) > own.common(whole):
             own.copy(fullest, whole)
-        if len(beams) == 1:
-            return own.advance(whole)[None]
-        lasts.append(own.hold_all_but_last(whole))
-    numbers = [slots[beam.slot].number for beam in beams]
-    return slots[0].engine.step(np.asarray(lasts, np.int32), np.asarray(numbers, np.int32))
+        if len(beams) == 1 or not own.may_split(whole):
+            logits[index] = own.advance(whole)
+        else:
+            lasts[index] = own.hold_all_but_last(whole)
+    if lasts:
+        numbers = [slots[beams[index].slot].number for index in lasts]
+        found = slots[0].engine.step(np.asarray(list(lasts.values()), np.int32), np.asarray(numbers, np.int32))
+        if not logits:
+            return found
+        logits.update(zip(lasts, found, strict=True))
+    return np.stack([logits[index] for index in range(len(beams))])

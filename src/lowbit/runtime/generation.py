@@ -74,7 +74,7 @@ def choose_tokens(slot: Slot, prompt: Tokens, settings: Settings, guess: Guess |
     made, last = len(prompt), len(prompt) + room
     while made < last:
         so_far = tokens[:made]
-        guesses = list(guess(so_far, last - made - 1)) if guess is not None else []
+        guesses = list(guess(so_far, slot.guesses_after(so_far, last - made - 1))) if guess is not None else []
         for logits, guessed in zip(slot.advance_over(so_far, guesses), [*guesses, None], strict=True):
             token = selector.choose(logits, tokens[:made])
             tokens[made] = token

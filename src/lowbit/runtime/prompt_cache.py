@@ -69,7 +69,7 @@ class PromptCache:
             engine.restore(cache, len(tokens), slot.number)
         except LowbitError as error:
             raise CheckpointError(f"the prompt cache {self.path} cannot be taken up: {error}") from None
-        slot.tokens = tokens
+        slot.hold(tokens)
 
     def write(self, slot: Slot, prompt: Tokens) -> None:
         """Save the state after a prompt that a slot has read, unless the file holds it already."""

@@ -71,10 +71,11 @@ class Slot:
         self.tokens: Tokens = np.empty(0, np.int32)
         self.readers = 0  # answers under way here
         # Where frequencies change with the length, keys that were cached early are turned differently in a longer sequence.
-        changing = [
-            r.trained_positions for r in (layer.rope for layer in engine.spec.layers) if r and r.depends_on_length
-        ]
-        self.fixed_until = min(changing, default=engine.context)
+        # `turned` is the length of the one that those here were turned for.
+        changing = [r for r in (layer.rope for layer in engine.spec.layers) if r and r.depends_on_length]
+        self.fixed_until = min((r.trained_positions for r in changing), default=engine.context)
+        self.two_tables = bool(changing) and all(r.kind == "longrope" for r in changing)
+        self.turned = 0
 
     def common(self, tokens: Tokens) -> int:
         """How many of these tokens need not be read; the last one always must, for its logits."""
@@ -82,10 +83,22 @@ class Slot:
         length = min(held, len(tokens) - 1)
         different = np.flatnonzero(self.tokens[:length] != tokens[:length])
         same = int(different[0]) if len(different) else length
-        if same == held == len(tokens) - 1:  # goes on where the slot stands
-            return same
-        cut_short = max(held, len(tokens)) > self.fixed_until or same < self.engine.shortest(self.number)
-        return 0 if cut_short else same
+        goes_on = same == held == len(tokens) - 1  # where the slot stands
+        if self.two_tables:  # past the trained length everything is read again, once, as transformers' Phi-3 does
+            otherwise_turned = (self.turned > self.fixed_until) != (len(tokens) > self.fixed_until)
+        else:
+            otherwise_turned = not goes_on and max(held, len(tokens)) > self.fixed_until
+        return 0 if otherwise_turned or (not goes_on and same < self.engine.shortest(self.number)) else same
+
+    def may_split(self, tokens: Tokens) -> bool:
+        """Whether what is missing of a sequence may be read in several steps, the first of which do not know its length."""
+        return len(tokens) <= self.fixed_until or self.common(tokens) == len(tokens) - 1
+
+    def guesses_after(self, tokens: Tokens, room: int) -> int:
+        """How many guesses one step may read with a sequence: so many that they turn none of its tokens otherwise."""
+        if len(tokens) <= self.fixed_until:
+            return min(room, self.fixed_until - len(tokens))
+        return room if self.two_tables and self.may_split(tokens) else 0
 
     def copy(self, source: Slot, tokens: Tokens) -> None:
         """Take over what another slot holds of a sequence; only what this one lacks moves."""
@@ -93,7 +106,7 @@ class Slot:
         common = min(self.common(tokens), length)
         self.tokens = self.tokens[:common]
         self.engine.copy(source.number, self.number, length, common)
-        self.tokens = tokens[:length].copy()
+        self.tokens, self.turned = tokens[:length].copy(), source.turned
 
     def advance(self, tokens: Tokens) -> Floats:
         """The logits after a sequence, reading only what the slot does not hold."""
@@ -120,8 +133,12 @@ class Slot:
         return int(tokens[-1])
 
     def clear(self) -> None:
-        self.tokens = self.tokens[:0]
+        self.hold(self.tokens[:0])
         self.engine.truncate(self.number, 0)
+
+    def hold(self, tokens: Tokens) -> None:
+        """Take note of what the engine is about to hold here, or was given."""
+        self.tokens, self.turned = tokens.copy(), len(tokens)
 
     def _forget(self, tokens: Tokens) -> Tokens:
         """Make the slot hold nothing but the start of a sequence; returns what is missing of it."""
@@ -130,7 +147,7 @@ class Slot:
             self.tokens = self.tokens[:same]
             if self.engine.length(self.number) != same:
                 self.engine.truncate(self.number, same)
-        self.tokens = tokens.copy()
+        self.hold(tokens)
         return tokens[same:]
 
 

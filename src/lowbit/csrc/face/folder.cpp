@@ -40,10 +40,13 @@ struct lowbit_folder {
     lowbit_engine_options options{};
     std::vector<int32_t> ends, held;  // tokens that end an answer; those that the slot holds
     int64_t fixed_until = 0;          // beyond, frequencies depend on the length and keys made for a shorter text are stale
+    bool two_tables = false;          // they do so in one step, and all keys past it are alike
+    int64_t turned = 0;               // the length of the text that the keys in the slot are turned for
     std::atomic<bool> busy{false};
 
     const Tokenizer& text() const;
     std::string render(const lowbit_message* messages, int64_t count) const;
+    bool turns_anew(int64_t length) const { return two_tables && (turned > fixed_until) != (length > fixed_until); }
     std::vector<float> read(const int32_t* prompt, int64_t count);
     void step(const int32_t* tokens, int64_t count, bool last, float* logits);
 };
@@ -62,8 +65,12 @@ lowbit_folder::lowbit_folder(const std::string& path, const lowbit_engine_option
     if (options.slots == 0) options.slots = 1;
     if (options.chunk == 0) options.chunk = static_cast<int32_t>(std::min<int64_t>(kChunk, options.context));
     fixed_until = options.context;
-    for (int32_t i = 0; i < saved.model().rope_count; ++i)
-        if (saved.model().ropes[i].change != LOWBIT_ROPE_FIXED) fixed_until = std::min<int64_t>(fixed_until, saved.model().ropes[i].trained_positions);
+    for (int32_t i = 0; i < saved.model().rope_count; ++i) {
+        const lowbit_rope& rope = saved.model().ropes[i];
+        if (rope.change == LOWBIT_ROPE_FIXED) continue;
+        fixed_until = std::min<int64_t>(fixed_until, rope.trained_positions);
+        two_tables = rope.change == LOWBIT_ROPE_LONG;
+    }
     engine.reset(lowbit_engine_create(&saved.model(), &options));
     if (!engine) throw Refusal(LOWBIT_BAD_ARGUMENT, lowbit_last_error());
 }
@@ -117,12 +124,14 @@ void lowbit_folder::step(const int32_t* tokens, int64_t count, bool last, float*
 std::vector<float> lowbit_folder::read(const int32_t* prompt, int64_t count) {
     const int64_t present = std::min<int64_t>(static_cast<int64_t>(held.size()), lowbit_engine_length(engine.get(), 0));
     int64_t same = std::mismatch(held.begin(), held.begin() + std::min(present, count - 1), prompt).second - prompt;
-    if (std::max(present, count) > fixed_until && same != present) same = 0;
+    const bool goes_on = same == present && same == count - 1;
+    if (two_tables ? turns_anew(count) : !goes_on && std::max(present, count) > fixed_until) same = 0;
     if (lowbit_engine_truncate(engine.get(), 0, same) != LOWBIT_OK) {
         same = 0;
         check(lowbit_engine_truncate(engine.get(), 0, same));
     }
     held.resize(static_cast<size_t>(same));
+    turned = count;
     std::vector<float> logits(static_cast<size_t>(saved.model().vocab_size));
     check(lowbit_engine_expect(engine.get(), 0, count));
     for (int64_t i = same; i < count; i += options.chunk) {
@@ -182,7 +191,9 @@ void answer(lowbit_folder& folder, std::vector<int32_t> tokens, int64_t most, co
         const bool last = i == room || std::find(folder.ends.begin(), folder.ends.end(), token) != folder.ends.end();
         const std::string_view bytes = folder.tokenizer ? folder.tokenizer->bytes(token, false) : std::string_view();
         if (listener.tell(token, bytes, last) || last) return;
-        folder.step(&token, 1, true, logits.data());
+        const int64_t length = static_cast<int64_t>(tokens.size());
+        if (folder.turns_anew(length)) logits = folder.read(tokens.data(), length);
+        else folder.step(&token, 1, true, logits.data());
     }
 }
 
