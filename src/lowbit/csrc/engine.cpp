@@ -130,10 +130,12 @@ extern "C" lowbit_engine* lowbit_engine_create(const lowbit_model* model, const 
 
 extern "C" void lowbit_engine_destroy(lowbit_engine* engine) { delete engine; }
 
-extern "C" int64_t lowbit_engine_bytes(const lowbit_model* model, const lowbit_engine_options* options) {
+extern "C" int64_t lowbit_engine_bytes(const lowbit_model* model, const lowbit_engine_options* options) try {
     if (!model || !options) return fail(LOWBIT_BAD_ARGUMENT, "no description of a model was given"), -1;
     if (check_options(*options) != LOWBIT_OK || check_sizes(*model) != LOWBIT_OK || check_cache(*model, *options) != LOWBIT_OK) return -1;
     return cache_bytes(*model, with_cache_type(*model, *options));
+} catch (...) {
+    return caught(), -1;
 }
 
 extern "C" int lowbit_engine_cache_type(const lowbit_engine* handle) { return handle ? handle->engine.options.cache_type : -1; }

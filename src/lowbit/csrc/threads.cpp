@@ -205,4 +205,9 @@ extern "C" int lowbit_set_threads(int threads) try {
     return lowbit::caught();
 }
 
-extern "C" int lowbit_threads(void) { return lowbit::thread_count(); }
+extern "C" int lowbit_threads(void) try {
+    return lowbit::thread_count();
+} catch (...) {
+    lowbit::caught();  // no memory to read what a container allows: one thread works
+    return 1;
+}
