@@ -110,7 +110,10 @@ def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]
         (["generate", "model", "--prompt", "a", "--max-new-tokens", "no"], "'no' is not a number from 1 up"),
         (["generate", "model", "--prompt", "a", "--threads", "99999"], "from 1 to 1024"),
         (["bench", "model", "--new-tokens", "1"], "'1' is not a number from 2 up"),
-        (["chat", "model", "--jsom"], "--jsom"),
+        (["generate", "model", "--prompt", "a", "--max-new-tokens", "9" * 12], "is too large: 2147483648 is the most"),
+        (["generate", "model", "--prompt", "a", "--seed", "9" * 20], "is too large: 9223372036854775807 is the most"),
+        (["chat", "model", "--sytem", "a"], "there is no option --sytem: did you mean --system?"),
+        (["generate", "model", "--promt=a"], "there is no option --promt: did you mean --prompt?"),
     ],
 )
 def test_wrong_arguments_are_one_line_with_the_way_to_the_help(

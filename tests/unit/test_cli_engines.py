@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +182,30 @@ def test_perplexity_is_the_same_without_torch(small: Path, tmp_path: Path, capsy
     assert without.keys() == with_torch.keys()
     for name in ("perplexity", "nll", "nll_standard_error", "tokens", "windows"):
         assert without[name] == pytest.approx(with_torch[name], rel=1e-5), name
+
+
+def test_a_folder_that_nobody_can_run_is_refused_once_and_at_the_start(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    for damage, sentence in (("tokenizer.json", "has no tokenizer.json"), ("model.safetensors", "is truncated")):
+        folder = tmp_path / damage
+        shutil.copytree(small, folder)
+        if damage == "tokenizer.json":
+            (folder / damage).unlink()
+        else:
+            os.truncate(folder / damage, (folder / damage).stat().st_size // 2)
+        assert main(["chat", str(folder)]) == 1
+        assert capsys.readouterr().err.count(sentence) == 1
+
+
+@pytest.mark.parametrize("asked", [["--prompt", "-"], ["--prompt-file", "-"]], ids=lambda words: words[0])
+def test_a_prompt_may_come_from_stdin(
+    asked: list[str], small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["generate", str(small), "--max-new-tokens", "4", "--temperature", "0"]
+    assert main([*common, "--prompt", "Hello\n"]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    assert main([*common, *asked]) == 0
+    assert capsys.readouterr().out == expected

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import lowbit
 from lowbit.cli.failures import explain_failure
@@ -75,6 +76,15 @@ The exit code is 0 when it is done, 1 if it failed, 2 for wrong usage, 130 for C
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one line."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A misspelt option is named before what is missing for want of it."""
+        known = self._option_string_actions
+        given = itertools.takewhile(lambda word: word != "--", args or ())
+        for name in (word.partition("=")[0] for word in given if word.startswith("--")):
+            if " " not in name and name not in known:  # with one in it argparse takes it for a text
+                self.error(f"there is no option {name}: {nearest(name, known, count=1)}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         command = self.prog.partition(" ")[2]

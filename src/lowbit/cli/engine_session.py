@@ -23,6 +23,7 @@ class EngineSession:
 
     def __init__(self, model: Model, load_seconds: float = 0.0) -> None:
         self.model, self.load_seconds = model, load_seconds
+        self.tokenizer: Tokenizer = model.tokenizer  # a model without one is refused before anybody types a message
 
     @classmethod
     def load(cls, files: ModelFiles, options: LoadOptions, threads: int | None = None) -> EngineSession:
@@ -32,10 +33,6 @@ class EngineSession:
         model = load_files(files, options.recipe, options.context, cache=options.cache, mapped=options.mapped)
         model.settings = model.settings.change(check=options.check, within_window=options.within_window)
         return cls(model, time.perf_counter() - start)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.model.tokenizer
 
     @property
     def context_length(self) -> int | None:

@@ -38,8 +38,7 @@ def open_session(source: Source, options: LoadOptions, threads: int | None = Non
             raise
         if _missing():
             raise MissingPackageError(_missing()[0], f"running this model ({refusal})", "torch") from None
-        print(f"lowbit: {source.name} runs through transformers: {refusal}", file=sys.stderr)
-        return _through_transformers(source, options, threads)
+        return _instead_of_engine(refusal, source, options, threads)
     if files is None:
         return _through_transformers(source, options, threads)
     from lowbit.cli.engine_session import EngineSession
@@ -47,6 +46,19 @@ def open_session(source: Source, options: LoadOptions, threads: int | None = Non
     session = EngineSession.load(files, options, threads)
     for note in session.model.notes:
         print(f"lowbit: {note}", file=sys.stderr)
+    return session
+
+
+def _instead_of_engine(refusal: LowbitError, source: Source, options: LoadOptions, threads: int | None) -> Session:
+    """Say why transformers runs it, unless it cannot either, for the same reason: then that is said, once."""
+    reason = f"lowbit: {source.name} runs through transformers: {refusal}"
+    try:
+        session = _through_transformers(source, options, threads)
+    except LowbitError as error:
+        if str(error) != str(refusal):
+            print(reason, file=sys.stderr)
+        raise
+    print(reason, file=sys.stderr)
     return session
 
 

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", type=text, metavar="TEXT", help="the prompt; '-' reads it from stdin")
-    prompt.add_argument("--prompt-file", type=path, metavar="FILE", help="a file that holds the prompt")
+    prompt.add_argument("--prompt-file", type=path, metavar="FILE", help="a file that holds the prompt; '-' is stdin")
     parser.add_argument(
         "--system", type=text, metavar="TEXT", help="how the model shall behave, for chat templates that know it"
     )
@@ -84,9 +84,10 @@ def answer_aloud(session: AnySession, tokens: list[int], sampling: Sampling, emi
 
 
 def read_prompt(options: argparse.Namespace) -> str:
-    if options.prompt_file is not None:
+    stdin = "-" in (options.prompt, str(options.prompt_file))
+    if options.prompt_file is not None and not stdin:
         return read_text(options.prompt_file)
-    prompt: str = check_text(sys.stdin.read(), "stdin") if options.prompt == "-" else options.prompt
+    prompt: str = check_text(sys.stdin.read(), "stdin") if stdin else options.prompt
     if not prompt.strip():
         raise LowbitError("the prompt is empty: give the model some text to answer")
     return prompt

@@ -60,6 +60,8 @@ def number(kind: Callable[[str], Any], low: float, high: float, what: str) -> Ca
             value = kind(text)
         except ValueError:
             value = None
+        if value is not None and value > high and f"{high}" not in what:
+            raise argparse.ArgumentTypeError(f"{text!r} is too large: {high} is the most")
         if value is None or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
