@@ -50,10 +50,9 @@ void Step::rotate(int64_t layer, int64_t token, float* head) const {
 }
 
 namespace {
-void copy_clipped(const float* from, int64_t count, float clip, float* to) {
-    if (to != from) memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+void clip_head(float* head, int64_t count, float clip) {
     if (clip > 0.0f)
-        for (int64_t i = 0; i < count; ++i) to[i] = std::clamp(to[i], -clip, clip);
+        for (int64_t i = 0; i < count; ++i) head[i] = std::clamp(head[i], -clip, clip);
 }
 
 // The norm of one head among several with a weight each.
@@ -62,16 +61,22 @@ lowbit_vector at_head(const lowbit_vector& vector, int64_t place) {
 }
 }  // namespace
 
-// One behind another in `to`, or where they lie if that is NULL.
+// One head of a token as the products left it, clipped.
+void Step::read_head(const Member& me, int64_t token, int64_t place, float* to) const {
+    engine_isa().widen(work_.qkv.get(), me.qkv_type, token * plans_.qkv_size + place, model_.head_dim, to);
+    clip_head(to, model_.head_dim, model_.clip);
+}
+
+// One behind another in `to`, or where they lie if that is NULL, as fp32 then.
 void Step::turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end, float* to) {
     const int64_t size = model_.head_dim;
     const lowbit_vector& vector = plans_.layers[static_cast<size_t>(layer)].vectors[LOWBIT_Q_NORM];
     const float* whole = source_of_heads(me, layer, token, false);
     for (int64_t h = head_begin; h < head_end; ++h) {
-        float* place = work_.qkv.get() + token * plans_.qkv_size + plans_.q_places[static_cast<size_t>(h)];
-        float* out = to ? to + (h - head_begin) * size : place;
+        const int64_t place = plans_.q_places[static_cast<size_t>(h)];
+        float* out = to ? to + (h - head_begin) * size : work_.qkv.get() + token * plans_.qkv_size + place;
         if (whole) memcpy(out, whole + h * size, static_cast<size_t>(size) * sizeof(float));
-        else copy_clipped(place, size, model_.clip, out);
+        else read_head(me, token, place, out);
         if (model_.qk_norm == LOWBIT_HEAD_NORM) norm(vector, out, size, out);
         if (model_.qk_norm == LOWBIT_HEADS_NORM) norm(at_head(vector, h * size), out, size, out);
         rotate(layer, token, out);
@@ -82,19 +87,18 @@ void Step::turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_b
 void Step::store_heads(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end) {
     const int64_t size = model_.head_dim, position = positions_[static_cast<size_t>(token)];
     const lowbit_vector& vector = plans_.layers[static_cast<size_t>(layer)].vectors[LOWBIT_K_NORM];
-    const float* qkv = work_.qkv.get() + token * plans_.qkv_size;
     const float* whole = source_of_heads(me, layer, token, true);
     float* head = me.room.branch.get();
     const int type = engine_.cache.type(), padded = engine_.cache.padded();
     for (int64_t h = head_begin; h < head_end; ++h) {
         const HeadCache cache = engine_.cache.head(layer, slots_[static_cast<size_t>(token)], h);
         if (whole) memcpy(head, whole + h * size, static_cast<size_t>(size) * sizeof(float));
-        else copy_clipped(qkv + plans_.k_places[static_cast<size_t>(h)], size, model_.clip, head);
+        else read_head(me, token, plans_.k_places[static_cast<size_t>(h)], head);
         if (model_.qk_norm == LOWBIT_HEAD_NORM) norm(vector, head, size, head);
         if (model_.qk_norm == LOWBIT_HEADS_NORM) norm(at_head(vector, h * size), head, size, head);
         rotate(layer, token, head);
         const float key_scale = engine_isa().store_key(type, head, model_.head_dim, padded, cache.keys, position);
-        copy_clipped(qkv + plans_.v_places[static_cast<size_t>(h)], size, model_.clip, head);
+        read_head(me, token, plans_.v_places[static_cast<size_t>(h)], head);
         const float value_scale = engine_isa().store_value(type, head, model_.head_dim, padded, cache.values, position);
         if (cache.key_scales) {
             cache.key_scales[position] = key_scale;

@@ -114,7 +114,12 @@ void cap_values(float* x, float multiplier, float soft_cap, int64_t count) {
 }
 
 void widen_numbers(const void* from, int dtype, int64_t index, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = load_number(from, dtype, index + i);
+    const uint16_t* halves = static_cast<const uint16_t*>(from) + index;
+    if (dtype == LOWBIT_FP32) memcpy(to, static_cast<const float*>(from) + index, static_cast<size_t>(count) * sizeof(float));
+    else if (dtype == LOWBIT_BF16)
+        for (int64_t i = 0; i < count; ++i) to[i] = from_bf16(halves[i]);
+    else
+        for (int64_t i = 0; i < count; ++i) to[i] = load_number(from, dtype, index + i);
 }
 
 int64_t largest_index(const float* x, int64_t count) {

@@ -13,11 +13,11 @@ constexpr int64_t kLeastPart = 8 << 10, kMostPart = 16 << 10;
 constexpr int64_t kPartsPerThread = 6;
 constexpr int64_t kPlainRows = kTightRows;  // so that plain and tight matrices can be paired
 
-ProductJob job_of(const View& view, const Form& form, float* y, int64_t y_stride) {
+ProductJob job_of(const View& view, const Form& form, void* y, int y_dtype, int64_t y_stride) {
     ProductJob job = view.header ? form.job(*view.header) : form.job(view.plain_rows());
     job.bias = view.bias;
     job.y = y;
-    job.y_dtype = LOWBIT_FP32;
+    job.y_dtype = y_dtype;
     job.y_stride = y_stride;
     return job;
 }
@@ -51,8 +51,9 @@ View view_of(const lowbit_matrix& matrix, int64_t index) {
     return view;
 }
 
-void Input::start(const float* from, int64_t row_stride, int64_t count) {
+void Input::start(const void* from, int type, int64_t row_stride, int64_t count) {
     rows = from;
+    dtype = type;
     stride = row_stride;
     tokens = count;
     form_count = 0;
@@ -66,7 +67,7 @@ const Form* Input::form_for(const View& view, int compute, uint8_t* room, int64_
     Form& form = forms[form_count++];
     form = wanted;
     form.activations.x = rows;
-    form.activations.dtype = LOWBIT_FP32;
+    form.activations.dtype = dtype;
     form.activations.stride = stride;
     form.activations.data = room + *used;
     *used += form.bytes();
@@ -141,18 +142,18 @@ const uint8_t* Task::begin_of(const View& of, int64_t item) const {
 
 namespace {
 
-Piece run_plain(const Task& task, const View& view, float* y, int64_t item, const uint8_t* next) {
+Piece run_plain(const Task& task, const View& view, void* y, int64_t item, const uint8_t* next) {
     const Task::Span units = task.span(item);
     const int64_t begin = units.begin * kPlainRows, end = std::min(units.end * kPlainRows, view.rows);
-    const DenseJob job = {task.input->rows, task.input->stride, task.input->tokens, view.data, view.dtype, view.cols, begin, end, view.bias, y,
-                          task.y_stride, next};
+    const DenseJob job = {static_cast<const float*>(task.input->rows), task.input->stride, task.input->tokens, view.data, view.dtype, view.cols,
+                          begin, end, view.bias, static_cast<float*>(y), task.y_stride, next};
     if (view.tight) engine_isa().tight(job);
     else engine_isa().dense(job);
     return {0, task.input->tokens, begin, end};
 }
 
-Piece run_prepared(const Task& task, const View& view, const Form& form, float* y, int64_t item, const uint8_t* next) {
-    ProductJob job = job_of(view, form, y, task.y_stride);
+Piece run_prepared(const Task& task, const View& view, const Form& form, void* y, int64_t item, const uint8_t* next) {
+    ProductJob job = job_of(view, form, y, task.y_dtype, task.y_stride);
     job.next = next;
     const int64_t blocks = divide_up(view.rows, kBlockRows), tokens = form.activations.tokens;
     if (form.few) {
@@ -166,7 +167,7 @@ Piece run_prepared(const Task& task, const View& view, const Form& form, float* 
     return {token, std::min(token + form.token_block, tokens), row, std::min(row + form.panel_blocks * kBlockRows, view.rows)};
 }
 
-Piece run_one(const Task& task, const View& view, const Form* form, float* y, int64_t item, const uint8_t* next) {
+Piece run_one(const Task& task, const View& view, const Form* form, void* y, int64_t item, const uint8_t* next) {
     return form ? run_prepared(task, view, *form, y, item, next) : run_plain(task, view, y, item, next);
 }
 
@@ -184,7 +185,7 @@ Piece Task::run(int64_t item, const uint8_t* next) const {
     if (joins()) {
         ProductJob job = form->job(*view.header, 2);
         job.y = y;
-        job.y_dtype = LOWBIT_FP32;
+        job.y_dtype = y_dtype;
         job.y_stride = y_stride;
         job.second = second.header;
         job.join = join_mlp;
@@ -200,8 +201,9 @@ Piece Task::run(int64_t item, const uint8_t* next) const {
     const int64_t count = piece.row_end - piece.row_begin;
     for (int64_t t = piece.token_begin; t < piece.token_end; ++t) {
         const int64_t place = t * y_stride + piece.row_begin;
-        if (mlp) engine_isa().activate(*mlp, y + place, second ? z + place : nullptr, count, y + place);
-        if (capped) engine_isa().cap(y + place, multiplier, soft_cap, count);
+        float* row = static_cast<float*>(y) + place;
+        if (mlp) engine_isa().activate(*mlp, row, second ? z + place : nullptr, count, row);
+        if (capped) engine_isa().cap(row, multiplier, soft_cap, count);
     }
     return piece;
 }

@@ -25,15 +25,16 @@ struct View {
 
 View view_of(const lowbit_matrix& matrix, int64_t index = 0);
 
-// Rows of fp32 that several matrices are multiplied with.
+// Rows that several matrices are multiplied with: of fp32, or of bf16 where all of their forms are prepared ones.
 struct Input {
     static constexpr int kMostForms = 4;
-    const float* rows = nullptr;
+    const void* rows = nullptr;
+    int dtype = LOWBIT_FP32;
     int64_t stride = 0, tokens = 0;
     int form_count = 0;
     Form forms[kMostForms];
 
-    void start(const float* from, int64_t row_stride, int64_t count);
+    void start(const void* from, int type, int64_t row_stride, int64_t count);
     // The form that this weight needs, placed at `room` behind the ones before; nullptr where rows of fp32 meet plain and tight ones.
     const Form* form_for(const View& view, int compute, uint8_t* room, int64_t* used);
     // Once all rows are there and before any is made ready: what forms want to know of all tokens, in so many pieces.
@@ -59,7 +60,9 @@ struct Task {
     View view, second;
     const Form *form = nullptr, *second_form = nullptr;
     const Input* input = nullptr;
-    float *y = nullptr, *z = nullptr;
+    void* y = nullptr;
+    float* z = nullptr;
+    int y_dtype = LOWBIT_FP32;
     int64_t y_stride = 0;
     const lowbit_mlp* mlp = nullptr;
     float multiplier = 1.0f, soft_cap = 0.0f;  // of logits
@@ -80,6 +83,8 @@ struct Task {
     bool pairs_with(const View& other, const Form* other_form) const;
     // Whether gate and up are multiplied and joined in one go, so that neither is written down.
     bool joins() const { return second && mlp && form && form->folded && !view.bias && !second.bias && form == second_form; }
+    // Whether it may write bf16, which loses nothing beside what folding does, and halves what travels to memory and back.
+    bool narrows() const { return form && form->folded && (joins() || (!second && !mlp)) && multiplier == 1.0f && soft_cap == 0.0f; }
 };
 
 }  // namespace lowbit

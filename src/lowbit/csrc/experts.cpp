@@ -54,6 +54,7 @@ void Step::sparse_mlp(Member& me, int64_t layer) {
         meet(me, LOWBIT_PART_MLP);
     }
     me.pending = {sequential ? -1 : layer, layer};
+    me.branch_types[1] = LOWBIT_FP32;
     meet(me, LOWBIT_PART_MLP, true);
 }
 
@@ -109,7 +110,8 @@ void Step::expert_products(Member& me, int64_t layer) {
             work.emplace_back();
             ExpertTask& expert = work.back();
             expert.task.view = view_of(matrix, e);
-            expert.input.start(rows + begin * width, width, end - begin);
+            expert.first = begin;
+            expert.input.start(rows + begin * width, LOWBIT_FP32, width, end - begin);
             expert.task.form = expert.input.form_for(expert.task.view, engine_.options.compute, work_.expert_packed.get(), &used);
             expert.task.input = &expert.input;
             expert.task.y = y + begin * matrix.rows;
@@ -131,8 +133,7 @@ void Step::expert_products(Member& me, int64_t layer) {
     };
     list(source.matrices[LOWBIT_EXPERTS_GATE_UP], gathered, size, work_.expert_gate.get());
     work_.team.share(static_cast<int64_t>(work.size()), 1, [&](int64_t index, int64_t) {
-        const Input& input = work[static_cast<size_t>(index)].input;
-        const int64_t first = (input.rows - gathered) / size;
+        const auto& [input, task, first] = work[static_cast<size_t>(index)];
         for (int64_t i = 0; i < input.tokens; ++i)
             memcpy(gathered + (first + i) * size, x + work_.assigned_token[first + i] * size, static_cast<size_t>(size) * sizeof(float));
         input.make_all_ready();
@@ -142,8 +143,7 @@ void Step::expert_products(Member& me, int64_t layer) {
     float* mid = gathered;  // its rows have been read
     list(source.matrices[LOWBIT_EXPERTS_DOWN], mid, inner, work_.expert_out.get());
     work_.team.share(static_cast<int64_t>(work.size()), 1, [&](int64_t index, int64_t) {
-        const Input& input = work[static_cast<size_t>(index)].input;
-        const int64_t first = (input.rows - mid) / inner;
+        const auto& [input, task, first] = work[static_cast<size_t>(index)];
         float* parted = me.room.parted.get();
         for (int64_t i = first; i < first + input.tokens; ++i) {
             const float* both = work_.expert_gate.get() + i * 2 * inner;

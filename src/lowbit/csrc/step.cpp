@@ -171,6 +171,10 @@ void Step::add_branch(Member& me, int64_t layer, int branch, int64_t token) {
     const float* y = work_.branches[branch].get() + token * size;
     float* hidden = me.hidden + token * size;
     float* own = me.room.branch.get();
+    if (me.branch_types[branch] != LOWBIT_FP32) {
+        engine_isa().widen(work_.branches[branch].get(), me.branch_types[branch], token * size, size, own);
+        y = own;
+    }
     if (branch == 1 && source.sparse) {
         sum_experts(token, own);
         y = own;
@@ -204,6 +208,18 @@ Task Step::task_of(Member& me, const View& view, float* y, int64_t y_stride) {
 Step::Place Step::place_of(const Task* tasks, int64_t item) {
     for (; item >= tasks->items; ++tasks) item -= tasks->items;
     return {tasks, item};
+}
+
+int Step::write_to(Task* tasks, int count, float* to, bool wide) {
+    for (int i = 0; i < count; ++i) wide = wide || !tasks[i].narrows();
+    const int type = wide ? LOWBIT_FP32 : LOWBIT_BF16;
+    uint8_t* place = reinterpret_cast<uint8_t*>(to);
+    for (int i = 0; i < count; ++i) {
+        tasks[i].y = place;
+        tasks[i].y_dtype = type;
+        place += tasks[i].view.rows * dtype_bytes(type);
+    }
+    return type;
 }
 
 // With few tokens memory decides: everybody reads a stretch of the weights, and those that come next are known, and asked for, while
@@ -276,10 +292,9 @@ void Step::attention(Member& me, int64_t layer) {
     if (plan.qkv) {
         tasks[count++] = task_of(me, plan.qkv, qkv, width);
     } else {
-        tasks[count++] = task_of(me, plan.q, qkv, width);
-        tasks[count++] = task_of(me, plan.k, qkv + plans_.q_size, width);
-        tasks[count++] = task_of(me, plan.v, qkv + plans_.q_size + plans_.kv_size, width);
+        for (const View* view : {&plan.q, &plan.k, &plan.v}) tasks[count++] = task_of(me, *view, qkv, width);
     }
+    me.qkv_type = write_to(tasks, count, qkv, turns_whole_rows());
     run_tasks(me, tasks, count, {{&plan.o}});
     meet(me, LOWBIT_PART_QKV);
     if (!decoding_) {
@@ -302,6 +317,7 @@ void Step::attention(Member& me, int64_t layer) {
         if (split) merge_splits(me, layer, token, to);
     });
     Task output = task_of(me, plan.o, work_.branches[0].get(), size);
+    me.branch_types[0] = write_to(&output, 1, work_.branches[0].get(), false);
     run_tasks(me, &output, 1, plan.gate_up ? Following{{&plan.gate_up}} : plan.gate ? Following{{&plan.gate}, &plan.up} : Following{{&plan.up}});
     meet(me, LOWBIT_PART_OUTPUT, true);
     me.pending = {layer, -1};
@@ -341,9 +357,11 @@ void Step::dense_mlp(Member& me, int64_t layer) {
             tasks[0].mlp = &mlp;
         }
     }
+    const bool joined = count == 1 && tasks[0].joins();
+    me.gate_type = joined ? write_to(tasks, 1, work_.gate.get(), !plan.down.header || !plan_form(*plan.down.header, count_, engine_.options.compute).folded) : LOWBIT_FP32;
     run_tasks(me, tasks, count, {{&plan.down}});
     meet(me, LOWBIT_PART_MLP);
-    Rows rows = {work_.gate.get(), mlp.size};
+    Rows rows = {work_.gate.get(), mlp.size, me.gate_type};
     if (!activated) rows.data = own_rows(me).data;
     ready(me, rows, count_, {&plan.down}, [&](int64_t token, float* to) {
         if (activated) return;
@@ -351,6 +369,7 @@ void Step::dense_mlp(Member& me, int64_t layer) {
         engine_isa().activate(mlp, both, plan.gate_up ? both + mlp.size : work_.up.get() + token * mlp.size, mlp.size, to);
     });
     Task down = task_of(me, plan.down, work_.branches[1].get(), size);
+    me.branch_types[1] = write_to(&down, 1, work_.branches[1].get(), false);
     run_tasks(me, &down, 1, first_of(layer + 1));
     me.pending = {sequential ? -1 : layer, layer};
     meet(me, LOWBIT_PART_MLP, true);

@@ -36,6 +36,8 @@ private:
         std::chrono::steady_clock::time_point last;
         int64_t layer = -1;  // -1: outside the layers
         const uint8_t* coming = nullptr;  // weights that this thread reads first in the next products
+        // What the last products wrote: fp32, or bf16 (Task::narrows).
+        int qkv_type = LOWBIT_FP32, gate_type = LOWBIT_FP32, branch_types[2] = {LOWBIT_FP32, LOWBIT_FP32};
     };
     // The matrices of the products that come next; `second` is read in turns with the first.
     struct Following {
@@ -50,6 +52,7 @@ private:
     struct Rows {
         float* data;
         int64_t stride;
+        int type = LOWBIT_FP32;  // bf16 where there is nothing to fill
     };
     // A stretch of one sequence's tokens whose queries go over the keys together.
     struct Tile {
@@ -69,6 +72,7 @@ private:
     // attention.cpp
     void prepare_heads(Member& me, int64_t layer, int64_t token);
     bool turns_whole_rows() const { return model_.qk_norm == LOWBIT_WIDTH_NORM; }
+    void read_head(const Member& me, int64_t token, int64_t place, float* to) const;
     void gather_queries(Member& me, int64_t layer, int64_t token, int64_t head, float* to);
     void turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end, float* out);
     void store_heads(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end);
@@ -97,6 +101,8 @@ private:
     // `after`: the products that come next, whose weights are asked for in time.
     void run_tasks(Member& me, Task* tasks, int count, const Following& after);
     static Place place_of(const Task* tasks, int64_t item);
+    // Outputs of these products, side by side in rows; of fp32 where that is asked for, else as they may be written. Returns which.
+    static int write_to(Task* tasks, int count, float* to, bool wide);
     Following first_of(int64_t layer) const;
     const uint8_t* first_part(const Member& me, const Following& after) const;
     Rows own_rows(Member& me) const;
@@ -106,7 +112,7 @@ private:
     // engine_check.cpp: remember where the first number that is none appeared, once everybody has finished a stage.
     void inspect(const Member& me, lowbit_profile_part part, bool end_of_layer);
     void inspect_layer(const Member& me, lowbit_profile_part part, bool end_of_layer);
-    void expect_numbers(const Member& me, const char* stage, const float* data, int64_t rows, int64_t width);
+    void expect_numbers(const Member& me, const char* stage, const float* data, int64_t rows, int64_t width, int type = LOWBIT_FP32);
 
     Engine& engine_;
     const Plans& plans_;
@@ -130,7 +136,7 @@ private:
 
 template <class Fill>
 void Step::ready(Member& me, Rows rows, int64_t tokens, std::initializer_list<const View*> views, const Fill& fill) {
-    me.input.start(rows.data, rows.stride, tokens);
+    me.input.start(rows.data, rows.type, rows.stride, tokens);
     uint8_t* packed = alone_ ? me.room.packed.get() : work_.packed.get();
     int64_t used = 0;
     for (const View* view : views)

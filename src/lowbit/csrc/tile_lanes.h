@@ -2,9 +2,11 @@
 //
 // An item is a block of tokens and up to 256 outputs. For every stretch of 1,024 inputs and every 32 outputs the weights are expanded
 // to folded bytes, 32 KiB that stay in the nearest cache while all token tiles pass over them; the activations of the stretch stay in the
-// second-level cache meanwhile, and are read past the nearest one, since each of their tiles is used once in a pass. The sums of a token
-// tile are stored as integers and closed in fp32 between the products of the next one, because a processor cannot look 200 instructions
-// ahead to do that by itself.
+// second-level cache meanwhile, and are read past the nearest one, since each of their tiles is used once in a pass. Where all stretches
+// fit there, 32 outputs are finished before the next ones begin, so that few sums are held. The sums of a token tile are stored as
+// integers and closed in fp32 between the products of the next one, because a processor cannot look 200 instructions ahead to do that by
+// itself. Outputs are written past the caches: they are read in another stage, and a line that is fetched to be written over waits for
+// memory and keeps all later stores waiting (docs/notes/cpu.md).
 //
 // Two token tiles meet two weight tiles at a time. One by two needs fewer tile registers, which pays on a core that shares them with
 // another hyperthread (1,990 against 1,450 GOP/s), but costs a fifth more on one that has them for itself (docs/notes/cpu.md).
@@ -19,6 +21,7 @@ constexpr int kPairBlocks = 2;                     // blocks of 16 rows that mee
 constexpr int kFoldedBlocks = 16;                  // most of an item
 constexpr int64_t kFoldedTokens = 512;             // of an item: the more, the less expanding weighs
 constexpr int kPairTiles = 4;                      // of sums: two of tokens by two of rows
+constexpr int64_t kNearBytes = 1 << 20;            // of activations that stay in a second-level cache of 2 MiB beside all else
 static_assert(kTokenTile == 2 * kTileRows, "a pair of tiles");
 
 struct FoldedRoom {
@@ -62,19 +65,13 @@ inline Closing closing_from(const Closing& closing, int tile) {
             closing.sums + (token * kPairBlocks + block) * kBlockRows};
 }
 
-// Lines that are asked for a few at a time, between products: memory answers after hundreds of cycles, and a core has room for 16
-// questions, so that all at once would stop it.
+// Lines of the weights that are expanded next, of both blocks, asked for a few at a time between products: memory answers after hundreds
+// of cycles, and a core has room for 16 questions, so that all at once would stop it.
 struct Asking {
-    // Of the outputs, some rows after every step.
-    const uint8_t* output;
-    int64_t row, rows, bytes, rows_at_once;
-    // Of the weights that are expanded next, some lines of both blocks.
     const uint8_t* weights[kPairBlocks];
     int64_t lines, lines_at_once;
 
     LOWBIT_INLINE void some() {
-        for (int64_t i = 0; i < rows_at_once && rows > 0; ++i, --rows, output += row)
-            for (int64_t at = 0; at < bytes; at += kVector) __builtin_prefetch(output + at, 1, 2);
         for (int64_t i = 0; i < lines_at_once && lines > 0; ++i, --lines)
             for (int b = 0; b < kPairBlocks; ++b) __builtin_prefetch(weights[b] + (lines - 1) * kVector, 0, 2);
     }
@@ -172,14 +169,33 @@ struct FoldedPair {
     int64_t place_of(int64_t tile) const { return tile * kTokenTile * kPairBlocks * kBlockRows; }
 };
 
+// Whether both blocks are whole rows of outputs that lie in whole lines.
+inline bool whole_lines(const ProductJob& job, int64_t block) {
+    const int64_t number = job.y_dtype == LOWBIT_FP32 ? 4 : 2;
+    return job.y_dtype != LOWBIT_FP16 && (block + kPairBlocks) * kBlockRows <= job.rows && block % kPairBlocks == 0 &&
+           reinterpret_cast<uintptr_t>(job.y) % kVector == 0 && job.y_stride * number % kVector == 0;
+}
+
+inline void stream_outputs(const ProductJob& job, int64_t token, int64_t block, Floats first, Floats second) {
+    const int64_t row = block * kBlockRows, index = token * job.y_stride + row;
+    if (job.bias) {
+        first = add(first, load_floats(job.bias + row));
+        second = add(second, load_floats(job.bias + row + kBlockRows));
+    }
+    if (job.y_dtype == LOWBIT_BF16) return stream_line(static_cast<uint16_t*>(job.y) + index, join_brains(first, second));
+    stream_line(static_cast<float*>(job.y) + index, bytes_of(first));
+    stream_line(static_cast<float*>(job.y) + index + kBlockRows, bytes_of(second));
+}
+
 void store_folded(const ProductJob& job, const FoldedItem& item, const FoldedPair& pair, int64_t tile) {
     float* sum = pair.sums + pair.place_of(tile);
     if (pair.beside) job.join(job.joined_by, pair.beside + pair.place_of(tile), sum, kTokenTile * kPairBlocks * kBlockRows, sum);
-    for (int i = 0; i < kTokenTile; ++i) {
-        const int64_t token = (item.first_tile + tile) * kTokenTile + i;
-        if (token >= job.activations.tokens) return;
-        for (int b = 0; b < pair.blocks; ++b)
-            store_outputs(job, token, item.first_block + pair.block + b, load_floats(sum + (i * kPairBlocks + b) * kBlockRows));
+    const int64_t first = (item.first_tile + tile) * kTokenTile, left = job.activations.tokens - first, block = item.first_block + pair.block;
+    const bool lines = whole_lines(job, block);
+    for (int64_t i = 0; i < kTokenTile && i < left; ++i, sum += kPairBlocks * kBlockRows) {
+        if (lines) stream_outputs(job, first + i, block, load_floats(sum), load_floats(sum + kBlockRows));
+        else
+            for (int b = 0; b < pair.blocks; ++b) store_outputs(job, first + i, block + b, load_floats(sum + b * kBlockRows));
     }
 }
 
@@ -188,18 +204,29 @@ void store_folded(const ProductJob& job, const FoldedItem& item, const FoldedPai
 class FoldedRun {
 public:
     FoldedRun(const ProductJob& job, const FoldedItem& item, FoldedRoom& room)
-        : job_(job), item_(item), fold_(fold_of(*job.activations.header)), balance_(balance_of(job.activations)), room_(room) {}
+        : job_(job),
+          item_(item),
+          fold_(fold_of(*job.activations.header)),
+          balance_(balance_of(job.activations)),
+          room_(room),
+          near_(item.tiles * kTokenTile * fold_.steps * kFoldStep <= kNearBytes),
+          weights_(job.second ? 2 : 1),
+          pairs_(divide_up(item.blocks, kPairBlocks)),
+          passes_(fold_.count * pairs_ * weights_) {}
 
     void all() {
-        for (int64_t stretch = 0; stretch < fold_.count; ++stretch)
-            for (int block = 0; block < item_.blocks; block += kPairBlocks)
-                for (int which = 0; which < weights(); ++which) pass(stretch, pair_at(block, which));
+        for (int64_t index = 0; index < passes_; ++index) pass(index);
         if (before_.sums == Sums::kNew) close_all<true>();
         else close_all<false>();
         finish();
     }
 
 private:
+    // One stretch of all tokens with two blocks of one weight.
+    struct Pass {
+        int64_t stretch;
+        FoldedPair pair;
+    };
     // What the last product left to be done.
     struct Before {
         Sums sums = Sums::kNone;
@@ -209,17 +236,19 @@ private:
         bool store = false;
     };
 
-    int weights() const { return job_.second ? 2 : 1; }
-
-    FoldedPair pair_at(int block, int which) const {
-        float* sums[2] = {room_.sums + block * kFoldedTokens * kBlockRows, room_.sums + (job_.panel_blocks + block) * kFoldedTokens * kBlockRows};
-        const int left = item_.blocks - block;
-        return {which ? job_.second : job_.activations.header, block, left < kPairBlocks ? left : kPairBlocks, sums[which],
-                which ? sums[0] : nullptr};
+    Pass pass_at(int64_t index) const {
+        const bool other = index % weights_ != 0;
+        index /= weights_;
+        const int block = static_cast<int>(near_ ? index / fold_.count : index % pairs_) * kPairBlocks;
+        const int64_t first = near_ ? 0 : block, left = item_.blocks - block;
+        float* sums[2] = {room_.sums + first * kFoldedTokens * kBlockRows, room_.sums + (job_.panel_blocks + first) * kFoldedTokens * kBlockRows};
+        const FoldedPair pair = {other ? job_.second : job_.activations.header, block, static_cast<int>(left < kPairBlocks ? left : kPairBlocks),
+                                 sums[other], other ? sums[0] : nullptr};
+        return {near_ ? index % fold_.count : index / pairs_, pair};
     }
 
-    // One stretch of all tokens with two blocks of one weight.
-    void pass(int64_t stretch, const FoldedPair& pair) {
+    void pass(int64_t index) {
+        const auto [stretch, pair] = pass_at(index);
         const FoldRange range = fold_range(*pair.header);
         turn_ = 1 - turn_;
         float(*scales)[kBlockRows] = room_.scales[turn_];
@@ -230,23 +259,12 @@ private:
         for (int64_t tile = 0; tile < item_.tiles; ++tile) {
             const FoldedView x = view_folded(job_.activations, fold_, item_.first_tile + tile);
             Asking asking{};
-            if (store) ask_for_outputs(pair, tile, fold_.steps_of(stretch), &asking);
-            ask_for_weights(stretch, pair, tile, &asking);
+            if (index + 1 < passes_) ask_for_weights(pass_at(index + 1), tile, fold_.steps_of(stretch), &asking);
             multiply(fold_.steps_of(stretch), x.bytes + first * kTokenTile, asking);
             finish();
             before_ = {stretch == 0 ? Sums::kNew : Sums::kOld,
                        {room_.partial[0][0], scales[0], x.scales + stretch * kTokenTile, pair.sums + pair.place_of(tile)}, pair, tile, store};
         }
-    }
-
-    void ask_for_outputs(const FoldedPair& pair, int64_t tile, int64_t steps, Asking* asking) const {
-        const int64_t token = (item_.first_tile + tile) * kTokenTile, left = job_.activations.tokens - token;
-        const int64_t number = job_.y_dtype == LOWBIT_FP32 ? 4 : 2;
-        asking->row = job_.y_stride * number;
-        asking->output = static_cast<const uint8_t*>(job_.y) + token * asking->row + (item_.first_block + pair.block) * kBlockRows * number;
-        asking->rows = left < kTokenTile ? left : kTokenTile;
-        asking->bytes = pair.blocks * kBlockRows * number;
-        asking->rows_at_once = divide_up(kTokenTile, steps);
     }
 
     void multiply(int64_t steps, const int8_t* x, Asking& asking) {
@@ -266,21 +284,15 @@ private:
     }
 
     // A part of the weights that are expanded after these.
-    void ask_for_weights(int64_t stretch, const FoldedPair& pair, int64_t tile, Asking* asking) const {
-        int block = pair.block;
-        const int64_t steps = fold_.steps_of(stretch);
-        const bool other = job_.second && !pair.beside;
-        if (!other) block += kPairBlocks;
-        if (block >= item_.blocks) block = 0, ++stretch;
-        if (stretch == fold_.count) return;
-        const FoldedPair next = pair_at(block, other ? 1 : 0);
+    void ask_for_weights(const Pass& next, int64_t tile, int64_t steps, Asking* asking) const {
+        const Header& header = *next.pair.header;
         for (int b = 0; b < kPairBlocks; ++b) {
-            const uint8_t* from = block_at(*next.header, item_.first_block + block + (b < next.blocks ? b : 0));
-            const Share codes = share_of(*next.header, fold_, stretch, tile, item_.tiles);
+            const uint8_t* from = block_at(header, item_.first_block + next.pair.block + (b < next.pair.blocks ? b : 0));
+            const Share codes = share_of(header, fold_, next.stretch, tile, item_.tiles);
             asking->weights[b] = from + codes.codes;
             asking->lines = codes.lines;
             asking->lines_at_once = divide_up(codes.lines, steps);
-            if (tile == 0) fetch_scales(*next.header, from, fold_, stretch);
+            if (tile == 0) fetch_scales(header, from, fold_, next.stretch);
         }
     }
 
@@ -289,6 +301,8 @@ private:
     const Fold fold_;
     const Balance balance_;
     FoldedRoom& room_;
+    const bool near_;  // the activations of all stretches stay in the second-level cache
+    const int64_t weights_, pairs_, passes_;
     Before before_;
     int turn_ = 0;
 };
@@ -300,6 +314,7 @@ void folded_items(const ProductJob& job, int64_t begin, int64_t end) {
         const FoldedItem item = folded_item_at(job, index);
         FoldedRun(job, item, room).all();
     }
+    settle_lines();
 }
 
 constexpr FoldedProducts kFoldedProducts = {kTokenTile, kFoldedBlocks, kFoldedTokens, balance_folded, quantize_folded, folded_items};

@@ -137,6 +137,15 @@ inline void floats_to_halves(void* to, const Floats& value) {
 inline void floats_to_brains(void* to, const Floats& value) {
     for (int i = 0; i < 16; ++i) static_cast<uint16_t*>(to)[i] = to_bf16(value.lane[i]);
 }
+inline Bytes join_brains(const Floats& first, const Floats& second) {
+    Bytes both;
+    floats_to_brains(&both, first);
+    floats_to_brains(reinterpret_cast<uint16_t*>(&both) + 16, second);
+    return both;
+}
+inline Bytes bytes_of(const Floats& value) { return load_bytes(&value); }
+inline void stream_line(void* to, const Bytes& value) { store_bytes(to, value); }
+inline void settle_lines() {}
 inline Bytes pair_brains(const Floats& even, const Floats& odd) {
     return each([&](int i) { return static_cast<uint32_t>(to_bf16(even.lane[i])) | static_cast<uint32_t>(to_bf16(odd.lane[i])) << 16; });
 }

@@ -42,6 +42,7 @@ private:
 struct ExpertTask {
     Input input;
     Task task;
+    int64_t first;  // of its assignments
 };
 
 // What a thread keeps for itself. A step allocates nothing: a thread that ran out of memory would leave the others at a barrier.
