@@ -12,6 +12,7 @@ from torch import nn
 
 from lowbit.algorithms.autoround import first_rate, tune_block
 from lowbit.algorithms.rtn import round_weight
+from lowbit.bits import spread_groups
 from lowbit.calibration import Calibration
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, as_format
@@ -159,6 +160,45 @@ def test_steps_that_are_far_too_large_leave_the_start(name: str) -> None:
     wild = AutoRoundOptions(iterations=4, rate=0.5, range_rate=0.5)
     tuned, nearest = errors_of(Mixer(), mixer_calls(), as_format(name), wild)
     assert tuned <= nearest * 1.0001
+
+
+@pytest.mark.parametrize("name", ["int2_g20", "int3_asym_g20"])
+def test_votes_and_ranges_each_gain_alone(name: str) -> None:
+    """Votes turn a weight to its other neighbour under the scales of the start; ranges move scales by factors near 1."""
+    format, calls, none = as_format(name), mixer_calls(), 1e-12
+    targets = [run_block(Mixer(), call) for call in calls]
+    start = {path: round_weight(Mixer().get_submodule(path).weight.detach(), format) for path in ("up", "down")}
+    found = {}
+    for tuned, (rate, range_rate) in {"votes": (0.025, none), "ranges": (none, 0.01)}.items():
+        options = AutoRoundOptions(iterations=40, rate=rate, range_rate=range_rate)
+        found[tuned] = tune_block(Mixer(), dict.fromkeys(start, format), calls, targets, options)
+        with torch.no_grad():
+            assert block_error(Mixer(), found[tuned], calls, targets) < 0.97 * block_error(
+                Mixer(), start, calls, targets
+            )
+    for path, plain in start.items():
+        votes, ranges = found["votes"][path], found["ranges"][path]
+        torch.testing.assert_close(votes.scales, plain.scales, rtol=2e-3, atol=0)  # a last bit of fp16
+        assert not torch.equal(votes.codes, plain.codes)
+        moved = (unpack(votes) - unpack(plain)).abs() / spread_groups(
+            plain.scales.float(), format, plain.shape[-1]
+        ).abs()
+        assert float(moved.max()) == pytest.approx(1, abs=1e-2)
+        assert float((ranges.scales / plain.scales - 1).abs().max()) > 0.02
+        # 40 steps of 0.01 that fall to nothing.
+        assert float((ranges.scales / plain.scales - 1).abs().max()) < 0.21
+
+
+def test_a_step_goes_by_the_sign_alone() -> None:
+    """After one, each scale has been multiplied by 1 plus or minus the rate, however steep its slope is, or was left."""
+    calls, format = mixer_calls(), as_format("int3_g20").replace(scale_dtype="float32")
+    targets = [run_block(Mixer(), call) for call in calls]
+    options = AutoRoundOptions(iterations=1, rate=1e-12, range_rate=1e-3)
+    tuned = tune_block(Mixer(), {"up": format}, calls, targets, options)["up"]
+    ratios = tuned.scales / round_weight(Mixer().up.weight.detach(), format).scales
+    away = (ratios - 1).abs()
+    assert bool(((away - 1e-3).abs() < 1e-6).logical_or(away < 1e-6).all()) and len(ratios.sign().unique()) == 1
+    assert bool((ratios > 1).any()) and bool((ratios < 1).any())
 
 
 def test_importance_moves_the_start() -> None:

@@ -195,6 +195,36 @@ def test_quality_knows_what_a_format_costs(load: object) -> None:
         assert row.program == "llama.cpp" or rows.worker_of(row) in scripts
 
 
+def test_the_page_of_quality_is_made_from_its_numbers_and_none_is_missing(load: object) -> None:
+    rows, report = (load(name) for name in ("quality_rows", "quality_report"))  # type: ignore[operator]
+    data = json.loads((BENCHMARKS / "results" / "quality.json").read_text())
+    title, _, rest = report.page(data).partition("\n")  # the machine stands between them
+    page = (BENCHMARKS / "results" / "quality.md").read_text()
+    assert page.startswith(title) and page.endswith(rest)
+    assert (BENCHMARKS / "results" / "quality.svg").read_text() == report.plot_of(data)
+    measured = {row["name"] for row in data["rows"] if "error" not in row}
+    asked = {row.name for row in rows.all_rows()}
+    asked |= {f"lowbit {name}, bits allocated, {kind}" for name in ("gptq", "autoround") for kind in rows.GGUF}
+    assert asked == measured
+    verdicts = report.judge(data)
+    assert not [verdict.what for verdict in verdicts if not verdict.kept]
+    # Every algorithm at every width that its own project has as well, and each of the promises.
+    compared = {verdict.what for verdict in verdicts}
+    for ours, others in report.PAIRS.items():
+        for theirs in others:
+            for scheme in rows.FORMATS:
+                if f"lowbit {ours}, {scheme}" in asked and f"{' '.join(theirs)}, {scheme}" in asked:
+                    assert f"{ours} against {' '.join(theirs)}, {scheme}" in compared
+    assert len({verdict.promise for verdict in verdicts}) == 5
+
+
+def test_gptq_of_the_large_model_stays_within_its_memory() -> None:
+    found = json.loads((BENCHMARKS / "results" / "quantize_memory.json").read_text())
+    terms = found["terms"]
+    assert terms["room"] == 1e9 and found["limit"] == sum(terms.values()) and found["found"]["peak"] <= found["limit"]
+    assert terms["its low-bit size"] == found["found"]["size"]
+
+
 def test_promises_of_old_names_are_judged_either_way(load: object) -> None:
     old_apis: ModuleType = load("old_apis")  # type: ignore[operator]
     cost, gain = old_apis.PROMISES["runner"], old_apis.PROMISES["decode"]

@@ -1,5 +1,7 @@
 """GPTQ as a function of a weight and its inputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -131,6 +133,22 @@ def test_in_whatever_order_columns_are_rounded_none_is_stored(options: GptqOptio
     assert GptqOptions().order == "group"
     packed = round_gptq(weight, as_format("int4_g32"), statistics_of(x), options).packed
     assert packed.order is None and set(packed.tensors()) == {"codes", "scales"}
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int3_asym_g32"])
+def test_static_groups_have_their_scales_before_a_column_is_rounded(name: str) -> None:
+    """So these do not depend on the order of columns, whatever it is; fitted as columns come they do."""
+    weight, x = draw()
+    orders = [GptqOptions(order="none"), GptqOptions(order="group")]
+    grids = []
+    for static in (True, False):
+        chosen = [replace(options, static_groups=static) for options in orders]
+        chosen += [GptqOptions(order="activation", static_groups=True)] if static else []
+        packs = [round_gptq(weight, as_format(name), statistics_of(x), options).packed for options in chosen]
+        grids.append([packed.scales for packed in packs])
+        assert not torch.equal(packs[0].codes, packs[1].codes)
+    assert all(torch.equal(scales, grids[0][0]) for scales in grids[0])
+    assert not torch.equal(*grids[1])
 
 
 def test_factor_is_that_of_the_inverse() -> None:

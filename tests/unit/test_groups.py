@@ -192,3 +192,37 @@ def test_what_reads_a_norm_beside_the_linears_is_noticed() -> None:
         ("up",): "folding into norm changes the block's output: something besides these weights reads its output",
         ("idle",): "no token of the trial reached it",
     }
+
+
+class _Centred(nn.Module):
+    """A norm of nobody's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean(-1, keepdim=True)) * self.weight
+
+
+class _Unheard(nn.Module):
+    """A block as no family has it, by names that say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.q, self.r, self.s = _Centred(), nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.p(x)
+        return x + self.s(self.q(y) * self.r(y).sigmoid())
+
+
+def test_a_block_of_classes_nobody_has_heard_of_is_known_by_its_numbers() -> None:
+    torch.manual_seed(0)
+    block, call = _Unheard(), Call((torch.randn(2, 5, 8),), {})
+    groups, refusals = find_groups(block, call)
+    assert {(group.previous, group.linears) for group in groups} == {("p", ("q", "r")), ("q", ("s",))} and not refusals
+    wanted = run_block(block, call)
+    for group in groups:
+        fold_scale_(block, group, random_scale(block, group))
+    torch.testing.assert_close(run_block(block, call), wanted)

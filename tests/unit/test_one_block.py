@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 
+from lowbit.algorithms.gptq import round_gptq
 from lowbit.algorithms.rtn import round_weight
 from lowbit.algorithms.statistics import Statistics
 from lowbit.blockwise import Where, inputs
@@ -20,6 +21,7 @@ from lowbit.checkpoint.pages import Pages
 from lowbit.formats import as_format
 from lowbit.grid import unpack
 from lowbit.layers import packed_weights
+from lowbit.models.capture import first_calls
 from lowbit.options import AutoRoundOptions, AwqOptions, GptqOptions
 from lowbit.quantize import quantize_
 from lowbit.recipe import Recipe, recipe_named
@@ -123,6 +125,32 @@ def test_linears_with_one_input_share_a_hessian(monkeypatch: pytest.MonkeyPatch)
     wide = model.config.intermediate_size
     # Query, key and value; the output; gate and up; down: four for seven linears, in each of two blocks.
     assert len(report.layers) == 14 and made == [64, 64, 64, wide] * 2
+
+
+def test_true_sequential_shows_each_linear_what_rounded_ones_before_it_give() -> None:
+    """Without it all of a block are rounded on what the block in full precision shows them."""
+    codes: dict[bool, dict[str, torch.Tensor]] = {}
+    paths = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    for sequential in (True, False):
+        options = GptqOptions(true_sequential=sequential, correction=0.0)
+        model = tiny_model_in_memory("llama")
+        quantize_(model, GPTQ.replace(rounder_options=options), calibration=CALIBRATION)
+        held = packed_weights(model)
+        packs = {path: held[f"model.layers.0.self_attn.{path}.packed_weight"].packed() for path in paths}
+        # The same by hand: what the output projection gets, behind the three as they are, or as they were rounded.
+        dense = tiny_model_in_memory("llama")
+        block = dense.model.layers[0]
+        if sequential:
+            with torch.no_grad():
+                for path in paths[:3]:
+                    block.self_attn.get_submodule(path).weight.copy_(unpack(packs[path]))
+        calls = first_calls(dense, CALIBRATION.batches())
+        found = inputs.collect(block, calls, {"self_attn.o_proj": 64}, {"self_attn.o_proj": 1}, hessian=True)
+        weight, seen = block.self_attn.o_proj.weight.detach(), found["self_attn.o_proj"]
+        assert torch.equal(round_gptq(weight, as_format("int3_g32"), seen, options).packed.codes, packs["o_proj"].codes)
+        codes[sequential] = {path: packed.codes for path, packed in packs.items()}
+    same = [torch.equal(codes[True][path], codes[False][path]) for path in paths]
+    assert same == [True, True, True, False]
 
 
 class Rare(nn.Module):

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import lowbit
+from lowbit.algorithms import ROUNDERS
+from lowbit.algorithms import SCALERS as SCALERS_OF_THE_PACKAGE
 from lowbit.blockwise import Where
 from lowbit.calibration import Calibration
 from lowbit.layers import LowBitLinear
-from lowbit.options import AwqOptions, Options, SmoothQuantOptions, TeqOptions
+from lowbit.options import AutoRoundOptions, AwqOptions, Options, SmoothQuantOptions, TeqOptions
 from lowbit.quantize import quantize_
 from lowbit.recipe import Recipe, recipe_named
 from lowbit_assets import tiny_model_in_memory
@@ -65,6 +67,29 @@ def test_every_scaler_goes_with_every_rounder(rounder: str, scaler: str) -> None
     plain = distance(recipe)
     # GPTQ takes the inputs into account by itself, so that a scale leaves it less to win.
     assert error < (plain if rounder == "rtn" else 1.1 * plain)
+
+
+QUICK: dict[str, Options] = {
+    "awq": AwqOptions(steps=2),
+    "smoothquant": SmoothQuantOptions(search=False),
+    "teq": TeqOptions(steps=4, checks=2),
+    "autoround": AutoRoundOptions(iterations=4),
+}
+
+
+@pytest.mark.parametrize("scaler", sorted(SCALERS))
+@pytest.mark.parametrize("rounder", sorted(ROUNDERS))
+def test_no_pair_is_left_out(rounder: str, scaler: str) -> None:
+    assert set(SCALERS) == set(SCALERS_OF_THE_PACKAGE)
+    options = {"rounder_options": QUICK.get(rounder), "scaler_options": QUICK[scaler]}
+    recipe = INT3.replace(rounder=rounder, scaler=scaler, **{name: one for name, one in options.items() if one})
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    model = model_with_outliers()
+    expected = logits_of(model)
+    report = quantize_(model, recipe, calibration=CALIBRATION)
+    assert len(report.layers) == 14 and all(scaler in row.note for row in report.layers)
+    # Three bits and hardly any search: a fold that is wrong would leave nothing alike.
+    assert float((logits_of(model) - expected).norm() / expected.norm()) < 0.8
 
 
 def test_what_was_scaled_is_saved_loaded_and_resumed(tmp_path: Path) -> None:

@@ -211,6 +211,7 @@ def test_teq_trains() -> None:
     trained = train_scales(work, groups, TeqOptions(steps=40, rate=0.03))
     assert trained.after < 0.9 * trained.before
     for group, scale in zip(groups, trained.scales, strict=True):
+        assert scale.shape == find_holder(work.block, group.linears[0]).read().shape[-1:]  # one for each input
         assert bool((scale > 0).all()) and float((scale - 1).abs().max()) > 0.05
         torch.testing.assert_close(group.tie(scale), scale)
 
