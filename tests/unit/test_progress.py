@@ -4,17 +4,25 @@ import contextlib
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
 import lowbit
+from lowbit.blockwise import Where
+from lowbit.calibration import Calibration
 from lowbit.checkpoint.loading_bar import weights_bar
 from lowbit.cli import OK, main
+from lowbit.models.walk import find_targets
+from lowbit.options import AutoRoundOptions
 from lowbit.progress import Pace, _Bar, clock_text, counted, progress
+from lowbit.quantize import quantize_
+from lowbit.recipe import recipe_named
+from lowbit_assets import tiny_model_in_memory
 from unit.checkpoint_cases import EVEN, make
 
 
@@ -119,6 +127,39 @@ def test_no_bar_where_nobody_looks_or_wants_one() -> None:
     with terminal() as stream:
         assert list(counted("abc", "packing", show=False, patience=0)) == list("abc")
     assert file.getvalue() == stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(("rounder", "scaler"), [("gptq", "awq"), ("autoround", ""), ("rtn", "smoothquant")])
+def test_a_calibrated_run_takes_one_step_for_each_weight(
+    rounder: str, scaler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a block is rounded twice, or all at once; what an earlier run has finished was ready at the start."""
+    steps: list[tuple[str, bool]] = []
+    totals: list[int] = []
+
+    @contextlib.contextmanager
+    def counting(label: str, total: int, show: bool | None = None) -> Iterator[Callable[..., None]]:
+        totals.append(total)
+        with progress(label, total, show) as advance:
+
+            def step(name: str, ready: bool = False) -> None:
+                steps.append((name, ready))
+                advance(name, ready=ready)
+
+            yield step
+
+    monkeypatch.setattr("lowbit.quantize.progress", counting)
+    options = AutoRoundOptions(iterations=2) if rounder == "autoround" else None
+    recipe = recipe_named("int4_g32").replace(rounder=rounder, scaler=scaler, head=None)
+    recipe = recipe.replace(rounder_options=options) if options else recipe
+    tokens = Calibration(torch.randint(3, 280, (2, 16), generator=torch.Generator().manual_seed(0)))
+    for before in (0, 14):  # low-bit linears that lie in the folder
+        steps.clear()
+        model = tiny_model_in_memory("llama")
+        paths = [target.path for target in find_targets(model)]
+        quantize_(model, recipe, calibration=tokens, where=Where(resume=tmp_path / "run"))
+        assert sorted(name for name, _ in steps) == sorted(paths) and totals[-1] == len(paths)
+        assert sum(ready for _, ready in steps) == before
 
 
 def commands(folder: Path) -> dict[str, tuple[list[str], list[str]]]:

@@ -194,6 +194,13 @@ def test_the_best_alpha_lies_in_the_range_and_is_the_best() -> None:
     assert trial.loss(scale) == pytest.approx(min(trial.loss(smooth(trial, a)) for a in (0.2, 0.3, 0.4, 0.5, 0.6)))
 
 
+def test_each_group_of_linears_has_an_alpha_of_its_own() -> None:
+    notes = scale_by_smoothquant_(work_of("llama", "int3_g32"), SmoothQuantOptions())
+    together = [{notes[f"self_attn.{name}_proj"] for name in "qkv"}, {notes["mlp.gate_proj"], notes["mlp.up_proj"]}]
+    assert all(len(said) == 1 for said in together)
+    assert all("alpha" in note for note in notes.values()) and len(set(notes.values())) > 1
+
+
 def test_rounded_activations_are_part_of_the_loss() -> None:
     work = work_of("llama", "w8a8")
     trial = trial_of(work, "input_layernorm")
