@@ -171,6 +171,8 @@ class Model:
     ) -> Iterator[Piece]:
         guess: Guess | None = None
         if draft is not None:
+            if not isinstance(draft, Model):
+                raise LowbitError(f"draft={draft!r} is no model: load the one that guesses with lowbit.runtime.load")
             guess = DraftModel(draft.slots[0], settings.num_assistant_tokens, self.spec.vocab_size)
         elif settings.prompt_lookup_num_tokens:
             guess = PromptLookup(settings.prompt_lookup_num_tokens)

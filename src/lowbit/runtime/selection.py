@@ -11,6 +11,7 @@ import ctypes
 import math
 import os
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ class Selection:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         limits = {
             "temperature": 0 <= self.temperature < math.inf,
             "top_k": self.top_k >= 0,
@@ -103,6 +105,16 @@ class Selection:
         return Selection(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
 
+def check_numbers(settings: Any) -> None:
+    """Refuse what is no number in the fields of a dataclass of settings that want one."""
+    for each in fields(settings):
+        value, kind = getattr(settings, each.name), str(each.type)
+        wanted = _NUMBERS.get(kind.removesuffix(" | None"))
+        if wanted is not None and not isinstance(value, wanted[0]) and not (value is None and kind.endswith("None")):
+            raise RecipeError(f"{each.name}={value!r} is out of range; use {wanted[1]}")
+
+
+_NUMBERS = {"int": (Integral, "a whole number"), "float": (Real, "a number")}
 _RANGES = {
     "temperature": "use 0 for greedy, or a number above it",
     "top_k": "use 0 for off, or the number of tokens to keep",

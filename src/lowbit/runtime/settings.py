@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as replace_fields
 from typing import Any, Literal
 
 from lowbit.errors import RecipeError, nearest
-from lowbit.runtime.selection import Selection
+from lowbit.runtime.selection import Selection, check_numbers
 
 # Settings that mean nothing unless tokens are drawn; naming one of them means: draw.
 _DRAWING = ("top_k", "top_p", "min_p", "typical_p")
@@ -37,6 +38,10 @@ class BeamSettings:
     num_return_sequences: int = 1
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in ("length_penalty", "diversity_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise RecipeError(f"{name}={getattr(self, name)} is out of range; use a finite number")
         if self.num_beams < 1 or self.num_beam_groups < 1 or self.num_beams % self.num_beam_groups:
             raise RecipeError(
                 f"{self.num_beams} beams do not divide into {self.num_beam_groups} groups: use a multiple of the groups"
@@ -67,6 +72,7 @@ class Settings:
     beams: BeamSettings = field(default_factory=BeamSettings)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         least = {"max_new_tokens": 1, "prompt_lookup_num_tokens": 0, "num_assistant_tokens": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -87,6 +93,8 @@ class Settings:
         """The same settings but for some, by name; those of the selection and of the beams are found where they are."""
         if isinstance(changes.get("stop"), str):
             changes["stop"] = (changes["stop"],)
+        if isinstance(changes.get("stop_tokens"), int):
+            changes["stop_tokens"] = (changes["stop_tokens"],)
         for name in ("stop", "stop_tokens"):
             if changes.get(name) is not None:
                 changes[name] = tuple(changes[name])
@@ -97,7 +105,8 @@ class Settings:
             if name not in own:
                 known = [*own, *_names(Selection), *_names(BeamSettings)]
                 raise RecipeError(f"there is no setting {name!r}: {nearest(name, known)}")
-        return replace_fields(replace_fields(self, selection=selection, beams=beams), **changes)
+        given = {name: value for name, value in changes.items() if value is not None or name == "log_probabilities"}
+        return replace_fields(replace_fields(self, selection=selection, beams=beams), **given)
 
 
 def _names(kind: type) -> list[str]:

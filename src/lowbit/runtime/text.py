@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowbit.errors import BareErrors, LowbitError
+from lowbit.errors import BareErrors, LowbitError, check_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Cutter
@@ -60,7 +60,11 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a text; `special` adds those that the model expects around it, such as the beginning."""
-        tokens = list(self.cutter.encode(text, add_special_tokens=False).ids)
+        try:
+            tokens = list(self.cutter.encode(text, add_special_tokens=False).ids)
+        except TypeError:  # half a character, as JSON may hold it ("\\ud83d")
+            check_text(text, "the prompt")
+            raise
         return self._with_ends(text, tokens) if special else tokens
 
     def decode(self, tokens: Sequence[int], special: bool = False) -> str:
