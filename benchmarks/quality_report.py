@@ -296,15 +296,17 @@ def machines(data: dict[str, Any]) -> list[str]:
 
 
 def plot_of(data: dict[str, Any]) -> str:
-    """KL over bits, the best of ours and every peer, as an SVG of its own."""
+    """KL over bits, as an SVG of its own: at each format the best of ours, our rtn without data, the best of every peer."""
     rows = Rows(data)
     groups: dict[str, list[Row]] = {"lowbit, best of a format": [], "lowbit rtn": []}
     for scheme in (*FORMATS, *GGUF):
         groups["lowbit, best of a format"] += rows.of(scheme, True)[:1]
         groups["lowbit rtn"] += [row for row in [rows.get(OURS, "rtn", scheme)] if row]
+        best: dict[str, Row] = {}
         for row in rows.of(scheme, False):
-            name = LLAMA if row["program"] == LLAMA else f"{row['program']} {row['algorithm']}"
-            groups.setdefault(name, []).append(row)
+            best.setdefault(row["program"], row)
+        for program, row in best.items():
+            groups.setdefault(program if program == LLAMA else f"{program}, best of a format", []).append(row)
     series = [Series(name, points_of(found)) for name, found in groups.items() if found]
     return svg_of(
         Plot("Mean KL by bits of a weight", "bits of a weight", "mean KL, both texts", series, logarithmic=True)
