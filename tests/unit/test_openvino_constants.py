@@ -97,12 +97,26 @@ def test_codes_are_the_bits_of_the_source(name: str) -> None:
     assert np.array_equal(hold(weight).codes.array.ravel(), stream ^ np.uint8(turned))
 
 
-def test_arena_in_a_file_holds_the_same(tmp_path) -> None:
-    weight = packed("int4", 512, 1024)
-    codes = hold(weight).codes
-    with Arena(tmp_path) as arena, Arena() as memory:
-        assert np.array_equal(arena.constant(codes).data, memory.constant(codes).data)
-    assert not list(tmp_path.iterdir())
+def test_a_graph_of_an_arena_in_a_file_reads_as_the_one_in_memory(tmp_path: Path) -> None:
+    """A weight of many pages, one of a few bytes, one that is there twice, a number by itself, and a name that XML escapes."""
+    large, small, graph = packed("int4", 512, 1024), packed("int4", 12, 256), tmp_path / "graph.xml"
+    row = ops.parameter([], ov.Type.i64)
+
+    def model(arena: Arena) -> ov.Model:
+        weights = [arena.weight(large, "large"), arena.weight(small, 'a & "b" <c>'), arena.weight(small, "again")]
+        return ov.Model([ops.gather(weight, row, ops.constant(np.array(0))) for weight in weights], [row])
+
+    with Arena() as memory, Arena(graph) as arena:
+        expected = core().compile_model(model(memory), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(np.array(3))
+        arena.save(model(arena))
+    found = core().compile_model(core().read_model(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(np.array(3))
+    for number in range(3):
+        assert np.array_equal(found[number], expected[number])
+    # Nothing but the codes and scales, which are there once, and what keeps them apart.
+    held = [hold(weight) for weight in (large, small)]
+    size = sum(numbers.array.nbytes for one in held for numbers in (one.codes, one.scales))
+    assert size < graph.with_suffix(".bin").stat().st_size < size + 1024
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graph.bin", "graph.xml"]
 
 
 _MANY = """
@@ -113,7 +127,7 @@ from lowbit.openvino import spool
 from lowbit.runtime.mapped import mapped_bytes, release_pages
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 spool._STRETCH = 1 << 21
-held = spool.Spool(Path(sys.argv[1]))
+held = spool.Spool(spool.nameless(Path(sys.argv[1])))
 kept = [held.keep(np.full((3, 1 << 14), i, np.float32)) for i in range(300)]
 kept.append(held.keep(np.full(1 << 20, 300, np.float32)))
 held.close()

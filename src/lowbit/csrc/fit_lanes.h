@@ -11,6 +11,9 @@ struct Lanes {
     F32* weights;
     F32* mask;  // what an entry's error weighs: its input's importance, or sqrt|w|; nullptr without a search
     F32* values;
+#if defined(__AVX512VNNI__)
+    __m512i* pairs;  // what first_choice_avx512.h makes of them
+#endif
 };
 
 inline F32 signed_extreme(const Lanes& lanes) {
@@ -61,7 +64,28 @@ inline LaneGrid plain_grid(const Lanes& lanes, const QuantizeJob& job) {
     return {round_scales(absolute(extreme) / splat(job.max_level), job), F32{}};
 }
 
-constexpr float kFineMove = 0.25f;  // of a fine zero point at a time, in codes
+// What the groups span: the unit of a search's scales, and the lowest weight, which zero points follow.
+struct Spread {
+    F32 unit, low;
+};
+
+inline Spread spread_of(const Lanes& lanes, const QuantizeJob& job) {
+    if (stores_zeros(job.format)) {
+        const Range range = zero_range(lanes);
+        const F32 width = range.high - range.low;
+        return {select(width > 1e-20f, width, splat(1e-20f)), range.low};
+    }
+    const F32 extreme = signed_extreme(lanes);
+    return {job.format.kind == LOWBIT_INT ? extreme : absolute(extreme), F32{}};
+}
+
+// A candidate of each group, by its number.
+inline LaneGrid candidate_grid(const QuantizeJob& job, const Spread& spread, const LaneGrid& start, I32 index) {
+    const F32 scales = spread.unit * gather(job.candidates.factors, index);
+    if (!stores_zeros(job.format)) return {scales, start.zeros};
+    const F32 middle = round_zero(-spread.low * gather(job.candidates.ratios, index) / scales, job);
+    return {scales, clamp_zero(middle + gather(job.candidates.shifts, index), job)};
+}
 
 struct Best {
     F32 error, scales, zeros;
@@ -138,45 +162,6 @@ inline void try_candidate(const Lanes& lanes, const QuantizeJob& job, LaneGrid c
     best.error = select(better, error, best.error);
     best.scales = select(better, scales, best.scales);
     best.zeros = select(better, candidate.zeros, best.zeros);
-}
-
-inline void search_asymmetric(const Lanes& lanes, const QuantizeJob& job, Best& best) {
-    const Range range = zero_range(lanes);
-    const F32 width = range.high - range.low;
-    const F32 usable_width = select(width > 1e-20f, width, splat(1e-20f));
-    const double max_code = (1 << job.format.bits) - 1;
-    const float move = job.fine_zeros ? kFineMove : 1.0f;
-    for (int i = 0; i < job.search.ratio_count; ++i) {
-        const double ratio = job.search.ratios[i];
-        const F32 scales = usable_width * splat(static_cast<float>(ratio / max_code));
-        const F32 middle = round_zero(-range.low * splat(static_cast<float>(ratio)) / scales, job);
-        for (int shift = -job.search.zero_steps; shift <= job.search.zero_steps; ++shift)
-            try_candidate(lanes, job, {scales, clamp_zero(middle + static_cast<float>(shift) * move, job)}, best);
-    }
-}
-
-inline LaneGrid search_grid(const Lanes& lanes, const QuantizeJob& job, const LaneGrid& start) {
-    F32 whole = {};
-    for (int64_t i = 0; i < lanes.length; ++i) whole += lanes.mask[i] * (lanes.weights[i] * lanes.weights[i]);
-    Best best = {splat(INFINITY), start.scales, start.zeros, whole};
-    try_candidate(lanes, job, start, best);
-    if (stores_zeros(job.format)) {
-        search_asymmetric(lanes, job, best);
-        return {best.scales, best.zeros};
-    }
-    const F32 extreme = signed_extreme(lanes);
-    const double midpoint = 1 << (job.format.bits - 1);
-    for (int i = 0; i < job.search.ratio_count; ++i) {
-        const double ratio = job.search.ratios[i];
-        if (job.format.kind == LOWBIT_INT) {
-            try_candidate(lanes, job, {extreme * splat(static_cast<float>(-ratio / midpoint)), start.zeros}, best);
-            try_candidate(lanes, job, {extreme * splat(static_cast<float>(ratio / (midpoint - 1))), start.zeros}, best);
-        } else {
-            const F32 scales = absolute(extreme) * splat(static_cast<float>(ratio / static_cast<double>(job.max_level)));
-            try_candidate(lanes, job, {scales, start.zeros}, best);
-        }
-    }
-    return {best.scales, best.zeros};
 }
 
 }  // namespace

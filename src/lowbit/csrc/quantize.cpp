@@ -88,6 +88,39 @@ float largest_weight(const QuantizeJob& job) {
     return float_of(largest.load());
 }
 
+// The memory of a job's candidates.
+struct CandidateTable {
+    std::vector<float> factors, ratios, shifts;
+
+    void add(double factor, double ratio, float shift) {
+        factors.push_back(static_cast<float>(factor));
+        ratios.push_back(static_cast<float>(ratio));
+        shifts.push_back(shift);
+    }
+    Candidates all() const { return {static_cast<int>(factors.size()), factors.data(), ratios.data(), shifts.data()}; }
+};
+
+constexpr float kFineMove = 0.25f;  // of a fine zero point at a time, in codes
+
+CandidateTable list_candidates(const QuantizeJob& job) {
+    const lowbit_format& format = job.format;
+    const double midpoint = 1 << (format.bits - 1), max_code = (1 << format.bits) - 1;
+    CandidateTable table;
+    for (int i = 0; i < job.search.ratio_count; ++i) {
+        const double ratio = job.search.ratios[i];
+        if (format.kind != LOWBIT_INT) {
+            table.add(ratio / static_cast<double>(job.max_level), ratio, 0.0f);
+        } else if (!job.zeros) {
+            table.add(-ratio / midpoint, ratio, 0.0f);
+            table.add(ratio / (midpoint - 1), ratio, 0.0f);
+        } else {
+            for (int shift = -job.search.zero_steps; shift <= job.search.zero_steps; ++shift)
+                table.add(ratio / max_code, ratio, static_cast<float>(shift) * (job.fine_zeros ? kFineMove : 1.0f));
+        }
+    }
+    return table;
+}
+
 int check_search(const lowbit_search& search) {
     if (search.ratio_count < 0 || search.zero_steps < 0 || (search.ratio_count > 0 && !search.ratios))
         return fail(LOWBIT_BAD_ARGUMENT, "a search of %d ratios and %d zero steps makes no sense", search.ratio_count, search.zero_steps);
@@ -150,6 +183,8 @@ extern "C" int lowbit_quantize(const lowbit_format* format, const void* weight, 
         job.unit = std::max(largest_weight(job), 1e-30f) / (448.0f * max_level);
         *scale_scales = job.unit;
     }
+    const CandidateTable table = list_candidates(job);
+    job.candidates = table.all();
     parallel_for(rows, rows_per_part(*format, shape), [&](int64_t begin, int64_t end, int) {
         for (int64_t row = begin; row < end; row += rows_per_part(*format, shape))
             isa().quantize_rows(job, row, std::min(end, row + rows_per_part(*format, shape)));

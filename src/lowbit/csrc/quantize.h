@@ -14,6 +14,13 @@ struct FloatType {
     int32_t shift, exponent_bias, sign_bit;  // from the bits of an fp32 to its code
 };
 
+// What a search tries beside the plain grid, as grid_search.py lists it: candidate i has the scale  unit * factors[i],  where unit is
+// what a group spans, and with zero points the nearest one of the ratio, moved by shifts[i] codes.
+struct Candidates {
+    int count;
+    const float *factors, *ratios, *shifts;
+};
+
 struct QuantizeJob {
     lowbit_format format;
     const void* weight;
@@ -21,6 +28,7 @@ struct QuantizeJob {
     Shape shape;
     int64_t row_stride;
     lowbit_search search;
+    Candidates candidates;
     int32_t* codes;
     void* scales;
     uint8_t* zeros;

@@ -11,10 +11,30 @@
 #include <cstdlib>
 
 #include "bits.h"
+#include "first_choice_avx512.h"
 #include "fit_lanes.h"
+#include "transpose_avx512.h"
 
 namespace lowbit {
 namespace {
+
+// The plain grid, or what a search finds beside it.
+inline LaneGrid search_grid(const Lanes& lanes, const QuantizeJob& job, const LaneGrid& start) {
+    F32 whole = {};
+    for (int64_t i = 0; i < lanes.length; ++i) whole += lanes.mask[i] * (lanes.weights[i] * lanes.weights[i]);
+    Best best = {splat(INFINITY), start.scales, start.zeros, whole};
+    try_candidate(lanes, job, start, best);
+    const Spread spread = spread_of(lanes, job);
+#if defined(__AVX512VNNI__)
+    if (lanes.pairs) {
+        for (const I32 index : choose_few(lanes, job, spread, start).index)
+            try_candidate(lanes, job, candidate_grid(job, spread, start, index), best);
+        return {best.scales, best.zeros};
+    }
+#endif
+    for (int i = 0; i < job.candidates.count; ++i) try_candidate(lanes, job, candidate_grid(job, spread, start, I32{} + i), best);
+    return {best.scales, best.zeros};
+}
 
 inline void store_scale(const QuantizeJob& job, int64_t index, float scale) {
     uint8_t* bytes = static_cast<uint8_t*>(job.scales);
@@ -37,11 +57,19 @@ public:
         lanes_.mask = job.search.ratio_count ? static_cast<F32*>(aligned_alloc(64, vectors)) : nullptr;
         codes_ = static_cast<uint8_t*>(malloc(static_cast<size_t>(rows * job.shape.cols)));
         ready_ = lanes_.weights && lanes_.values && codes_ && (lanes_.mask || !job.search.ratio_count);
+#if defined(__AVX512VNNI__)
+        if (!chooses_first(lanes_, job)) return;
+        lanes_.pairs = static_cast<__m512i*>(aligned_alloc(64, whole_bytes(length_)));
+        ready_ = ready_ && lanes_.pairs;
+#endif
     }
     ~RowQuantizer() {
         free(lanes_.weights);
         free(lanes_.values);
         free(lanes_.mask);
+#if defined(__AVX512VNNI__)
+        free(lanes_.pairs);
+#endif
         free(codes_);
     }
     RowQuantizer(const RowQuantizer&) = delete;
@@ -52,7 +80,7 @@ public:
         const int64_t total = (end - begin) * groups_;
         for (int64_t first = 0; first < total; first += kLanes) {
             const int count = static_cast<int>(total - first < kLanes ? total - first : kLanes);
-            for (int lane = 0; lane < kLanes; ++lane) load(lane, lane < count ? begin : -1, first + lane);
+            load_all(begin, first, count);
             check_numbers(begin, first, count);
             if (lanes_.mask && !job_.search.importance)
                 for (int64_t i = 0; i < length_; ++i) lanes_.mask[i] = root_of_each(absolute(lanes_.weights[i]));
@@ -70,6 +98,28 @@ private:
     int64_t width_of(int64_t group) const {
         const int64_t left = job_.shape.cols - group * length_;
         return left < length_ ? left : length_;
+    }
+
+#if defined(__AVX512F__)
+    // Whether sixteen groups are there in full, and are taken in blocks of sixteen weights each.
+    bool in_blocks(int count) const { return count == kLanes && length_ % kLanes == 0 && job_.shape.cols % length_ == 0; }
+
+    // Where each of sixteen groups begins, in rows of so many numbers.
+    void find_groups(int64_t (&places)[kLanes], int64_t row, int64_t first, int64_t stride) const {
+        for (int lane = 0; lane < kLanes; ++lane)
+            places[lane] = (row + (first + lane) / groups_) * stride + (first + lane) % groups_ * length_;
+    }
+#endif
+
+    void load_all(int64_t begin, int64_t first, int count) {
+#if defined(__AVX512F__)
+        if (in_blocks(count) && !job_.search.importance) {
+            int64_t places[kLanes];
+            find_groups(places, begin, first, job_.row_stride);
+            return gather_groups(job_.weight, job_.dtype, places, length_, lanes_.weights);
+        }
+#endif
+        for (int lane = 0; lane < kLanes; ++lane) load(lane, lane < count ? begin : -1, first + lane);
     }
 
     // Copy group `flat` (counted from row `begin`; begin < 0: none) into a lane.
@@ -133,15 +183,29 @@ private:
                         : levels ? nearest_index(ratio, job_)
                                  : __builtin_convertvector(nearest_value(lanes_.weights[i], grid, job_) + grid.zeros, I32);
         }
+        store_codes(first, count, levels && !floats);
+        for (int lane = 0; lane < count; ++lane) {
+            const int64_t index = begin * groups_ + first + lane;
+            store_scale(job_, index, grid.scales[lane]);
+            if (job_.zeros) job_.zeros[index] = static_cast<uint8_t>(grid.zeros[lane] / job_.zero_step);
+        }
+    }
+
+    // A byte for each code; `ordered`: what lies there are places of levels in rising order.
+    void store_codes(int64_t first, int count, bool ordered) {
+#if defined(__AVX512F__)
+        if (in_blocks(count) && !ordered) {
+            int64_t places[kLanes];
+            find_groups(places, 0, first, job_.shape.cols);
+            return scatter_codes(reinterpret_cast<const I32*>(lanes_.values), places, length_, codes_);
+        }
+#endif
         for (int lane = 0; lane < count; ++lane) {
             const int64_t flat = first + lane, group = flat % groups_, width = width_of(group);
             uint8_t* codes = codes_ + (flat / groups_) * job_.shape.cols + group * length_;
             const int32_t* place = reinterpret_cast<const int32_t*>(lanes_.values) + lane;
             for (int64_t i = 0; i < width; ++i)
-                codes[i] = levels && !floats ? job_.level_codes[place[i * kLanes]] : static_cast<uint8_t>(place[i * kLanes]);
-            const int64_t index = begin * groups_ + flat;
-            store_scale(job_, index, grid.scales[lane]);
-            if (job_.zeros) job_.zeros[index] = static_cast<uint8_t>(grid.zeros[lane] / job_.zero_step);
+                codes[i] = ordered ? job_.level_codes[place[i * kLanes]] : static_cast<uint8_t>(place[i * kLanes]);
         }
     }
 

@@ -1,17 +1,23 @@
 """Where constants lie until a model is written, and how a weight becomes nodes of a graph.
 
 OpenVINO takes the memory of an array as it is, without a copy and without keeping it alive: an `Arena` does that. With
-a folder the arena writes every constant to a file and maps it, so that a model of any size is built with the memory of
-one weight: what is mapped are clean pages of a file, which the system takes back when it wants them.
+the path of a graph the arena writes every constant to the graph's .bin and maps it, so that a model of any size is built with the
+memory of one weight: what is mapped are clean pages of a file, which the system takes back when it wants them.
 
-    with Arena(folder) as arena:
+    with Arena(folder / "openvino_model.xml") as arena:
         node = arena.weight(packed, "model.layers.0.mlp.up_proj")     # f32 [.., out, in]
         ...
-        save_model(...)                                               # before the arena is closed
+        arena.save(model)                                             # before the arena is closed
+
+So most of a graph's weights are where they belong before there is a graph. OpenVINO writes the .xml, and what it says of the place
+of each constant is replaced: it would write all of them once more, a second of a core for 700 MB.
 """
 
 from __future__ import annotations
 
+import html
+import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,20 +25,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit.errors import LowbitError
 from lowbit.openvino.constants import Held, Numbers, hold, hold_dense
-from lowbit.openvino.library import Node, ops, ov
+from lowbit.openvino.library import Node, ops, ov, release
 from lowbit.openvino.spool import Spool, owned
 from lowbit.packing import PackedTensor
+from lowbit.progress import progress
 from lowbit.runtime.stored import Weight
+
+# Smaller constants are put behind the others when the graph is written: as many of them are alike as not, and take no page each.
+_SMALL = 1 << 16
+# Where an .xml has the place of a constant, behind the constant's name.
+_PLACE = re.compile(r'(<layer id="\d+" name="([^"]*)" type="Const" version="\w+">\s*<data [^>]*\boffset=")\d+(")')
 
 
 class Arena:
     """The memory of constants. `notes` says, once each, what could not be held as it was."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, graph: Path | None = None) -> None:
         self.notes: list[str] = []
-        self._kept: list[Any] = []
-        self._spool = None if folder is None else Spool(folder)
+        self._graph = graph
+        self._kept: list[tuple[Node, NDArray[Any], int | None]] = []
+        # Closed with the arena.
+        self._spool = None if graph is None else Spool(graph.with_suffix(".bin").open("w+b"))
 
     def __enter__(self) -> Arena:
         return self
@@ -46,9 +61,14 @@ class Arena:
 
     def constant(self, numbers: Numbers, name: str = "") -> Node:
         """A Constant over memory that the arena keeps."""
-        array = self._keep(np.ascontiguousarray(numbers.array))
+        array, begin = np.ascontiguousarray(numbers.array), None
+        if self._spool is None or array.nbytes < _SMALL:
+            array = owned(array)
+        else:
+            array, begin = self._spool.place(array)
         tensor = ov.Tensor(array, ov.Shape(list(numbers.shape)), getattr(ov.Type, numbers.type))
         node = ops.constant(tensor, shared_memory=True)
+        self._kept.append((node, array, begin))
         if name:
             node.set_friendly_name(name)
         return node
@@ -86,7 +106,30 @@ class Arena:
         node = self.constant(numbers, name)
         return node if numbers.type == kind else ops.convert(node, kind)
 
-    def _keep(self, array: NDArray[Any]) -> NDArray[Any]:
-        kept = owned(array) if self._spool is None else self._spool.keep(array)
-        self._kept.append(kept)
-        return kept
+    def save(self, model: Node) -> None:
+        """Write a graph: the .xml, and to the .bin what it does not hold yet."""
+        assert self._graph is not None and self._spool is not None, "an arena in memory has no file"
+        with progress("writing"):
+            ov.serialize(model, self._graph, os.devnull)
+            text, places = self._graph.read_text(encoding="utf-8"), self._places(model, self._spool)
+            text, count = _PLACE.subn(lambda found: f"{found[1]}{places[html.unescape(found[2])]}{found[3]}", text)
+            self._spool.cut()
+            if count != len(places):
+                raise LowbitError(
+                    f"OpenVINO {release()} names the constants of a graph in a way that lowbit does not know"
+                )
+            self._graph.write_text(text, encoding="utf-8")
+
+    def _places(self, model: Node, spool: Spool) -> dict[str, int]:
+        """Where each constant of a graph lies in the .bin, by its name; those that were not there are now."""
+        ours = {node.get_friendly_name(): (array, begin) for node, array, begin in self._kept}
+        small: dict[bytes, int] = {}
+        places: dict[str, int] = {}
+        for node in (node for node in model.get_ordered_ops() if node.get_type_name() == "Constant"):
+            name = node.get_friendly_name()
+            array, begin = ours[name] if name in ours else (np.asarray(node.data), None)
+            if begin is None:
+                data = array.tobytes()
+                begin = small[data] = small[data] if data in small else spool.append(data)
+            places[name] = begin
+        return places

@@ -145,13 +145,12 @@ def verify(written: Written, on: Iterable[str] | None = None) -> Verification:
         plain = _plain(written, prompt)
         truth = _truth(written, prompt, asked[0].result().tokens if asked else ())
         known.set_result(truth)
-        answers = [answer.result() for answer in asked]
+        rounding = None if plain is None else divergence(plain, truth.logits)
+        exact = EXACT_LIMIT if written.model is None or not written.report.layers else ROUNDED_LIMIT
+        return Verification(tuple(_row(answer.result(), truth, exact) for answer in asked), rounding)
     finally:
         known.cancel()  # nobody waits for what will not come
         beside.shutdown(cancel_futures=True)
-    rounding = None if plain is None else divergence(plain, truth.logits)
-    exact = EXACT_LIMIT if written.model is None or not written.report.layers else ROUNDED_LIMIT
-    return Verification(tuple(_row(answer, truth, exact) for answer in answers), rounding)
 
 
 def rounding_of(written: Written) -> float | None:

@@ -143,11 +143,11 @@ def _write_graph(
     files: ModelFiles, spec: DecoderSpec, weights: Iterable[Loaded], report: Report, folder: Path
 ) -> list[str]:
     """The graph of a description over weights as they come; returns what is to be said of them."""
-    with Arena(folder) as arena:
+    with Arena(folder / MODEL) as arena:
         model = build(spec, weights, arena)
         files.check()
         describe_(model, report)
-        save_graph(model, folder / MODEL)
+        arena.save(model)
         return [*files.notes, *arena.notes, *_remarks(report)]
 
 

@@ -1,7 +1,8 @@
-"""Memory that is a file without a name: as large as the disk, gone with its process, and given back as soon as nobody looks.
+"""Memory that is a file: as large as the disk, and given back as soon as nobody looks.
 
-    spool = Spool(folder)
+    spool = Spool(nameless(folder))     a file that is gone with its process
     view = spool.keep(array)            the same numbers, in clean pages of the file
+    view, begin = spool.place(array)    and where they begin there
 
     kept = Kept(folder)
     for loaded in kept.passing(read_weights(...)): ...       weights go by, and packed ones stay in a spool
@@ -18,7 +19,7 @@ import mmap
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,20 +33,29 @@ from lowbit.runtime.stored import Dense, Weight
 _SMALL = 1 << 16
 # A map keeps a handle of its file open, of which a process often has 1024: many arrays share one, and maps grow with the file.
 _STRETCH, _PART = 1 << 28, 16
+# What is appended begins at a multiple of so many bytes: no number lies across two lines of a cache.
+_APART = 64
+
+
+def nameless(folder: Path) -> IO[bytes]:
+    """A file without a name."""
+    return tempfile.TemporaryFile(dir=folder)  # the caller's, to close
 
 
 class Spool:
-    """Arrays in one file."""
+    """Arrays in one file, which is the spool's from here on."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it lives as long as this object
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._begin = self._end = 0
         self._map: mmap.mmap | None = None
 
     def keep(self, array: NDArray[Any]) -> NDArray[Any]:
         """A copy of an array in the file; of a small one, in memory."""
-        if array.nbytes < _SMALL:
-            return owned(array)
+        return owned(array) if array.nbytes < _SMALL else self.place(array)[0]
+
+    def place(self, array: NDArray[Any]) -> tuple[NDArray[Any], int]:
+        """A copy of an array in the file, and where it begins there."""
         array = np.ascontiguousarray(array)
         start = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         if self._map is None or start + array.nbytes > self._begin + len(self._map):
@@ -57,7 +67,20 @@ class Spool:
         self._file.write(array.reshape(-1).view(np.uint8).data)
         self._file.flush()
         self._end = start + array.nbytes
-        return np.frombuffer(self._map, array.dtype, array.size, start - self._begin).reshape(array.shape)
+        return np.frombuffer(self._map, array.dtype, array.size, start - self._begin).reshape(array.shape), start
+
+    def append(self, data: bytes) -> int:
+        """Put bytes behind what is there, and say where they begin; nobody maps them."""
+        start = -(-self._end // _APART) * _APART
+        self._file.seek(start)
+        self._file.write(data)
+        self._end = start + len(data)
+        return start
+
+    def cut(self) -> None:
+        """End the file where what it holds ends: maps reach further than that."""
+        self._file.flush()
+        self._file.truncate(self._end)
 
     def close(self) -> None:
         """Let go of the file; arrays in it stay as long as somebody has them."""
@@ -74,7 +97,7 @@ class Kept:
     """The weights of a model as they went by."""
 
     def __init__(self, folder: Path) -> None:
-        self._spool = Spool(folder)
+        self._spool = Spool(nameless(folder))
         self._loaded: list[Loaded] = []
 
     def passing(self, weights: Iterable[Loaded]) -> Iterator[Loaded]:

@@ -78,14 +78,17 @@ def _run(
     wanted = [w for w in outer if (ends if w.role in _WAY_OUT else begins or (table_is_head and w.role == "embedding"))]
     ready = lay_out([*wanted, *inside], spec)
     stage = dataclasses.replace(spec, layers=spec.layers[layers.start : layers.stop])
+    if not begins and not ends:
+        # A vocabulary of states alone: the identity of all tokens would be as much work as the layers of a stage.
+        stage = dataclasses.replace(stage, vocab_size=max(spec.hidden_size, len(tokens)))
     if not ends:
         # Rows that nobody writes are pages that take no memory.
-        ready.matrices["head", None] = plain(np.eye(spec.vocab_size, spec.hidden_size, dtype=np.float16))
+        ready.matrices["head", None] = plain(np.eye(stage.vocab_size, spec.hidden_size, dtype=np.float16))
         stage = dataclasses.replace(stage, head=HeadSpec(tied=False, final_norm=False))
     if states is not None:
         if table_is_head:
             ready.matrices["head", None] = ready.matrices["embedding", None]
-        table = np.zeros((spec.vocab_size, spec.hidden_size), np.float32)
+        table = np.zeros((stage.vocab_size, spec.hidden_size), np.float32)
         table[: len(tokens)] = states
         ready.matrices["embedding", None] = plain(table)
         stage = dataclasses.replace(
