@@ -21,13 +21,13 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", ["int4", "int8_asym", "int3_asym_g32_fp32", "nf4", "mxfp4"])
-def test_products_between_decoding_and_prefill_and_up_to_8192_rows(name: str) -> None:
+def test_products_of_every_count_of_rows_that_decodes_and_up_to_8192(name: str) -> None:
     """Every row of every count: a tail that is left out is one wrong row of thousands, which no norm over all would show."""
     packed, _ = core.quantized(name, 19, 72)
     buffer, weight = core.prepared(packed), packed.values()
     x = np.random.default_rng(6).standard_normal((8192, 72)).astype(np.float32)
     exact = x.astype(float) @ weight.T
-    for rows in (*range(9, 34), 63, 511, 513, 8191, 8192):
+    for rows in (*range(1, 34), 63, 511, 513, 8191, 8192):
         for compute, tolerance in (
             ("fp32", core.TOLERANCE_FP32),
             ("int8", core.TOLERANCE_INT8),

@@ -87,6 +87,45 @@ def test_groups_avoid_one_another(model: Model) -> None:
     assert len(set(firsts)) > 1
 
 
+def search_in_groups(
+    reference: transformers.PreTrainedModel, beams: int, groups: int, penalty: float, count: int
+) -> list[list[int]]:
+    """Diverse beam search as its paper has it, without a cache: of texts that never end, the likeliest of each group."""
+    size = beams // groups
+    running = [[(0.0, list[int]())] for _ in range(groups)]
+    for _ in range(count):
+        taken: list[int] = []
+        for group in range(groups):
+            found = []
+            for score, tokens in running[group]:
+                logits = reference(torch.tensor([[*PROMPT, *tokens]])).logits[0, -1]
+                next_scores = torch.log_softmax(logits, -1) - penalty * torch.bincount(
+                    torch.tensor(taken, dtype=torch.long), minlength=len(logits)
+                )
+                found += [(score + float(more), [*tokens, token]) for token, more in enumerate(next_scores)]
+            running[group] = sorted(found, key=lambda text: -text[0])[:size]
+            taken += [tokens[-1] for _, tokens in running[group]]
+    return [tokens for _, tokens in sorted((text for group in running for text in group), key=lambda text: -text[0])]
+
+
+@pytest.mark.parametrize(("groups", "penalty"), [(2, 0.4), (4, 1.5)])
+def test_groups_search_as_defined(
+    groups: int, penalty: float, model: Model, reference: transformers.PreTrainedModel
+) -> None:
+    with torch.inference_mode():
+        expected = search_in_groups(reference, 4, groups, penalty, 5)
+    found = model.beams(
+        PROMPT,
+        max_new_tokens=5,
+        num_beams=4,
+        num_beam_groups=groups,
+        diversity_penalty=penalty,
+        num_return_sequences=4,
+        ignore_end=True,
+    )
+    assert [list(answer.tokens) for answer in found] == expected
+
+
 def test_beams_read_their_common_start_once(folder: Path) -> None:
     engine = InterpreterEngine.open(folder, slots=3)
     Model(engine).beams(PROMPT, max_new_tokens=8, num_beams=3, ignore_end=True)

@@ -101,6 +101,47 @@ def test_quotas_of_a_container(text: str, cores: int, tmp_path: Path) -> None:
     assert calls.quota(tmp_path / "absent") == 0
 
 
+LIMITED = {
+    "version 2": {"cpu.max": "50000 100000", "memory.max": "90000000", "memory.current": "30000000"},
+    "version 1": {
+        "cpu/cpu.cfs_quota_us": "50000",
+        "cpu/cpu.cfs_period_us": "100000",
+        "memory/memory.limit_in_bytes": "90000000",
+        "memory/memory.usage_in_bytes": "30000000",
+    },
+}
+TOO_LARGE = (
+    "from lowbit.runtime import load\n"
+    "import sys\n"
+    "try: load(sys.argv[1], context=128, slots=1200, cache='fp32')\n"
+    "except Exception as error: print(error)\n"
+)
+
+
+@pytest.mark.parametrize("version", LIMITED)
+def test_the_limits_of_a_container_hold(version: str, tmp_path: Path) -> None:
+    """In a mount namespace of its own, where the files of a container lie at the place of this machine's."""
+    apart = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    mount = f"mount --bind {tmp_path} /sys/fs/cgroup"
+    if subprocess.run([*apart, "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("this system gives no mount namespace")
+    for name, text in LIMITED[version].items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    folder = tiny_model_folder("llama", tmp_path / "model")
+    for code, environment, said in (
+        (SHOW + "print(calls.threads())", {}, "1"),
+        (SHOW + "print(calls.threads())", {"OMP_NUM_THREADS": "3"}, "3"),
+        (TOO_LARGE, {}, "MB and 57 MB are free; "),
+    ):
+        clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        program = [*apart, "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", code, str(folder)]
+        done = subprocess.run(
+            program, env=clean | environment, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0 and said in done.stdout, done.stderr
+
+
 def test_numbers_that_make_no_sense() -> None:
     with pytest.raises(RecipeError, match="-1 threads asked for"):
         threads.set_threads(-1)

@@ -112,3 +112,13 @@ def test_the_tables_of_algorithms_are_the_code() -> None:
         assert page.count(f"| `{name}` |") == 2
     for name in AUTOROUND_RECIPES:
         assert f"`recipe={name}`" in page
+
+
+def test_every_device_says_how_far_it_has_run() -> None:
+    """run on such hardware, emulated, or compiled alone; what has not run on a device says that."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What runs where")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    devices = " ".join(row[0] for row in rows)
+    assert all(name in devices for name in ("AMX", "VNNI", "AVX2", "NEON", "any other"))
+    for device, state in rows:
+        assert re.search(r"\*(run|emulated|compiled)\*|has not run on one", state), device

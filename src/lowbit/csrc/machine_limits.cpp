@@ -97,13 +97,16 @@ int default_threads() {
 int64_t available_bytes() {
     const long long kilobytes = read_number("/proc/meminfo", "MemAvailable:");
     long long least = kilobytes < 0 ? LLONG_MAX : kilobytes * 1024;
-    for_each_group([&](const std::string& group) {
-        const long long most = read_number(group + "/memory.max", ""), used = read_number(group + "/memory.current", "");
+    const auto limit = [&](const std::string& most_at, const std::string& used_at, const std::string& idle_at, const char* idle_name) {
+        const long long most = read_number(most_at, ""), used = read_number(used_at, "");
         if (most < 0 || used < 0) return;
         // Pages of files that nobody has used lately are given back before anything fails.
-        const long long idle = std::max(read_number(group + "/memory.stat", "inactive_file"), 0LL);
+        const long long idle = std::max(read_number(idle_at, idle_name), 0LL);
         least = std::min(least, std::max(most - used + idle, 0LL));
-    });
+    };
+    for_each_group([&](const std::string& group) { limit(group + "/memory.max", group + "/memory.current", group + "/memory.stat", "inactive_file"); });
+    const std::string older = "/sys/fs/cgroup/memory/memory.";  // version 1
+    limit(older + "limit_in_bytes", older + "usage_in_bytes", older + "stat", "total_inactive_file");
     return least == LLONG_MAX ? -1 : static_cast<int64_t>(least);
 }
 
