@@ -117,6 +117,8 @@ def test_places_where_no_cache_can_be(folders: dict[str, Path], tmp_path: Path) 
         with pytest.raises(CheckpointError, match=sentence):
             model.generate(PROMPT, prompt_cache=path, **PLAIN)
     assert file.read_text() == "mine" and len(model.slots[0].tokens) == 0
+    with pytest.raises(CheckpointError, match="was not written: File name too long"):
+        model.generate(PROMPT, prompt_cache=tmp_path / ("x" * 250), **PLAIN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:

@@ -78,8 +78,11 @@ class PromptCache:
         engine = _saving(slot)
         cache = engine.save(slot.number, len(prompt))
         about = {"kind": KIND, "version": VERSION, **engine.identity}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        except OSError as error:
+            raise CheckpointError(f"the prompt cache {self.path} was not written: {error.strerror}") from None
         os.close(handle)
         try:
             save_file({"tokens": np.ascontiguousarray(prompt, np.int32), "cache": cache}, name, about)
