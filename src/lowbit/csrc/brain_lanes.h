@@ -180,6 +180,7 @@ void brain_items(const ProductJob& job, int64_t begin, int64_t end) {
     BrainRoom& room = *reinterpret_cast<BrainRoom*>(folded_room());
     const BrainSession session;
     for (int64_t index = begin; index < end; ++index) brain_item(job, brain_item_at(job, index), room);
+    if (job.streams) settle_streams();
 }
 
 constexpr BrainProducts kBrainProducts = {kBrainBlocks, kBrainBlock, kBrainsByDefault, round_brain_tile, brain_items};

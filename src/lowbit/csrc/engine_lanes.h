@@ -113,13 +113,18 @@ void cap_values(float* x, float multiplier, float soft_cap, int64_t count) {
     });
 }
 
+// Tiles write bf16 past the caches (tile_lanes.h), row behind row, so it comes from memory: other heads of the token, then the next token.
+constexpr int kLineBrains = 32, kBrainsAhead = 32 * kLineBrains;
+
 void widen_numbers(const void* from, int dtype, int64_t index, int64_t count, float* to) {
     const uint16_t* halves = static_cast<const uint16_t*>(from) + index;
-    if (dtype == LOWBIT_FP32) memcpy(to, static_cast<const float*>(from) + index, static_cast<size_t>(count) * sizeof(float));
-    else if (dtype == LOWBIT_BF16)
-        for (int64_t i = 0; i < count; ++i) to[i] = from_bf16(halves[i]);
-    else
-        for (int64_t i = 0; i < count; ++i) to[i] = load_number(from, dtype, index + i);
+    if (dtype == LOWBIT_FP32) return static_cast<void>(memcpy(to, static_cast<const float*>(from) + index, static_cast<size_t>(count) * sizeof(float)));
+    int64_t i = 0;
+    for (; dtype == LOWBIT_BF16 && i + kLineBrains <= count; i += kLineBrains) {
+        __builtin_prefetch(halves + i + kBrainsAhead);
+        for (int k = 0; k < kLineBrains; ++k) to[i + k] = from_bf16(halves[i + k]);
+    }
+    for (; i < count; ++i) to[i] = load_number(from, dtype, index + i);
 }
 
 int64_t largest_index(const float* x, int64_t count) {

@@ -152,19 +152,24 @@ Piece run_plain(const Task& task, const View& view, void* y, int64_t item, const
     return {0, task.input->tokens, begin, end};
 }
 
+Piece panel_piece(const View& view, const Form& form, int64_t item) {
+    const int64_t panels = divide_up(divide_up(view.rows, kBlockRows), form.panel_blocks), rows = form.panel_blocks * kBlockRows;
+    const int64_t token = item / panels * form.token_block, row = item % panels * rows;
+    return {token, std::min(token + form.token_block, form.activations.tokens), row, std::min(row + rows, view.rows)};
+}
+
 Piece run_prepared(const Task& task, const View& view, const Form& form, void* y, int64_t item, const uint8_t* next) {
     ProductJob job = job_of(view, form, y, task.y_dtype, task.y_stride);
     job.next = next;
-    const int64_t blocks = divide_up(view.rows, kBlockRows), tokens = form.activations.tokens;
+    job.again = task.mlp || task.caps();
+    const int64_t tokens = form.activations.tokens;
     if (form.few) {
         const Task::Span span = task.span(item);
         form.run(job, span.begin, span.end);
         return {0, tokens, span.begin * kBlockRows, std::min(span.end * kBlockRows, view.rows)};
     }
     form.run(job, item, item + 1);
-    const int64_t panels = divide_up(blocks, form.panel_blocks);
-    const int64_t token = item / panels * form.token_block, row = item % panels * form.panel_blocks * kBlockRows;
-    return {token, std::min(token + form.token_block, tokens), row, std::min(row + form.panel_blocks * kBlockRows, view.rows)};
+    return panel_piece(view, form, item);
 }
 
 Piece run_one(const Task& task, const View& view, const Form* form, void* y, int64_t item, const uint8_t* next) {
@@ -175,13 +180,43 @@ Piece run_one(const Task& task, const View& view, const Form* form, void* y, int
 
 namespace {
 
+// Numbers of a panel item.
+constexpr int64_t kPanelNumbers = 256 * 32;
+
 void join_mlp(const void* by, const float* gate, const float* up, int64_t count, float* y) {
     engine_isa().activate(*static_cast<const lowbit_mlp*>(by), gate, up, count, y);
 }
 
 }  // namespace
 
+bool Task::pairs_near() const {
+    return second && second_form && mlp && form && !form->few && !form->folded && !form->brains &&
+           form->token_block * form->panel_blocks * kBlockRows <= kPanelNumbers;
+}
+
+void Task::run_near(int64_t item) const {
+    alignas(64) static thread_local float near[2][kPanelNumbers];
+    const Piece piece = panel_piece(view, *form, item);
+    const int64_t width = form->panel_blocks * kBlockRows, before = piece.token_begin * width + piece.row_begin;
+    for (int i = 0; i < 2; ++i) {
+        // Where the first output of all would lie.
+        void* first = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(near[i]) - static_cast<uintptr_t>(before) * sizeof(float));
+        const Form& own = i ? *second_form : *form;
+        ProductJob job = job_of(i ? second : view, own, first, LOWBIT_FP32, width);
+        job.again = true;
+        own.run(job, item, item + 1);
+    }
+    for (int64_t t = piece.token_begin; t < piece.token_end; ++t) {
+        const int64_t row = (t - piece.token_begin) * width;
+        engine_isa().activate(*mlp, near[0] + row, near[1] + row, piece.row_end - piece.row_begin, static_cast<float*>(y) + t * y_stride + piece.row_begin);
+    }
+}
+
 Piece Task::run(int64_t item, const uint8_t* next) const {
+    if (pairs_near()) {
+        run_near(item);
+        return {};
+    }
     if (joins()) {
         ProductJob job = form->job(*view.header, 2);
         job.y = y;
@@ -196,7 +231,7 @@ Piece Task::run(int64_t item, const uint8_t* next) const {
     const uint8_t* other = second ? begin_of(second, item) : next;
     const Piece piece = run_one(*this, view, form, y, item, other);
     if (second) run_one(*this, second, second_form, z, item, next);
-    const bool capped = multiplier != 1.0f || soft_cap > 0.0f;
+    const bool capped = caps();
     if (!mlp && !capped) return piece;
     const int64_t count = piece.row_end - piece.row_begin;
     for (int64_t t = piece.token_begin; t < piece.token_end; ++t) {

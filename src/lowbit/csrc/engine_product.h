@@ -83,8 +83,12 @@ struct Task {
     bool pairs_with(const View& other, const Form* other_form) const;
     // Whether gate and up are multiplied and joined in one go, so that neither is written down.
     bool joins() const { return second && mlp && form && form->folded && !view.bias && !second.bias && form == second_form; }
+    // Whether gate and up of an item stay beside each other until they are joined, so that neither is written down.
+    bool pairs_near() const;
+    void run_near(int64_t item) const;
     // Whether it may write bf16, which loses nothing beside what folding does, and halves what travels to memory and back.
-    bool narrows() const { return form && form->folded && (joins() || (!second && !mlp)) && multiplier == 1.0f && soft_cap == 0.0f; }
+    bool narrows() const { return form && form->folded && (joins() || (!second && !mlp)) && !caps(); }
+    bool caps() const { return multiplier != 1.0f || soft_cap > 0.0f; }
 };
 
 }  // namespace lowbit

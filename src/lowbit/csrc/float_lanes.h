@@ -70,6 +70,7 @@ void float_items(const ProductJob& job, int64_t begin, int64_t end) {
             default: float_item<kPanelTokens>(job, item, panel, sums);
         }
     }
+    if (job.streams) settle_streams();
 }
 
 }  // namespace

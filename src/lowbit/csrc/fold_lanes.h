@@ -323,13 +323,13 @@ void fold_codes(const Header& header, const uint8_t* block, const FoldRange& ran
     fold_block<kBits, kTable, false>(header, block, range, balance, fold, stretch, to, scales);
 }
 
-// One of `shares` parts of the codes that fold_weights will read: where it begins in a block, and its lines.
-struct Share {
+// The codes that fold_weights will read: where they begin in a block, and their lines.
+struct Stretched {
     int64_t codes, lines;
 };
-inline Share share_of(const Header& header, const Fold& fold, int64_t stretch, int64_t share, int64_t shares) {
-    const int64_t lines = fold.steps_of(stretch) * kFoldStep * header.bits * kBlockRows / 8 / kVector, first = share * lines / shares;
-    return {header.codes_offset + stretch * fold.length * header.bits * kBlockRows / 8 + first * kVector, (share + 1) * lines / shares - first};
+inline Stretched codes_of(const Header& header, const Fold& fold, int64_t stretch) {
+    const int64_t bits = header.bits * kBlockRows;
+    return {header.codes_offset + stretch * fold.length * bits / 8, fold.steps_of(stretch) * kFoldStep * bits / 8 / kVector};
 }
 
 // Asks for the scales that it will read, of 16 bits as most are: others have fewer bytes or are few. Always inlined, as all that only

@@ -33,8 +33,8 @@ inline void store_outputs(const ProductJob& job, int64_t token, int64_t block, F
     const int64_t index = token * job.y_stride + first;
     if (first + kBlockRows <= rows) {
         if (job.bias) sums = add(sums, load_floats(job.bias + first));
-        store_numbers(job.y, job.y_dtype, index, sums);
-        return;
+        if (job.streams && job.y_dtype == LOWBIT_FP32) return stream_floats(static_cast<float*>(job.y) + index, sums);
+        return store_numbers(job.y, job.y_dtype, index, sums);
     }
     alignas(64) float values[kBlockRows];
     store_floats(values, sums);

@@ -173,6 +173,7 @@ void panel_items(const ProductJob& job, int64_t begin, int64_t end) {
         else if (job.activations.header->scales.minima) panel_item<false, false, true>(job, item, panel, sums);
         else panel_item<false, false, false>(job, item, panel, sums);
     }
+    if (job.streams) settle_streams();
 }
 
 }  // namespace

@@ -162,8 +162,25 @@ int64_t Form::items(int64_t rows) const {
     return divide_up(activations.tokens, token_block) * divide_up(divide_up(rows, kBlockRows), panel_blocks);
 }
 
-void Form::run(const ProductJob& job, int64_t begin, int64_t end) const {
+namespace {
+
+// Outputs that a second-level cache of 2 MiB does not hold are fetched from far to be written over, and later stores wait for that; tiles
+// are so fast that they wait for nearer ones too. Intel alone: a prompt of 512 (1.1 B) took 5% longer without tiles, and 9% longer with
+// them (in bf16 either way). Zen has not been measured.
+constexpr int64_t kFarBytes = 2 << 20;
+
+bool writes_past_caches(const ProductJob& job, bool folded) {
+    const int64_t row = job.y_stride * dtype_bytes(job.y_dtype);
+    const bool far = folded || job.activations.tokens * row >= kFarBytes;
+    return far && asks_second_cache() && !job.again && job.y_dtype != LOWBIT_FP16 && row % kVector == 0 && reinterpret_cast<uintptr_t>(job.y) % kVector == 0;
+}
+
+}  // namespace
+
+void Form::run(const ProductJob& given, int64_t begin, int64_t end) const {
     const Isa& set = isa();
+    ProductJob job = given;
+    job.streams = writes_past_caches(job, folded);
     (few ? set.decode_rows : brains ? set.brains->panel_items : folded ? set.folded->panel_items : integer ? set.panel_items : set.float_items)(job, begin, end);
 }
 

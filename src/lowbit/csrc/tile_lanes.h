@@ -5,8 +5,7 @@
 // second-level cache meanwhile, and are read past the nearest one, since each of their tiles is used once in a pass. Where all stretches
 // fit there, 32 outputs are finished before the next ones begin, so that few sums are held. The sums of a token tile are stored as
 // integers and closed in fp32 between the products of the next one, because a processor cannot look 200 instructions ahead to do that by
-// itself. Outputs are written past the caches: they are read in another stage, and a line that is fetched to be written over waits for
-// memory and keeps all later stores waiting (docs/notes/cpu.md).
+// itself.
 //
 // Two token tiles meet two weight tiles at a time. One by two needs fewer tile registers, which pays on a core that shares them with
 // another hyperthread (1,990 against 1,450 GOP/s), but costs a fifth more on one that has them for itself (docs/notes/cpu.md).
@@ -73,7 +72,10 @@ struct Asking {
 
     LOWBIT_INLINE void some() {
         for (int64_t i = 0; i < lines_at_once && lines > 0; ++i, --lines)
-            for (int b = 0; b < kPairBlocks; ++b) __builtin_prefetch(weights[b] + (lines - 1) * kVector, 0, 2);
+            for (const uint8_t*& line : weights) {
+                __builtin_prefetch(line, 0, 2);
+                line += kVector;
+            }
     }
 };
 
@@ -169,31 +171,23 @@ struct FoldedPair {
     int64_t place_of(int64_t tile) const { return tile * kTokenTile * kPairBlocks * kBlockRows; }
 };
 
-// Whether both blocks are whole rows of outputs that lie in whole lines.
-inline bool whole_lines(const ProductJob& job, int64_t block) {
-    const int64_t number = job.y_dtype == LOWBIT_FP32 ? 4 : 2;
-    return job.y_dtype != LOWBIT_FP16 && (block + kPairBlocks) * kBlockRows <= job.rows && block % kPairBlocks == 0 &&
-           reinterpret_cast<uintptr_t>(job.y) % kVector == 0 && job.y_stride * number % kVector == 0;
-}
-
-inline void stream_outputs(const ProductJob& job, int64_t token, int64_t block, Floats first, Floats second) {
-    const int64_t row = block * kBlockRows, index = token * job.y_stride + row;
+// Two blocks of whole rows as one line of bf16.
+inline void stream_brains(const ProductJob& job, int64_t token, int64_t block, Floats first, Floats second) {
+    const int64_t row = block * kBlockRows;
     if (job.bias) {
         first = add(first, load_floats(job.bias + row));
         second = add(second, load_floats(job.bias + row + kBlockRows));
     }
-    if (job.y_dtype == LOWBIT_BF16) return stream_line(static_cast<uint16_t*>(job.y) + index, join_brains(first, second));
-    stream_line(static_cast<float*>(job.y) + index, bytes_of(first));
-    stream_line(static_cast<float*>(job.y) + index + kBlockRows, bytes_of(second));
+    stream_bytes(static_cast<uint16_t*>(job.y) + token * job.y_stride + row, join_brains(first, second));
 }
 
 void store_folded(const ProductJob& job, const FoldedItem& item, const FoldedPair& pair, int64_t tile) {
     float* sum = pair.sums + pair.place_of(tile);
     if (pair.beside) job.join(job.joined_by, pair.beside + pair.place_of(tile), sum, kTokenTile * kPairBlocks * kBlockRows, sum);
     const int64_t first = (item.first_tile + tile) * kTokenTile, left = job.activations.tokens - first, block = item.first_block + pair.block;
-    const bool lines = whole_lines(job, block);
+    const bool lines = job.streams && job.y_dtype == LOWBIT_BF16 && (block + kPairBlocks) * kBlockRows <= job.rows;
     for (int64_t i = 0; i < kTokenTile && i < left; ++i, sum += kPairBlocks * kBlockRows) {
-        if (lines) stream_outputs(job, first + i, block, load_floats(sum), load_floats(sum + kBlockRows));
+        if (lines) stream_brains(job, first + i, block, load_floats(sum), load_floats(sum + kBlockRows));
         else
             for (int b = 0; b < pair.blocks; ++b) store_outputs(job, first + i, block + b, load_floats(sum + b * kBlockRows));
     }
@@ -227,11 +221,12 @@ private:
         int64_t stretch;
         FoldedPair pair;
     };
-    // What the last product left to be done.
+    // What the last product left to be done. Never copied as a whole: what was stored in parts cannot be loaded in one before all stores
+    // ahead of it have left the core.
     struct Before {
         Sums sums = Sums::kNone;
         Closing closing{};
-        FoldedPair pair{};
+        const FoldedPair* pair = nullptr;
         int64_t tile = 0;
         bool store = false;
     };
@@ -248,22 +243,30 @@ private:
     }
 
     void pass(int64_t index) {
-        const auto [stretch, pair] = pass_at(index);
+        const Pass here = pass_at(index);
+        const int64_t stretch = here.stretch;
+        const FoldedPair& pair = held_[index % 2] = here.pair;
         const FoldRange range = fold_range(*pair.header);
         turn_ = 1 - turn_;
         float(*scales)[kBlockRows] = room_.scales[turn_];
         for (int b = 0; b < pair.blocks; ++b)
             fold_weights(*pair.header, block_at(*pair.header, item_.first_block + pair.block + b), range, balance_, fold_, stretch, room_.bytes[b], scales[b]);
         const bool store = stretch == fold_.count - 1 && (!job_.second || pair.beside);
-        const int64_t first = stretch * fold_.length;
+        const int64_t first = stretch * fold_.length, steps = fold_.steps_of(stretch);
+        Asking asking{};
+        if (index + 1 < passes_) ask_for_weights(pass_at(index + 1), item_.tiles * steps, &asking);
         for (int64_t tile = 0; tile < item_.tiles; ++tile) {
             const FoldedView x = view_folded(job_.activations, fold_, item_.first_tile + tile);
-            Asking asking{};
-            if (index + 1 < passes_) ask_for_weights(pass_at(index + 1), tile, fold_.steps_of(stretch), &asking);
-            multiply(fold_.steps_of(stretch), x.bytes + first * kTokenTile, asking);
+            multiply(steps, x.bytes + first * kTokenTile, asking);
             finish();
-            before_ = {stretch == 0 ? Sums::kNew : Sums::kOld,
-                       {room_.partial[0][0], scales[0], x.scales + stretch * kTokenTile, pair.sums + pair.place_of(tile)}, pair, tile, store};
+            before_.sums = stretch == 0 ? Sums::kNew : Sums::kOld;
+            before_.closing.partial = room_.partial[0][0];
+            before_.closing.scales = scales[0];
+            before_.closing.token_scales = x.scales + stretch * kTokenTile;
+            before_.closing.sums = pair.sums + pair.place_of(tile);
+            before_.pair = &pair;
+            before_.tile = tile;
+            before_.store = store;
         }
     }
 
@@ -280,19 +283,19 @@ private:
     }
 
     void finish() {
-        if (before_.store) store_folded(job_, item_, before_.pair, before_.tile);
+        if (before_.store) store_folded(job_, item_, *before_.pair, before_.tile);
     }
 
-    // A part of the weights that are expanded after these.
-    void ask_for_weights(const Pass& next, int64_t tile, int64_t steps, Asking* asking) const {
+    // The weights that are expanded after these, within so many steps.
+    void ask_for_weights(const Pass& next, int64_t steps, Asking* asking) const {
         const Header& header = *next.pair.header;
+        const Stretched codes = codes_of(header, fold_, next.stretch);
+        asking->lines = codes.lines;
+        asking->lines_at_once = divide_up(codes.lines, steps);
         for (int b = 0; b < kPairBlocks; ++b) {
             const uint8_t* from = block_at(header, item_.first_block + next.pair.block + (b < next.pair.blocks ? b : 0));
-            const Share codes = share_of(header, fold_, next.stretch, tile, item_.tiles);
             asking->weights[b] = from + codes.codes;
-            asking->lines = codes.lines;
-            asking->lines_at_once = divide_up(codes.lines, steps);
-            if (tile == 0) fetch_scales(header, from, fold_, next.stretch);
+            fetch_scales(header, from, fold_, next.stretch);
         }
     }
 
@@ -303,6 +306,7 @@ private:
     FoldedRoom& room_;
     const bool near_;  // the activations of all stretches stay in the second-level cache
     const int64_t weights_, pairs_, passes_;
+    FoldedPair held_[2];  // of this pass and of the one before
     Before before_;
     int turn_ = 0;
 };
@@ -314,7 +318,7 @@ void folded_items(const ProductJob& job, int64_t begin, int64_t end) {
         const FoldedItem item = folded_item_at(job, index);
         FoldedRun(job, item, room).all();
     }
-    settle_lines();
+    if (job.streams) settle_streams();
 }
 
 constexpr FoldedProducts kFoldedProducts = {kTokenTile, kFoldedBlocks, kFoldedTokens, balance_folded, quantize_folded, folded_items};

@@ -113,6 +113,11 @@ inline void store_floats(float* to, Floats value) {
     _mm256_storeu_ps(to, value.h[0]);
     _mm256_storeu_ps(to + 8, value.h[1]);
 }
+inline void stream_floats(float* to, Floats value) {
+    _mm256_stream_ps(to, value.h[0]);
+    _mm256_stream_ps(to + 8, value.h[1]);
+}
+inline void settle_streams() { _mm_sfence(); }
 
 inline __m128i load_quarter(const void* from, int i) { return _mm_loadu_si128(static_cast<const __m128i*>(from) + i); }
 inline Floats halves_to_floats(const void* from) {

@@ -97,10 +97,10 @@ inline Bytes join_brains(Floats first, Floats second) {
     const auto half = [](Floats value) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_brains(value), 16)); };
     return _mm512_inserti64x4(_mm512_castsi256_si512(half(first)), half(second), 1);
 }
-inline Bytes bytes_of(Floats value) { return _mm512_castps_si512(value); }
 // A whole line past the caches, and the end of a thread's last such lines: another thread may read them behind its next barrier.
-inline void stream_line(void* to, Bytes value) { _mm512_stream_si512(static_cast<__m512i*>(to), value); }
-inline void settle_lines() { _mm_sfence(); }
+inline void stream_bytes(void* to, Bytes value) { _mm512_stream_si512(static_cast<__m512i*>(to), value); }
+inline void stream_floats(float* to, Floats value) { _mm512_stream_ps(to, value); }
+inline void settle_streams() { _mm_sfence(); }
 // Both as bf16, side by side in each lane.
 inline Bytes pair_brains(Floats even, Floats odd) {
     const __m512i upper = _mm512_and_si512(round_brains(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));

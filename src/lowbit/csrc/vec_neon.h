@@ -123,6 +123,8 @@ inline Floats load_floats(const float* from) {
 inline void store_floats(float* to, Floats value) {
     for (int i = 0; i < kQuarters; ++i) vst1q_f32(to + 4 * i, value.q[i]);
 }
+inline void stream_floats(float* to, Floats value) { store_floats(to, value); }
+inline void settle_streams() {}
 
 inline uint16x4_t load_eighth(const void* from, int i) { return vld1_u16(static_cast<const uint16_t*>(from) + 4 * i); }
 inline Floats halves_to_floats(const void* from) {

@@ -143,9 +143,9 @@ inline Bytes join_brains(const Floats& first, const Floats& second) {
     floats_to_brains(reinterpret_cast<uint16_t*>(&both) + 16, second);
     return both;
 }
-inline Bytes bytes_of(const Floats& value) { return load_bytes(&value); }
-inline void stream_line(void* to, const Bytes& value) { store_bytes(to, value); }
-inline void settle_lines() {}
+inline void stream_bytes(void* to, const Bytes& value) { store_bytes(to, value); }
+inline void stream_floats(float* to, const Floats& value) { store_floats(to, value); }
+inline void settle_streams() {}
 inline Bytes pair_brains(const Floats& even, const Floats& odd) {
     return each([&](int i) { return static_cast<uint32_t>(to_bf16(even.lane[i])) | static_cast<uint32_t>(to_bf16(odd.lane[i])) << 16; });
 }
