@@ -40,12 +40,18 @@ def test_greedy_equals_transformers(family: str) -> None:
     assert model.generate.why_not is None
 
 
-def test_plain_bf16_model_after_optimize_model() -> None:
-    model: Any = tiny_model_in_memory("llama").eval()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_plain_bf16_model_after_optimize_model(family: str) -> None:
+    """The tokens are those of the same numbers in fp32: no activation is rounded."""
+    model: Any = tiny_model_in_memory(family).eval()
     lowbit.optimize_model(model, low_bit="bf16")
-    assert isinstance(model.generate, EngineGenerate)
-    out = model.generate(IDS, max_new_tokens=5, do_sample=False)
-    assert model.generate.why_not is None and out.shape == (1, 16)
+    assert isinstance(model.generate, EngineGenerate) and model.dtype == torch.bfloat16
+    model.generate.cache = "fp32"
+    widened = copy.deepcopy(model).float()
+    assert {parameter.dtype for parameter in widened.parameters()} == {torch.float32}
+    expected = own_generate(widened, IDS, max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=12, do_sample=False), expected)
+    assert model.generate.why_not is None
 
 
 @pytest.mark.parametrize(
