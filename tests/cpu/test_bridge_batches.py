@@ -144,14 +144,24 @@ def test_several_draws_of_each_prompt() -> None:
     [
         ((IDS,), {"num_return_sequences": 2, "do_sample": False, "max_new_tokens": 2}, "num_return_sequences"),
         ((IDS,), {"max_length": 5}, "max_length"),
-        ((torch.empty(1, 0, dtype=torch.long),), {"max_new_tokens": 2}, "."),
     ],
-    ids=["returns", "length", "empty"],
+    ids=["returns", "length"],
 )
 def test_what_is_wrong_is_said_by_transformers(arguments: Any, keywords: dict[str, Any], error: str) -> None:
     model = packed_model()
     with pytest.raises((ValueError, RuntimeError, IndexError), match=error):
         model.generate(*arguments, **keywords)
+
+
+def test_what_is_no_prompt_is_said() -> None:
+    model = packed_model()
+    with pytest.raises(LowbitError, match="the prompt is empty"):
+        model.generate(IDS[:, :0], max_new_tokens=2)
+    with pytest.raises(LowbitError, match=r"not \[11\]: one prompt is ids\[None\]"):
+        model.generate(IDS[0], max_new_tokens=2)
+    states = model.get_input_embeddings()(IDS)
+    out = model.generate(IDS[:, :0], inputs_embeds=states, max_new_tokens=2, do_sample=False)
+    assert torch.equal(out, own_generate(model, IDS, max_new_tokens=2, do_sample=False)[:, IDS.shape[1] :])
 
 
 def test_prompts_are_kept_in_a_file(tmp_path: Path) -> None:

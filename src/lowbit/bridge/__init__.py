@@ -69,7 +69,7 @@ class EngineGenerate:
     @torch.no_grad()
     def __call__(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         model = cast(Any, self.model)
-        reading.refuse_text(kwargs.get("input_ids", inputs))
+        reading.refuse_what_is_no_prompt(kwargs.get("input_ids", inputs), kwargs)
         asked = {name: given for name in OWN_KEYWORDS if (given := kwargs.pop(name, None))}
         prompt_cache, check = asked.get("prompt_cache"), "check" in asked
         clock, draft = kwargs.pop("clock", None), _draft(kwargs)

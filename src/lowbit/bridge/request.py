@@ -72,8 +72,8 @@ class Request:
         return int(self.seen.shape[1]) + self.settings.max_new_tokens
 
 
-def refuse_text(ids: Any) -> None:
-    """Refuse what no loop can take: a text, or tokens that are no tensor."""
+def refuse_what_is_no_prompt(ids: Any, others: Any) -> None:
+    """Refuse what no loop can take: a text, tokens that are no tensor or no rows of one, none where no other input is."""
     if isinstance(ids, str | bytes):
         raise LowbitError(
             "generate takes token ids, not a text: model.generate(**tokenizer(text, return_tensors='pt')), and tokenizer.decode "
@@ -84,6 +84,13 @@ def refuse_text(ids: Any) -> None:
             f"generate takes token ids as a tensor [prompts, tokens], not a {type(ids).__name__}: the tokenizer makes one with "
             "return_tensors='pt'"
         )
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+        return
+    if ids.dim() == 1:
+        raise LowbitError(f"generate takes token ids [prompts, tokens], not {list(ids.shape)}: one prompt is ids[None]")
+    beside = (given for name, given in others.items() if name not in ("input_ids", "attention_mask"))
+    if 0 in ids.shape and not any(isinstance(given, torch.Tensor) for given in beside):
+        raise LowbitError("the prompt is empty: give the model at least one token to answer")
 
 
 def input_refusal(ids: Any, extra: dict[str, Any]) -> str | None:
