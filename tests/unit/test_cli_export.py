@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save_file
 import lowbit
 from lowbit.cli import main
 from lowbit.errors import LowbitError
-from lowbit.openvino import verify, write_decoder
-from lowbit.openvino.comparison import DEFAULT_LIMIT, Row, _ask, _row, _truth, divergence, exact_settings
+from lowbit.openvino import comparison, verify, write_decoder
+from lowbit.openvino.comparison import DEFAULT_LIMIT, Row, _Graph, _Question, _row, _truth, divergence, exact_settings
+from lowbit.openvino.native.rows import Rows
 from lowbit_assets import tiny_model, tiny_model_in_memory
 from lowbit_assets.tiny import VOCABULARY, write_byte_tokenizer
 
@@ -90,8 +92,8 @@ def test_what_is_chosen_behind_an_answer(plain: Path, tmp_path: Path) -> None:
     known: Future[Any] = Future()
     own, settings = _truth(written, PROMPT, []), exact_settings("CPU")
     known.set_result(own)
-    alone = _ask(written.folder, PROMPT, "CPU", "exact", settings, known)
-    behind = _ask(written.folder, PROMPT, "CPU", "default", settings, known)
+    alone = _Question(written.folder, PROMPT, "CPU", "exact", settings, known).ask()
+    behind = _Question(written.folder, PROMPT, "CPU", "default", settings, known).ask()
     assert alone.gaps is None and alone.tokens == behind.tokens == tuple(own.tokens)
     np.testing.assert_allclose(behind.gaps, own.gaps, rtol=0, atol=1e-4)
     # A folder that goes wrong behind the prompt alone: its divergence says so.
@@ -99,6 +101,41 @@ def test_what_is_chosen_behind_an_answer(plain: Path, tmp_path: Path) -> None:
     gaps[28] = np.roll(gaps[28], 1) * 50
     row = _row(dataclasses.replace(behind, gaps=gaps), own, 1e-3)
     assert row.divergence > DEFAULT_LIMIT and not row.passed and _row(behind, own, 1e-3).passed
+
+
+def test_ctrl_c_ends_the_inference_that_runs(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source is interrupted while the device reads the prompt: none of the 31 tokens behind it is waited for."""
+    written = write_decoder(plain, tmp_path / "out", "int8", tokenizer=False, keep=True)
+    reads, begun, cancelled = [], threading.Event(), threading.Event()
+    read, cancel = _Graph.read, Rows.cancel
+
+    def slow(graph: _Graph, tokens: Sequence[int]) -> Any:
+        reads.append(len(tokens))
+        begun.set()
+        assert cancelled.wait(60)
+        return read(graph, tokens)
+
+    def interrupted(*_: Any) -> None:
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Graph, "read", slow)
+    monkeypatch.setattr(Rows, "cancel", lambda rows: (cancelled.set(), cancel(rows)))
+    monkeypatch.setattr(comparison, "_plain", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verify(written)
+    assert reads == [48]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowbit-verify")]
+
+
+def test_an_inference_is_cancelled_from_another_thread(plain: Path, tmp_path: Path) -> None:
+    graph = _Graph(write_decoder(plain, tmp_path / "out", tokenizer=False).folder, "CPU", {})
+    timer = threading.Timer(0.05, graph.stop)
+    timer.start()
+    with pytest.raises(LowbitError, match=r"cancel|given up"):
+        while True:
+            graph.read([7] * 100)
+    timer.join()
 
 
 def test_a_rounding_that_fails_ends_the_export(tmp_path: Path) -> None:

@@ -140,8 +140,9 @@ def verify(written: Written, on: Iterable[str] | None = None) -> Verification:
     # A device makes a model ready on one core, mostly; the source runs on the other one meanwhile.
     beside = ThreadPoolExecutor(1, "lowbit-verify")
     known: Future[_Truth] = Future()
+    questions = [_Question(written.folder, prompt, *setting, known) for setting in settings]
     try:
-        asked = [beside.submit(_ask, written.folder, prompt, *setting, known) for setting in settings]
+        asked = [beside.submit(question.ask) for question in questions]
         plain = _plain(written, prompt)
         truth = _truth(written, prompt, asked[0].result().tokens if asked else ())
         known.set_result(truth)
@@ -150,6 +151,8 @@ def verify(written: Written, on: Iterable[str] | None = None) -> Verification:
         return Verification(tuple(_row(answer.result(), truth, exact) for answer in asked), rounding)
     finally:
         known.cancel()  # nobody waits for what will not come
+        for question in questions:
+            question.give_up()
         beside.shutdown(cancel_futures=True)
 
 
@@ -158,7 +161,7 @@ def rounding_of(written: Written) -> float | None:
     if written.spec is None:
         return None
     prompt, name = _prompt(written), devices()[0]
-    answer = _ask(written.folder, prompt, name, SETTINGS[0], exact_settings(name))
+    answer = _Question(written.folder, prompt, name, SETTINGS[0], exact_settings(name)).ask()
     if answer.logits is None:
         raise LowbitError(f"the graph that was rounded does not run on {name}: {answer.error}")
     return divergence(_Source(written).logits(prompt), answer.logits)
@@ -258,9 +261,17 @@ class _Graph:
         graph = read_model(folder)
         check_graph(graph)
         self._rows = Rows(Decoder.of(graph, compile_model(graph, name, settings)))
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End the inference that runs, and let none follow; another thread may say so."""
+        self._stopped = True
+        self._rows.cancel()
 
     def read(self, tokens: Sequence[int]) -> Floats:
         """The logits behind each of some tokens, which go on with those read before."""
+        if self._stopped:
+            raise LowbitError("the comparison was given up")
         return np.array(self._rows.read(np.array([tokens], np.int64))[0])
 
 
@@ -287,31 +298,47 @@ def _prompt(written: Written) -> list[int]:
     return [int(token) for token in np.random.default_rng(0).integers(0, size, room)]
 
 
-def _ask(
-    folder: Path,
-    prompt: list[int],
-    name: str,
-    setting: str,
-    properties: Mapping[str, str],
-    truth: Future[_Truth] | None = None,
-) -> _Answer:
+@dataclass
+class _Question:
     """What a folder says on a device: the logits after each token of a prompt, and the likeliest tokens that follow."""
-    started, gaps = time.perf_counter(), None
-    try:
-        graph = _Graph(folder, name, properties)
-        logits = graph.read(prompt)
-        if truth is not None and setting == "default":
-            gaps = _behind(graph, logits[-1], truth.result().tokens)
-            tokens = [int(row.argmax()) for row in gaps]
-        else:
-            tokens = [int(logits[-1].argmax())]
-            while len(tokens) < ANSWER:
-                tokens.append(int(graph.read(tokens[-1:])[0].argmax()))
-    except (LowbitError, RuntimeError) as error:
-        return _Answer(name, setting, error=str(error))
-    del graph
-    gc.collect()  # what a device holds of a model goes before it makes the next one ready
-    return _Answer(name, setting, logits, tuple(tokens), gaps, seconds=time.perf_counter() - started)
+
+    folder: Path
+    prompt: list[int]
+    device: str
+    setting: str
+    properties: Mapping[str, str]
+    truth: Future[_Truth] | None = None
+    graph: _Graph | None = None
+    over: bool = False
+
+    def ask(self) -> _Answer:
+        started, gaps = time.perf_counter(), None
+        try:
+            self.graph = graph = _Graph(self.folder, self.device, self.properties)
+            if self.over:
+                graph.stop()
+            logits = graph.read(self.prompt)
+            if self.truth is not None and self.setting == "default":
+                gaps = _behind(graph, logits[-1], self.truth.result().tokens)
+                tokens = [int(row.argmax()) for row in gaps]
+            else:
+                tokens = [int(logits[-1].argmax())]
+                while len(tokens) < ANSWER:
+                    tokens.append(int(graph.read(tokens[-1:])[0].argmax()))
+        except (LowbitError, RuntimeError) as error:
+            return _Answer(self.device, self.setting, error=str(error))
+        finally:
+            self.graph = None
+        del graph
+        gc.collect()  # what a device holds of a model goes before it makes the next one ready
+        return _Answer(self.device, self.setting, logits, tuple(tokens), gaps, seconds=time.perf_counter() - started)
+
+    def give_up(self) -> None:
+        """End an inference that runs, from another thread: a large model takes seconds for a prompt and its answer."""
+        self.over = True  # before it looks: the graph may be there a moment later
+        graph = self.graph
+        if graph is not None:
+            graph.stop()
 
 
 def _behind(graph: _Graph, first: Floats, answer: Sequence[int]) -> Floats:

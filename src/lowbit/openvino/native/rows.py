@@ -108,6 +108,10 @@ class Rows:
         logits: Floats = found if WANTED in self._inputs or wanted is None else found[:, wanted]
         return logits
 
+    def cancel(self) -> None:
+        """End a `read` that another thread makes: there it is a refusal."""
+        self._request.cancel()
+
     def truncate(self, length: int) -> None:
         """Forget what follows the first `length` tokens of every row."""
         if length == 0:
