@@ -176,6 +176,17 @@ def test_what_cannot_be_is_one_sentence(
     assert sentence in said.err and said.err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("out", ["", "."])
+def test_the_folder_that_one_stands_in_is_no_mount_point(
+    out: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["export", "openvino", "--model", str(plain), "--int4", out]) == 1
+    assert ". is not empty, and what it holds is no model" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "share"),
     [

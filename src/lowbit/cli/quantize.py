@@ -344,7 +344,7 @@ def check_target(out: Path, source: Source, force: bool) -> None:
     check_text(str(out), "the name of OUT")
     if out.exists() and not out.is_dir():
         raise LowbitError(f"{out} is a file: name a folder that does not exist yet")
-    if out.is_mount():
+    if out.absolute().is_mount():  # of "." alone Python says that it is one
         raise LowbitError(
             f"{out} is a mount point, which cannot be replaced by a folder: name one below it, {out / 'model'}"
         )
