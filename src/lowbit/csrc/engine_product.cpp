@@ -181,7 +181,7 @@ Piece run_one(const Task& task, const View& view, const Form* form, void* y, int
 namespace {
 
 // Numbers of a panel item.
-constexpr int64_t kPanelNumbers = 256 * 32;
+constexpr int64_t kPanelNumbers = 258 * 32;
 
 void join_mlp(const void* by, const float* gate, const float* up, int64_t count, float* y) {
     engine_isa().activate(*static_cast<const lowbit_mlp*>(by), gate, up, count, y);

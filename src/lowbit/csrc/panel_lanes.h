@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kStretch = 1024;                // inputs of an integer panel: 32 KiB for 32 rows
 constexpr int64_t kFloatStretch = 256;            // inputs of a float panel, as many bytes
-constexpr int64_t kMostTokens = 256;              // tokens of a panel item
+constexpr int64_t kMostTokens = 258;              // tokens of a panel item
 constexpr int kByteZero = 128;
 constexpr int64_t kMostSegments = kStretch / 16;
 

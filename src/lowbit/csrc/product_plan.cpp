@@ -10,9 +10,9 @@ namespace lowbit {
 namespace {
 
 constexpr int kWidestTile = 8;
-constexpr int64_t kActivationBytes = 512 << 10;  // of one token block: half of a 1 MiB second-level cache
+constexpr int64_t kActivationBytes = 544 << 10;  // of one token block: about half of a 1 MiB second-level cache
 constexpr int64_t kLeastTokenBlock = 48;
-constexpr int64_t kMostTokenBlock = 252;  // of the 256 of panel_lanes.h, and near a multiple of every tile
+constexpr int64_t kMostTokenBlock = 258;  // as panel_lanes.h: 256 or 512 tokens in one or two, whatever the tile
 
 int64_t padded_bytes(int64_t bytes) { return divide_up(bytes, kVector) * kVector; }
 
