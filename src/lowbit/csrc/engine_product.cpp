@@ -161,7 +161,7 @@ Piece panel_piece(const View& view, const Form& form, int64_t item) {
 Piece run_prepared(const Task& task, const View& view, const Form& form, void* y, int64_t item, const uint8_t* next) {
     ProductJob job = job_of(view, form, y, task.y_dtype, task.y_stride);
     job.next = next;
-    job.again = task.mlp || task.caps();
+    job.later = !task.mlp && !task.caps();
     const int64_t tokens = form.activations.tokens;
     if (form.few) {
         const Task::Span span = task.span(item);
@@ -203,7 +203,6 @@ void Task::run_near(int64_t item) const {
         void* first = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(near[i]) - static_cast<uintptr_t>(before) * sizeof(float));
         const Form& own = i ? *second_form : *form;
         ProductJob job = job_of(i ? second : view, own, first, LOWBIT_FP32, width);
-        job.again = true;
         own.run(job, item, item + 1);
     }
     for (int64_t t = piece.token_begin; t < piece.token_end; ++t) {
@@ -224,6 +223,7 @@ Piece Task::run(int64_t item, const uint8_t* next) const {
         job.y_stride = y_stride;
         job.second = second.header;
         job.join = join_mlp;
+        job.later = true;
         job.joined_by = mlp;
         form->run(job, item, item + 1);
         return {};

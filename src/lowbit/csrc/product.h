@@ -60,7 +60,7 @@ struct ProductJob {
     const Header* second = nullptr;
     void (*join)(const void* by, const float* first, const float* second, int64_t count, float* y) = nullptr;
     const void* joined_by = nullptr;
-    bool again = false;    // whoever computes an output reads it again at once
+    bool later = false;    // outputs are read in another stage, after a barrier: the engine's
     bool streams = false;  // outputs are whole lines and go past the caches: Form::run finds out
     const uint8_t* next = nullptr;  // decoding: what the thread reads after this range; NULL: what lies behind it
 };

@@ -64,13 +64,18 @@ inline Closing closing_from(const Closing& closing, int tile) {
             closing.sums + (token * kPairBlocks + block) * kBlockRows};
 }
 
-// Lines of the weights that are expanded next, of both blocks, asked for a few at a time between products: memory answers after hundreds
+// Lines of the weights that are expanded next, of both blocks, and of outputs, asked for a few at a time between products: memory answers after hundreds
 // of cycles, and a core has room for 16 questions, so that all at once would stop it.
 struct Asking {
     const uint8_t* weights[kPairBlocks];
     int64_t lines, lines_at_once;
+    // Of outputs that do not go past the caches, some rows after every step.
+    const uint8_t* output;
+    int64_t row, rows, bytes, rows_at_once;
 
     LOWBIT_INLINE void some() {
+        for (int64_t i = 0; i < rows_at_once && rows > 0; ++i, --rows, output += row)
+            for (int64_t at = 0; at < bytes; at += kVector) __builtin_prefetch(output + at, 1, 2);
         for (int64_t i = 0; i < lines_at_once && lines > 0; ++i, --lines)
             for (const uint8_t*& line : weights) {
                 __builtin_prefetch(line, 0, 2);
@@ -257,6 +262,7 @@ private:
         if (index + 1 < passes_) ask_for_weights(pass_at(index + 1), item_.tiles * steps, &asking);
         for (int64_t tile = 0; tile < item_.tiles; ++tile) {
             const FoldedView x = view_folded(job_.activations, fold_, item_.first_tile + tile);
+            if (store && !job_.streams) ask_for_outputs(pair, tile, steps, &asking);
             multiply(steps, x.bytes + first * kTokenTile, asking);
             finish();
             before_.sums = stretch == 0 ? Sums::kNew : Sums::kOld;
@@ -284,6 +290,15 @@ private:
 
     void finish() {
         if (before_.store) store_folded(job_, item_, *before_.pair, before_.tile);
+    }
+
+    void ask_for_outputs(const FoldedPair& pair, int64_t tile, int64_t steps, Asking* asking) const {
+        const int64_t token = (item_.first_tile + tile) * kTokenTile, left = job_.activations.tokens - token, number = dtype_bytes(job_.y_dtype);
+        asking->row = job_.y_stride * number;
+        asking->output = static_cast<const uint8_t*>(job_.y) + token * asking->row + (item_.first_block + pair.block) * kBlockRows * number;
+        asking->rows = left < kTokenTile ? left : kTokenTile;
+        asking->bytes = pair.blocks * kBlockRows * number;
+        asking->rows_at_once = divide_up(kTokenTile, steps);
     }
 
     // The weights that are expanded after these, within so many steps.
