@@ -97,17 +97,19 @@ private:
     // Fill rows of an input and make it ready for these matrices; with many tokens everybody takes a part.
     template <class Fill>
     void ready(Member& me, Rows rows, int64_t tokens, std::initializer_list<const View*> views, const Fill& fill);
-    Task task_of(Member& me, const View& view, float* y, int64_t y_stride);
-    // `after`: the products that come next, whose weights are asked for in time.
-    void run_tasks(Member& me, Task* tasks, int count, const Following& after);
-    static Place place_of(const Task* tasks, int64_t item);
-    // Outputs of these products, side by side in rows; of fp32 where that is asked for, else as they may be written. Returns which.
-    static int write_to(Task* tasks, int count, float* to, bool wide);
-    Following first_of(int64_t layer) const;
-    const uint8_t* first_part(const Member& me, const Following& after) const;
     Rows own_rows(Member& me) const;
     void meet(Member& me, lowbit_profile_part part, bool may_stop = false);
     void mark(Member& me, lowbit_profile_part part);
+
+    // step_products.cpp
+    Task task_of(Member& me, const View& view, float* y, int64_t y_stride);
+    // Outputs of these products, side by side in rows; of fp32 where that is asked for, else as they may be written. Returns which.
+    static int write_to(Task* tasks, int count, float* to, bool wide);
+    // `after`: the products that come next, whose weights are asked for in time.
+    void run_tasks(Member& me, Task* tasks, int count, const Following& after);
+    static Place place_of(const Task* tasks, int64_t item);
+    Following first_of(int64_t layer) const;
+    const uint8_t* first_part(const Member& me, const Following& after) const;
 
     // engine_check.cpp: remember where the first number that is none appeared, once everybody has finished a stage.
     void inspect(const Member& me, lowbit_profile_part part, bool end_of_layer);
