@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from lowbit import grid
+from lowbit.errors import CheckpointError
 from lowbit.formats import format_from_name
 from lowbit.kquants import quantize_kquant
 from lowbit.openvino.arena import Arena
@@ -117,6 +119,25 @@ def test_a_graph_of_an_arena_in_a_file_reads_as_the_one_in_memory(tmp_path: Path
     size = sum(numbers.array.nbytes for one in held for numbers in (one.codes, one.scales))
     assert size < graph.with_suffix(".bin").stat().st_size < size + 1024
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graph.bin", "graph.xml"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here that is always full")
+def test_a_graph_that_cannot_be_written_takes_no_device_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO removes what it could not write to its end: root's /dev/null went with the first .xml that met a full disk."""
+    nowhere, graph = tmp_path / "nowhere", tmp_path / "graph.xml"
+    nowhere.symlink_to(os.devnull)
+    monkeypatch.setattr(os, "devnull", str(nowhere))  # what stands for it here may be lost
+    graph.symlink_to("/dev/full")
+    with Arena(graph) as arena:
+        x = sum_ = ops.parameter([1], ov.Type.f32)
+        for number in range(200):  # more text than a buffer holds
+            sum_ = ops.add(sum_, ops.constant(np.full(1, number, np.float32)))
+        model = ov.Model([sum_], [x])
+        with pytest.raises(CheckpointError, match=r"OpenVINO could not write graph\.xml .*disk is full"):
+            arena.save(model)
+    assert nowhere.is_symlink() and nowhere.is_char_device()
 
 
 _MANY = """

@@ -18,6 +18,7 @@ from __future__ import annotations
 import html
 import os
 import re
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from lowbit.errors import LowbitError
 from lowbit.openvino.constants import Held, Numbers, hold, hold_dense
-from lowbit.openvino.library import Node, ops, ov, release
+from lowbit.openvino.library import Node, ops, ov, release, writing
 from lowbit.openvino.spool import Spool, owned
 from lowbit.packing import PackedTensor
 from lowbit.progress import progress
@@ -110,7 +111,7 @@ class Arena:
         """Write a graph: the .xml, and to the .bin what it does not hold yet."""
         assert self._graph is not None and self._spool is not None, "an arena in memory has no file"
         with progress("writing"):
-            ov.serialize(model, self._graph, os.devnull)
+            _serialize(model, self._graph)
             text, places = self._graph.read_text(encoding="utf-8"), self._places(model, self._spool)
             text, count = _PLACE.subn(lambda found: f"{found[1]}{places[html.unescape(found[2])]}{found[3]}", text)
             self._spool.cut()
@@ -133,3 +134,11 @@ class Arena:
                 begin = small[data] = small[data] if data in small else spool.append(data)
             places[name] = begin
         return places
+
+
+def _serialize(model: Node, graph: Path) -> None:
+    """The .xml alone. What OpenVINO cannot write to its end it removes, the weights' file too: that is a link, not the device."""
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as place, writing(graph):
+        nowhere = Path(place) / "nowhere"
+        nowhere.symlink_to(os.devnull)
+        ov.serialize(model, graph, nowhere)

@@ -33,7 +33,7 @@ from lowbit.openvino.arena import Arena
 from lowbit.openvino.constants import WIDENED
 from lowbit.openvino.decoder import build
 from lowbit.openvino.groups import fitted
-from lowbit.openvino.library import Node, ov, release
+from lowbit.openvino.library import Node, release, save
 from lowbit.openvino.opening import MODEL
 from lowbit.openvino.recipes import BACKUP, LARGE, export_recipe, with_ratio
 from lowbit.openvino.sources import HeldModel, check_generates, has_spec, load_model, needs_torch, open_source, rounded
@@ -204,7 +204,7 @@ def weight_count(spec: DecoderSpec) -> int:
 def save_graph(model: Node, path: Path, halves: bool = False) -> None:
     """Write a graph and its weights; every constant has the type already that it is to have, but for `halves`."""
     with progress("writing"):
-        ov.save_model(model, path, compress_to_fp16=halves)
+        save(model, path, halves)
 
 
 def describe_(model: Node, report: Report) -> None:

@@ -5,6 +5,7 @@
     states       opset 6, whose read_value and assign name the variables of a stateful model
     core()       one Core for the process: plugins are loaded once
     follow(...)  the graph of a torch module, by following one call of it
+    save(...)    a graph's two files; `writing` is around whatever else the package writes
     device(...)  a device that is here, or a sentence with those that are
 
 Importing any module of this room without the package raises `MissingPackageError` with the line that installs it.
@@ -12,10 +13,13 @@ Importing any module of this room without the package raises `MissingPackageErro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from lowbit.errors import LowbitError, MissingPackageError
+from lowbit.errors import CheckpointError, LowbitError, MissingPackageError, one_line
 
 try:
     import openvino as ov
@@ -43,7 +47,8 @@ except ModuleNotFoundError as error:
 Node = Any  # a node of a graph: the package has no types that mypy reads
 
 __all__ = [
-    "CONVERSION_FAILURES", "Node", "core", "device", "devices", "factory", "follow", "halved", "ops", "ov", "release", "states",
+    "CONVERSION_FAILURES", "Node", "core", "device", "devices", "factory", "follow", "halved", "ops", "ov", "release", "save",
+    "states", "writing",
 ]  # fmt: skip
 
 # What the package raises while it converts a model, nothing narrower than Exception above them.
@@ -93,6 +98,23 @@ def halved(model: Any) -> Any:
     made = model.clone()
     compress_model_transformation(made)
     return made
+
+
+def save(model: Any, path: Path, halves: bool = False) -> None:
+    """Write a graph and its weights; every constant has the type already that it is to have, but for `halves`."""
+    with writing(path):
+        ov.save_model(model, path, compress_to_fp16=halves)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what the package writes: of a full disk it says "iostream error" and no more."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"OpenVINO could not write {path.name} ({one_line(str(error))}): see whether the disk is full and the folder yours"
+        ) from error
 
 
 def release() -> str:

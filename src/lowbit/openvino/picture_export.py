@@ -20,7 +20,7 @@ from lowbit.errors import CheckpointError, LowbitError, RecipeError, one_line
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.exporting import compress
 from lowbit.openvino.folders import make_folder
-from lowbit.openvino.library import ov
+from lowbit.openvino.library import save
 from lowbit.openvino.opening import MODEL
 from lowbit.openvino.picture_graphs import diffusers
 from lowbit.openvino.picture_parts import TEXT_PARTS, TRANSFORMERS, calls_of
@@ -67,7 +67,7 @@ def export_pipeline(
         if asked is not None:
             graph = compress(graph, asked, source)
         (out / name).mkdir(exist_ok=True)
-        ov.save_model(graph, out / name / MODEL, compress_to_fp16=halves)
+        save(graph, out / name / MODEL, halves)
         write_config(module.config, out / name)
     known = {name: said for name, said in pipeline.config.items() if name != "_name_or_path"}
     index = {"_class_name": type(pipeline).__name__, **known}

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from lowbit.errors import LowbitError, MissingPackageError, one_line
-from lowbit.openvino.library import core, ov, release
+from lowbit.openvino.library import core, ov, release, save
 from lowbit.runtime.files import read_tokenizer
 
 TOKENIZER, DETOKENIZER = "openvino_tokenizer.xml", "openvino_detokenizer.xml"
@@ -50,8 +50,8 @@ def write_tokenizers(folder: Path) -> list[str]:
         return [f"no tokenizer for OpenVINO's own pipelines is written: {error}"]
     except LowbitError as error:
         return [str(error)]
-    ov.save_model(tokenizer, folder / TOKENIZER, compress_to_fp16=False)
-    ov.save_model(detokenizer, folder / DETOKENIZER, compress_to_fp16=False)
+    save(tokenizer, folder / TOKENIZER)
+    save(detokenizer, folder / DETOKENIZER)
     return differences(folder)
 
 

@@ -31,7 +31,7 @@ from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of, table_of_positions, takes_positions
 from lowbit.openvino.exporting import compress
 from lowbit.openvino.folders import make_folder
-from lowbit.openvino.library import ov
+from lowbit.openvino.library import save
 from lowbit.openvino.opening import infer
 from lowbit.openvino.recipes import LARGE
 from lowbit.openvino.tokenizer import has_tokenizer, write_tokenizers
@@ -91,7 +91,7 @@ class OVTraced(OVModel):
         for name, graph in graphs.items():
             if isinstance(quantization, OVWeightQuantizationConfig) and quantization.of_torch is None:
                 graph = compress(graph, cls._asked(quantization), source, keywords)
-            ov.save_model(graph, out / name, compress_to_fp16=halves)
+            save(graph, out / name, halves)
         module.config.architectures = [type(module).__name__]  # the head that the graph has, as transformers saves it
         module.config.save_pretrained(out)
         if module.can_generate() and module.generation_config is not None:
