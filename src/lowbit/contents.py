@@ -219,16 +219,22 @@ def pickles_alone(names: Iterable[str]) -> list[str]:
     names = sorted(names)
     if any(name.endswith((".safetensors", INDEX)) for name in names):
         return []
-    return [name for name in names if name.endswith(_PICKLES)]
+    graphs = {f"{name.removesuffix('.xml')}.bin" for name in names if name.endswith(".xml")}  # OpenVINO's weights
+    return [name for name in names if name.endswith(_PICKLES) and name not in graphs]
 
 
 def no_weights(model: str | Path, names: Iterable[str]) -> str:
     """The sentence for a model whose files hold no safetensors."""
-    pickles = pickles_alone(names)
+    pickles = pickles_alone(names := list(names))
     if pickles:
         return (
             f"the weights in {model} are pickles ({pickles[0]}), which can run code when they are loaded; "
             "convert them to safetensors, or pass allow_pickle=True (--allow-pickle) if you trust their source"
+        )
+    if any(name.startswith("openvino_") for name in names):
+        return (
+            f"{model} holds a graph of OpenVINO's, which lowbit.openvino.OVModelForCausalLM and lowbit.openvino.native open: "
+            "give the model that it was made of here"
         )
     return f"{model} holds no weights: there is neither {WEIGHTS} nor {INDEX}"
 

@@ -176,6 +176,22 @@ def test_what_cannot_be_is_one_sentence(
     assert sentence in said.err and said.err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [["export", "openvino", "--int4", "out", "--model"], ["quantize", "out"], ["inspect"]]
+)
+def test_a_folder_of_openvino_is_no_source(
+    words: list[str], plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its .bin files are no pickles, which nobody should be told to allow."""
+    monkeypatch.chdir(tmp_path)
+    written = write_decoder(plain, tmp_path / "graph", tokenizer=False).folder
+    words = [*words[:1], str(written), *words[1:]] if words[0] == "quantize" else [*words, str(written)]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "holds a graph of OpenVINO's" in said and "pickle" not in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["graph"]
+
+
 @pytest.mark.parametrize("out", ["", "."])
 def test_the_folder_that_one_stands_in_is_no_mount_point(
     out: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
