@@ -1,7 +1,7 @@
 """Folders of graphs: where they are, and what is written into them.
 
 find_graph(model_id, keywords)      the folder of a graph, on this disk or fetched from the hub
-replace_graph(graph, path)          its two files, exchanged in one step
+replace_graph(graph, path)          its two files, put in their places once both are whole
 tell_what_was_done(graph, folder)   openvino_config.json, from what the graph says of itself
 """
 
