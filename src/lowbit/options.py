@@ -245,12 +245,18 @@ RECIPE = "recipe"
 OPTION_RECIPES: dict[str, Mapping[str, Options]] = {"autoround": dict(AUTOROUND_RECIPES.items())}
 
 
+_FLAGS = {"rounder": "algorithm", "scaler": "scaler"}
+
+
 def options_for(kind: str, name: str, given: Options | None, table: dict[str, type[Options]]) -> Options | None:
     """The options of the algorithm `name` of a table, checked to be its own; None for no algorithm."""
     if not name and given is None:
         return None
     if name not in table:
         known = nearest(name, table) if table else "there is none yet"
+        for other, names in (("rounder", ROUNDER_OPTIONS), ("scaler", SCALER_OPTIONS)):
+            if name in names:
+                known = f"it is a {other} (on the command line --{_FLAGS[other]} {name})"
         raise RecipeError(f"no {kind} is called {name!r}: {known}")
     if given is None:
         return table[name]()

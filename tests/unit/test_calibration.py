@@ -150,6 +150,8 @@ def test_quantize_with_an_algorithm(dense: Path, tmp_path: Path, capsys: pytest.
     ("arguments", "message"),
     [
         (["--algorithm", "gptk"], "no rounder is called 'gptk': did you mean gptq"),
+        (["--algorithm", "teq"], "no rounder is called 'teq': it is a scaler (on the command line --scaler teq)"),
+        (["--scaler", "gptq"], "no scaler is called 'gptq': it is a rounder (on the command line --algorithm gptq)"),
         (["--algorithm", "plain_rtn", "--calibration", "default", "--length", "64"], "looks at no activations"),
         (["--samples", "4"], "--samples belongs to calibration"),
         (["--algorithm", "gptq", "--algorithm-option", "damping=2"], "a damping from 1e-06 to 1"),

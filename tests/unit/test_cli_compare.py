@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import resource
 from html.parser import HTMLParser
 from pathlib import Path
@@ -155,6 +156,25 @@ def test_a_page_for_which_there_is_no_room_leaves_the_one_before_and_the_table(
     captured = capsys.readouterr()
     assert f"{page} was not written: File too large" in captured.err and "three" in captured.out
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"] and page.read_text() == "before"
+
+
+def test_a_pipe_or_a_link_in_the_place_of_a_page_stays_one(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe, link, page = (tmp_path / name for name in ("pipe", "link.html", "page.html"))
+    os.mkfifo(pipe)
+    link.symlink_to(page)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for named in (pipe, link):
+            assert main(["compare", str(home / "four"), "--page", str(named)]) == OK
+        held = os.read(reader, 1 << 16)
+    finally:
+        os.close(reader)
+    assert b"</html>" in held and pipe.is_fifo()
+    assert link.is_symlink() and "</html>" in page.read_text()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link.html", "page.html", "pipe"]
+    capsys.readouterr()
 
 
 def test_whatever_is_plotted_is_well_formed() -> None:

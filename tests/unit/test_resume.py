@@ -15,7 +15,7 @@ import lowbit
 from lowbit.blockwise import Where
 from lowbit.calibration import Calibration
 from lowbit.cli import FAILED, INTERRUPTED, OK, main
-from lowbit.errors import CheckpointError, RecipeError
+from lowbit.errors import CheckpointError, RecipeError, one_line
 from lowbit.options import AwqOptions, GptqOptions
 from lowbit.quantize import quantize_
 from lowbit.recipe import recipe_named
@@ -76,6 +76,17 @@ def test_another_recipe_text_or_model_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r'begun with the recipe int3_g32 \(.*"int3_g32".*resumed with int4 .*"int4"'):
         other = GPTQ.replace(linear=recipe_named("int4").linear, name="int4")
         quantize_(tiny_model_in_memory("llama"), other, calibration=CALIBRATION, where=Where(tmp_path / "run"))
+    # In the one line of the command line both are named, however much a recipe says, and of options those that differ.
+    full = recipe_named("int4").replace(rounder="gptq", rounder_options=GptqOptions(damping=0.05, block_columns=64))
+    for other in (full, GPTQ.replace(rounder_options=GptqOptions(damping=0.05))):
+        with pytest.raises(RecipeError) as refused:
+            quantize_(tiny_model_in_memory("llama"), other, calibration=CALIBRATION, where=Where(tmp_path / "run"))
+        said = one_line(str(refused.value))
+        assert (
+            "begun with the recipe int3_g32 (" in said and f"resumed with {other.name or other.linear.name} (" in said
+        )
+        assert said.endswith("use the first recipe again")
+    assert '{"damping": 0.01}' in said and '{"damping": 0.05}' in said
     with pytest.raises(RecipeError, match=r"calibration tokens, 8 x 32 .* with tokens, 4 x 32"):
         quantize_(tiny_model_in_memory("llama"), GPTQ, calibration=Calibration(IDS[:4]), where=Where(tmp_path / "run"))
     with pytest.raises(RecipeError, match="begun with another model"):

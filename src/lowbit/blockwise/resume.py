@@ -38,6 +38,9 @@ from lowbit.swap import low_bit_module, replace_module
 
 _RUN = "run.json"
 _SAMPLED = 64
+# Fields of a recipe that are patterns, and how many letters of a refusal each recipe has.
+_LONG = ("overrides", "notes")
+_DESCRIBED = 80
 
 
 def model_digest(model: nn.Module) -> str:
@@ -147,12 +150,11 @@ def _check_same(path: Path, found: Any, asked: dict[str, Any]) -> None:
     """Refuse a run that is not the one which was begun, naming both."""
     if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
         raise CheckpointError(f"{path / _RUN} is damaged: begin again in another folder")
-    first, second = found["recipe"], asked["recipe"]
-    other = sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
-    if other:
+    first, second = _apart(found["recipe"], asked["recipe"])
+    if first:
         raise RecipeError(
-            f"{path} was begun with the recipe {_describe(first, other)} and cannot be resumed with "
-            f"{_describe(second, other)}: name another folder, or use the first recipe again"
+            f"{path} was begun with the recipe {_describe(found['recipe'], first)} and cannot be resumed with "
+            f"{_describe(asked['recipe'], second)}: name another folder, or use the first recipe again"
         )
     if found.get("digest") != asked["digest"]:
         raise RecipeError(
@@ -163,9 +165,23 @@ def _check_same(path: Path, found: Any, asked: dict[str, Any]) -> None:
         raise RecipeError(f"{path} was begun with another model than this one: name another folder")
 
 
-def _describe(recipe: dict[str, Any], fields: list[str]) -> str:
-    """The name of a saved recipe, and its fields that matter here."""
-    return f"{recipe.get('name', recipe.get('linear'))} ({json.dumps({key: recipe.get(key) for key in fields})})"
+def _apart(first: dict[str, Any], second: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What each of two says where they differ, long fields last; of options only those that do."""
+    one, other = {}, {}
+    for key in sorted(first.keys() | second.keys(), key=lambda key: (key in _LONG, key)):
+        here, there = first.get(key), second.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            here, there = _apart(here, there)
+        if here != there:
+            one[key], other[key] = here, there
+    return one, other
+
+
+def _describe(recipe: dict[str, Any], fields: dict[str, Any]) -> str:
+    """The name of a saved recipe, and its fields that matter here: so many that both fit into one sentence."""
+    said = json.dumps(fields)
+    said = said if len(said) <= _DESCRIBED else f"{said[:_DESCRIBED]}..."
+    return f"{recipe.get('name', recipe.get('linear'))} ({said})"
 
 
 def _damaged(path: Path) -> str:

@@ -96,21 +96,30 @@ def run(options: argparse.Namespace) -> int:
 
 def check_page(page: Path) -> None:
     """Refuse, before anything is measured, to write a page where none can be."""
-    folder = page.absolute().parent
+    folder = page.resolve().parent
     if page.is_dir():
         raise LowbitError(f"{page} is a folder: name a file for the page, {page / PAGE}")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not is_stream(page) and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise LowbitError(f"{page} cannot be written: {folder} is no folder that you may write to")
     if page.exists() and not os.access(page, os.W_OK):
         raise LowbitError(f"{page} is read-only for you: name another page")
 
 
+def is_stream(page: Path) -> bool:
+    """A pipe or a device (/dev/stdout, /dev/null), into which is written: a file in its place would take it from others."""
+    return page.exists() and not page.is_file()
+
+
 def write_page(page: Path, content: str) -> None:
-    """The whole page or nothing: one that lies there already stays until then."""
-    temporary = page.with_name(f".{page.name}.part")
+    """The whole page or nothing: one that lies there already stays until then, and so does a link to it."""
+    target = page.resolve()
+    temporary = target.with_name(f".{target.name}.part")
     try:
+        if is_stream(page):
+            page.write_text(content, encoding="utf-8")
+            return
         temporary.write_text(content, encoding="utf-8")
-        temporary.replace(page)
+        temporary.replace(target)
     except OSError as error:
         raise LowbitError(f"{page} was not written: {error.strerror or error}") from None
     finally:
