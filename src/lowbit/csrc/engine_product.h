@@ -50,6 +50,8 @@ int64_t room_for(const View& view, int64_t tokens, int compute);
 // Tokens that every form can be cut at.
 int64_t token_unit();
 
+constexpr int kNarrowBits = 6;
+
 // What an item of a product covers.
 struct Piece {
     int64_t token_begin, token_end, row_begin, row_end;
@@ -86,8 +88,9 @@ struct Task {
     // Whether gate and up of an item stay beside each other until they are joined, so that neither is written down.
     bool pairs_near() const;
     void run_near(int64_t item) const;
-    // Whether it may write bf16, which loses nothing beside what folding does, and halves what travels to memory and back.
-    bool narrows() const { return form && form->folded && (joins() || (!second && !mlp)) && !caps(); }
+    // Whether it may write bf16, which loses nothing beside what folding does, and halves what travels to memory and back. Not under weights
+    // of 8 bits, of whose loss it would be a twentieth, and which as w8a8 give what torch's layers give.
+    bool narrows() const { return form && form->folded && view.header->bits <= kNarrowBits && (joins() || (!second && !mlp)) && !caps(); }
     bool caps() const { return multiplier != 1.0f || soft_cap > 0.0f; }
 };
 
