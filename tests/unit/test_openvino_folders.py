@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +176,28 @@ def test_what_python_would_say_is_a_sentence(model: OVModelForCausalLM, tiny: Pa
         asked = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
         with pytest.raises(RecipeError, match=rf"^BitsAndBytesConfig is for .*: give load_in_{bits}bit=True instead$"):
             OVModelForCausalLM.from_pretrained(tiny, quantization_config=asked)
+
+
+@pytest.mark.parametrize("limit", [1 << 10, 64 << 10])  # the graph ends there; its weights do, behind some of it
+def test_a_folder_that_cannot_be_written_is_as_it_was(model: OVModelForCausalLM, tmp_path: Path, limit: int) -> None:
+    model.save_pretrained(tmp_path / "there")
+    (tmp_path / "there" / "mine.txt").write_text("stays")
+    held = {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()}
+    for name in ("there", "new"):
+        with largest_file(limit), pytest.raises(CheckpointError, match="could not"):
+            model.save_pretrained(tmp_path / name)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()} == held
+    assert not (tmp_path / "new").exists()
+    model.save_pretrained(tmp_path / "there")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()} == held
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

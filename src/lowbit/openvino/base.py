@@ -24,7 +24,8 @@ import transformers
 
 from lowbit.contents import CONFIG, GENERATION_CONFIG
 from lowbit.errors import CheckpointError, LowbitError, one_line
-from lowbit.openvino.folders import find_graph, has_source, make_folder, replace_graph, tell_what_was_done
+from lowbit.openvino.export import save_graph
+from lowbit.openvino.folders import find_graph, has_source, tell_what_was_done, whole_folder
 from lowbit.openvino.library import device as find_device
 from lowbit.openvino.library import halved, ov
 from lowbit.openvino.opening import compile_model, read_model
@@ -169,16 +170,22 @@ class OVModel(FromPretrained, transformers.PreTrainedModel):  # type: ignore[mis
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the graph and everything beside it, readable by `from_pretrained` and by OpenVINO's own tools."""
-        folder = make_folder(save_directory)
-        replace_graph(self._graph, folder / self.graph_name)
-        self.config.save_pretrained(folder)
-        if self.can_generate() and self.generation_config is not None:
-            self.generation_config.save_pretrained(folder)
-        if self.folder is not None and self.folder.resolve() != folder.resolve():
-            for pattern in _BESIDE:
-                for file in self.folder.glob(pattern):
-                    shutil.copy(file, folder / file.name)
-        tell_what_was_done(self._graph, folder)
+        target = Path(save_directory).expanduser()
+        with whole_folder(target) as folder:
+            for name, graph in self._to_save().items():
+                save_graph(graph, folder / name)
+            self.config.save_pretrained(folder)
+            if self.can_generate() and self.generation_config is not None:
+                self.generation_config.save_pretrained(folder)
+            if self.folder is not None and self.folder.resolve() != target.resolve():
+                for pattern in _BESIDE:
+                    for file in self.folder.glob(pattern):
+                        shutil.copy(file, folder / file.name)
+            tell_what_was_done(self._graph, folder)
+
+    def _to_save(self) -> dict[str, Any]:
+        """Graphs by the names of their files."""
+        return {self.graph_name: self._graph}
 
     @classmethod
     def _find(cls, model_id: str | Path, keywords: Mapping[str, Any]) -> Path | None:

@@ -24,8 +24,9 @@ import transformers
 from lowbit.errors import CheckpointError, LowbitError, RecipeError
 from lowbit.openvino.base import copy_graphs, device_name
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
+from lowbit.openvino.export import save_graph
 from lowbit.openvino.exporting import compress
-from lowbit.openvino.folders import make_folder, replace_graph
+from lowbit.openvino.folders import whole_folder
 from lowbit.openvino.library import halved
 from lowbit.openvino.opening import MODEL, has_graph, read_model
 from lowbit.openvino.picture_export import (
@@ -168,15 +169,16 @@ class OVDiffusionPipeline(FromPretrained):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write graphs, configurations, scheduler and tokenizers."""
-        folder = make_folder(save_directory)
-        for name, part in self.parts.items():
-            (folder / name).mkdir(exist_ok=True)
-            replace_graph(part.model, folder / name / MODEL)
-            write_config(part.config, folder / name)
-        write_rest(self.pipeline, folder, self.index | self._further())
-        if self.folder.resolve() != folder.resolve():
-            for file in self.folder.glob("tokenizer*/openvino_*"):
-                shutil.copy(file, folder / file.parent.name / file.name)
+        target = Path(save_directory).expanduser()
+        with whole_folder(target) as folder:
+            for name, part in self.parts.items():
+                (folder / name).mkdir()
+                save_graph(part.model, folder / name / MODEL)
+                write_config(part.config, folder / name)
+            write_rest(self.pipeline, folder, self.index | self._further())
+            if self.folder.resolve() != target.resolve():
+                for file in self.folder.glob("tokenizer*/openvino_*"):
+                    shutil.copy(file, folder / file.parent.name / file.name)
 
     def _further(self) -> dict[str, list[Any]]:
         """What the index says of the parts that are no graphs, of which some may have been exchanged."""

@@ -2,6 +2,7 @@
 
 find_graph(model_id, keywords)      the folder of a graph, on this disk or fetched from the hub
 replace_graph(graph, path)          its two files, put in their places once both are whole
+whole_folder(place)                 a folder whose files come into their places once all of them are whole
 tell_what_was_done(graph, folder)   openvino_config.json, from what the graph says of itself
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lowbit.openvino.compress import compression_report, is_compressed
 from lowbit.openvino.export import FORMATS, RECIPE, save_graph, write_ov_config
 from lowbit.openvino.opening import MODEL, has_graph
 
+_WRITING = ".lowbit-writing-"  # what a killed process leaves of it goes with the next one
 # What a folder is exported from: weights in one file, or in several with an index.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -50,10 +53,32 @@ def _belongs_to_a_graph(file: str) -> bool:
 
 def replace_graph(model: Any, path: Path) -> None:
     """Write a graph's two files. It may be reading its weights from the very files that it replaces."""
-    with TemporaryFolder(".lowbit-writing-", path.parent) as beside:
+    with whole_folder(path.parent) as beside:
         save_graph(model, beside / path.name)
-        for written in beside.iterdir():
-            written.replace(path.parent / written.name)
+
+
+@contextmanager
+def whole_folder(place: str | Path) -> Iterator[Path]:
+    """A folder to write into, beside what lies in `place`: its files go there one after the other when the block ends well."""
+    target = Path(place).expanduser()
+    is_new = not target.exists()
+    folder = make_folder(target)
+    try:
+        with TemporaryFolder(_WRITING, folder) as beside:
+            yield beside
+            for written in sorted(beside.rglob("*")):
+                if written.is_file():
+                    to = folder / written.relative_to(beside)
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    written.replace(to)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} could not be written ({error.strerror}): what lay there is as it was"
+        ) from error
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty: all went well
+                folder.rmdir()
 
 
 def make_folder(place: str | Path) -> Path:

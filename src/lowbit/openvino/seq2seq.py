@@ -24,7 +24,6 @@ from lowbit.openvino.base import GraphConfig, check_tokens, copy_graphs
 from lowbit.openvino.configs import OVQuantizationMethod, OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import example_of
 from lowbit.openvino.exporting import compress
-from lowbit.openvino.folders import replace_graph
 from lowbit.openvino.library import halved
 from lowbit.openvino.opening import compile_model, infer, read_model
 from lowbit.openvino.stepping import trace_decoder
@@ -188,11 +187,9 @@ class OVModelForSeq2SeqLM(OVTraced, transformers.GenerationMixin):  # type: igno
     def get_decoder(self) -> Any:
         return self.decoder
 
-    def save_pretrained(self, save_directory: str | Path, **keywords: Any) -> None:
-        """Write both graphs and everything beside them."""
+    def _to_save(self) -> dict[str, Any]:
         self._graph = self.decoder.model  # it may have been exchanged
-        super().save_pretrained(save_directory, **keywords)
-        replace_graph(self.encoder.model, Path(save_directory).expanduser() / ENCODER)
+        return super()._to_save() | {ENCODER: self.encoder.model}
 
     @classmethod
     def _graphs(cls, module: Any) -> dict[str, Any]:
