@@ -161,6 +161,7 @@ def test_optimum_cli(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kind"),
     [
+        ("", "f32"),
         ("--weight-format fp32 --task text-generation", "f32"),
         ("--weight-format int4 --sym --group-size 32 --ratio 0.8", "i4"),
         pytest.param("--int4 --group-size 32 --gptq --dataset wikitext2 --num-samples 4", "u4", marks=pytest.mark.slow),
