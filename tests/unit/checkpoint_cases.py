@@ -1,5 +1,8 @@
-"""What the tests of saving and loading share: tiny models in folders, and their logits."""
+"""What the tests of saving and loading share: tiny models in folders, their logits, and a disk that is full."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +25,14 @@ def make(family: str, folder: Path, **overrides: Any) -> Path:
 def logits(model: Any) -> torch.Tensor:
     result: torch.Tensor = model(IDS).logits
     return result
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """Every file that grows past the limit fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

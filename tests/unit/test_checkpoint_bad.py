@@ -1,10 +1,8 @@
 """Bad input: each case ends in one clear sentence, and nothing is half done."""
 
 import json
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from lowbit import CheckpointError
 from lowbit.checkpoint import exchange
 from lowbit.checkpoint.save import parse_size
 from lowbit.cli import FAILED, main
-from unit.checkpoint_cases import EVEN, make
+from unit.checkpoint_cases import EVEN, make, small_files
 
 pytestmark = pytest.mark.transformers
 Auto = lowbit.AutoModelForCausalLM
@@ -180,17 +178,6 @@ def test_a_pickle_that_is_cut(folders: Path, tmp_path: Path, capsys: pytest.Capt
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith(f"lowbit: error: {folder}")
     assert not (tmp_path / "out").exists()
-
-
-@contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """Every file that grows past the limit fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 WAYS = pytest.mark.parametrize("way", ["save_low_bit", "save_pretrained"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,6 +14,7 @@ import pytest
 from lowbit.cli import FAILED, OK, main
 from lowbit.cli.page import Plot, Point, Series, Table, html_page, svg_of
 from lowbit_assets import tiny_model
+from unit.checkpoint_cases import small_files
 
 SVG, HTML = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xhtml}"
 
@@ -147,12 +147,8 @@ def test_a_page_for_which_there_is_no_room_leaves_the_one_before_and_the_table(
 ) -> None:
     page = tmp_path / "page.html"
     page.write_text("before")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the page needs more
-    try:
+    with small_files(5000):  # the page needs more
         assert main(["compare", str(home / "four"), str(home / "three"), "--page", str(page)]) == FAILED
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     captured = capsys.readouterr()
     assert f"{page} was not written: File too large" in captured.err and "three" in captured.out
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"] and page.read_text() == "before"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from lowbit.openvino.library import device
 from lowbit.openvino.native import load as load_native
 from lowbit.openvino.opening import EXACT
 from lowbit_assets import tiny_model
+from unit.checkpoint_cases import small_files
 
 pytestmark = pytest.mark.transformers
 TOKENS = torch.tensor([[1, 90, 91, 92, 93, 94]])
@@ -184,20 +182,9 @@ def test_a_folder_that_cannot_be_written_is_as_it_was(model: OVModelForCausalLM,
     (tmp_path / "there" / "mine.txt").write_text("stays")
     held = {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()}
     for name in ("there", "new"):
-        with largest_file(limit), pytest.raises(CheckpointError, match="could not"):
+        with small_files(limit), pytest.raises(CheckpointError, match="could not"):
             model.save_pretrained(tmp_path / name)
     assert {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()} == held
     assert not (tmp_path / "new").exists()
     model.save_pretrained(tmp_path / "there")
     assert {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()} == held
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond so many bytes, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
