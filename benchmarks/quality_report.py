@@ -29,10 +29,10 @@ PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
     "hqq asym": (("hqq", "hqq"),),
     "gptq": (("llm-compressor", "gptq"), ("llm-compressor", "gptq mse")),
     "awq": (("llm-compressor", "awq"), ("auto-round", "awq")),
-    "autoround": (("auto-round", "autoround"),),
+    "autoround": (("auto-round", "autoround"), ("auto-round", "autoround ext")),
     "smoothquant": (("llm-compressor", "smoothquant"),),
 }
-TIMED = {"gptq": PAIRS["gptq"][:1], "autoround": PAIRS["autoround"]}
+TIMED = {"gptq": PAIRS["gptq"][:1], "autoround": PAIRS["autoround"][:1]}
 # "Clearly better": by more than so many standard errors of the difference.
 CLEAR = 3.0
 Row = dict[str, Any]

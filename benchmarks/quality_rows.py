@@ -87,7 +87,15 @@ PEERS: dict[tuple[str, str], tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ("auto-round", "opt-rtn"): ("autoround", {"iterations": 0, "optimised": True}, EVERY),
     ("auto-round", "awq"): ("autoround", {"iterations": 0, "algorithm": "awq"}, EVERY),
     ("auto-round", "autoround"): ("autoround", {"iterations": 200}, EVERY),
+    # Off by default: a searched first scale by importance, and a loss without outliers. Symmetric formats alone have them.
+    ("auto-round", "autoround ext"): ("autoround", {"iterations": 200, "extended": True}, USUAL),
     ("auto-round", "autoround asym"): ("autoround", {"iterations": 200, "symmetric": False}, FEW_BITS),
+    # Off by default too: scale and zero point searched together.
+    ("auto-round", "autoround asym searched"): (
+        "autoround",
+        {"iterations": 200, "symmetric": False, "searched": True},
+        FEW_BITS,
+    ),
     ("llm-compressor", "gptq"): ("llmcompressor", {"algorithm": "gptq"}, EVERY),
     # Its scales reach from end to end by default; these search them, which few bits live by.
     ("llm-compressor", "gptq mse"): ("llmcompressor", {"algorithm": "gptq", "observer": "memoryless_mse"}, USUAL),

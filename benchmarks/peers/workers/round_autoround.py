@@ -1,7 +1,8 @@
 """auto-round, by its own defaults. Settings: `bits`, `group`, `symmetric`, `iterations`.
 
-Without iterations: `algorithm` awq, or rounding to nearest, `optimised` or not. It casts a model to bf16 before
-it rounds, and what is read back is bf16 too, unless `amp` is false.
+With iterations: `extended` by its extension for few bits, `searched` from scales and zero points of its joint search.
+Without: `algorithm` awq, or rounding to nearest, `optimised` or not. It casts a model to bf16 before it rounds, and what
+is read back is bf16 too, unless `amp` is false.
 """
 
 import rounding
@@ -17,6 +18,10 @@ def round_model(settings, given, tokens, meter):
         more = {"algorithm": settings["algorithm"]}
     elif not settings["iterations"]:
         more = {"disable_opt_rtn": not settings["optimised"], "disable_model_free": True}
+    if settings.get("extended"):
+        more["enable_alg_ext"] = True
+    if settings.get("searched"):
+        more["enable_neuqi"] = True
     if "amp" in settings:
         more["amp"] = settings["amp"]
     with meter:
