@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -341,3 +342,33 @@ def test_a_processor_without_avx2_says_so_once() -> None:
         assert np.abs(engine.prefill([5, 6, 7]) - expected).max() < 1e-4
     with pytest.raises(KernelError, match="has no instruction set 'avx9000'"):
         calls.set_instruction_set("avx9000")
+
+
+BESIDE = """
+import os, sys, time
+import numpy as np
+from lowbit.core import threads
+from lowbit.runtime import load
+threads.set_threads(2)
+engine = load(sys.argv[1], context=128).engine
+for _ in range(6):
+    time.sleep(0.01)  # workers sleep, and are woken by who works
+    engine.reset()
+    engine.prefill(range(3, 67))
+    engine.continue_greedy(5, 8)
+print([sorted(os.sched_getaffinity(int(name))) for name in os.listdir("/proc/self/task")])
+"""
+
+
+@pytest.mark.parametrize("allowed", [CORES, CORES[:1]], ids=["all cores", "one core"])
+def test_threads_keep_the_processors_they_were_given(allowed: list[int], tmp_path: Path) -> None:
+    """While a step runs its threads keep off each other's processors; before and after they have what the user gave them."""
+    folder = tiny_model_folder("llama", tmp_path / "model")
+    given = f"import os; os.sched_setaffinity(0, {set(allowed)})\n" + BESIDE
+    done = subprocess.run(
+        [sys.executable, "-c", given, str(folder)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) >= 2
+    assert all(cores == allowed for cores in found)

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "stretches.h"
+#include "place.h"
 #include "threads.h"
 
 namespace lowbit {
@@ -30,6 +31,7 @@ public:
         if (size == 1) return body(0);
         parallel_for(size, 1, [&](int64_t begin, int64_t end, int) {
             if (end - begin > 1) team.size_ = 1;  // the pool runs everything on one thread
+            const AtHome home{team.own_[static_cast<size_t>(begin)].place};
             body(static_cast<int>(begin));
         }, size);
     }
@@ -65,14 +67,16 @@ public:
     template <class Body>
     void share_stretches(int member, int64_t items, const Body& body) {
         const uint32_t stage = generation_.load(std::memory_order_relaxed) % 2;
-        take_stretches(member, size_, items, [&](int owner) -> Stretch& { return stretches_[static_cast<size_t>(owner)].of_stage[stage]; }, body);
+        take_stretches(member, size_, items, [&](int owner) -> Stretch& { return own_[static_cast<size_t>(owner)].of_stage[stage]; }, body);
     }
 
     // Wait for everybody; the counters of items start again at 0. `idle` is told how often it was called while waiting.
     template <class Serial, class Idle>
     void meet(int member, const Serial& serial, const Idle& idle) {
         const uint32_t generation = generation_.load(std::memory_order_relaxed);
-        stretches_[static_cast<size_t>(member)].of_stage[(generation + 1) % 2].reset();
+        Own& own = own_[static_cast<size_t>(member)];
+        own.of_stage[(generation + 1) % 2].reset();
+        own.place.note();
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
             serial();
             next_.store(0, std::memory_order_relaxed);
@@ -86,30 +90,36 @@ public:
             __builtin_ia32_pause();
 #endif
             idle(spins);
-            if (spins > kPatience) sleep_while(generation);
+            if (spins > kPatience) sleep_while(generation, member);
         }
     }
 
 private:
-    // One for this stage and one for the next, which is set back before anybody can enter it.
-    struct alignas(64) Stretches {
-        Stretch of_stage[2];
+    // However a member's work ends.
+    struct AtHome {
+        Place& place;
+        ~AtHome() { place.restore(); }
+    };
+
+    struct alignas(64) Own {
+        Stretch of_stage[2];  // one for this stage and one for the next, which is set back before anybody can enter it
+        Place place;
     };
 
     void start(int size) {
         size_ = size;
         arrived_.store(0);
         next_.store(0);
-        if (static_cast<size_t>(size) > stretches_.size()) stretches_ = std::vector<Stretches>(static_cast<size_t>(size));
-        for (Stretches& stretches : stretches_)
-            for (Stretch& stretch : stretches.of_stage) stretch.reset();
+        if (static_cast<size_t>(size) > own_.size()) own_ = std::vector<Own>(static_cast<size_t>(size));
+        for (Own& own : own_)
+            for (Stretch& stretch : own.of_stage) stretch.reset();
     }
 
     // About 17 microseconds, beyond any stage's imbalance on a quiet machine. On a busy one the missing thread has lost its core,
     // and a sleeper keeps its own share of time for later where a spinner would waste it.
     static constexpr int kPatience = 600;
 
-    void sleep_while(uint32_t generation) {
+    void sleep_while(uint32_t generation, int member) {
         sleepers_.fetch_add(1);
 #if defined(__linux__)
         syscall(SYS_futex, reinterpret_cast<uint32_t*>(&generation_), FUTEX_WAIT_PRIVATE, generation, nullptr, nullptr, 0);
@@ -117,6 +127,7 @@ private:
         if (generation_.load() == generation) sched_yield();
 #endif
         sleepers_.fetch_sub(1);
+        Place::settle(member, size_, [&](int other) -> Place& { return own_[static_cast<size_t>(other)].place; });
     }
     void wake_all() {
 #if defined(__linux__)
@@ -129,7 +140,7 @@ private:
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> generation_{0};
     std::atomic<int> sleepers_{0};
-    std::vector<Stretches> stretches_;
+    std::vector<Own> own_;
 };
 
 }  // namespace lowbit

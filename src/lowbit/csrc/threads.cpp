@@ -14,6 +14,7 @@
 
 #include "error.h"
 #include "machine_limits.h"
+#include "place.h"
 #include "stretches.h"
 
 namespace lowbit {
@@ -38,8 +39,9 @@ struct Job {
     Sharing sharing = Sharing::kInTurn;
 };
 
-struct alignas(64) OwnStretch {
+struct alignas(64) Own {
     Stretch stretch;
+    Place place;
 };
 
 thread_local bool inside_job = false;
@@ -48,6 +50,7 @@ class Pool {
 public:
     explicit Pool(int threads) : process_(getpid()) {
         workers_.reserve(static_cast<size_t>(threads));
+        own_ = std::vector<Own>(static_cast<size_t>(threads));
         for (int i = 1; i < threads; ++i) {
             try {
                 workers_.emplace_back([this, i] { work(i); });
@@ -57,7 +60,6 @@ public:
                 break;
             }
         }
-        stretches_ = std::vector<OwnStretch>(workers_.size() + 1);
     }
 
     ~Pool() {
@@ -76,7 +78,8 @@ public:
         std::lock_guard<std::mutex> one_job(run_mutex_);
         job_ = job;
         next_.store(0, std::memory_order_relaxed);
-        for (OwnStretch& own : stretches_) own.stretch.reset();
+        for (Own& own : own_) own.stretch.reset();
+        own_[0].place.note();
         running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
         generation_.fetch_add(1);
         if (sleepers_.load() > 0) {
@@ -94,11 +97,13 @@ public:
     }
 
 private:
+    int size() const { return static_cast<int>(workers_.size()) + 1; }
+
     void claim(int thread) {
         inside_job = true;
         if (job_.sharing == Sharing::kStretches) {
             const int64_t parts = (job_.items + job_.grain - 1) / job_.grain;
-            take_stretches(thread, static_cast<int>(stretches_.size()), parts, [&](int owner) -> Stretch& { return stretches_[static_cast<size_t>(owner)].stretch; },
+            take_stretches(thread, size(), parts, [&](int owner) -> Stretch& { return own_[static_cast<size_t>(owner)].stretch; },
                            [&](int64_t part, int64_t) { run_part(part * job_.grain, thread); });
         } else {
             for (;;) {
@@ -122,14 +127,15 @@ private:
     void work(int thread) {
         uint64_t seen = 0;
         for (;;) {
-            seen = await_generation(seen);
+            seen = await_generation(seen, thread);
             if (stopping_.load()) return;
             claim(thread);
+            own_[static_cast<size_t>(thread)].place.restore();
             running_.fetch_sub(1, std::memory_order_release);
         }
     }
 
-    uint64_t await_generation(uint64_t seen) {
+    uint64_t await_generation(uint64_t seen, int thread) {
         for (int spins = 0; spins < kSpins; ++spins) {
             const uint64_t now = generation_.load(std::memory_order_acquire);
             if (now != seen) return now;
@@ -139,12 +145,14 @@ private:
         sleepers_.fetch_add(1);
         wake_.wait(lock, [&] { return generation_.load() != seen; });
         sleepers_.fetch_sub(1);
+        lock.unlock();
+        Place::settle(thread, size(), [&](int member) -> Place& { return own_[static_cast<size_t>(member)].place; });
         return generation_.load();
     }
 
     const pid_t process_;
     std::vector<std::thread> workers_;
-    std::vector<OwnStretch> stretches_;  // of each worker and of who called
+    std::vector<Own> own_;  // of who called and of each worker
     std::mutex run_mutex_, sleep_mutex_, thrown_mutex_;
     std::exception_ptr thrown_;
     std::condition_variable wake_;

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <thread>
 
+#include "place.h"
 #include "tiny_llama.h"
 
 namespace check {
@@ -130,6 +131,41 @@ void check_intruder(lowbit_engine* engine, const std::vector<int32_t>& tokens, c
     EXPECT(wrong.load() == 0 && served.load() > 0 && lowbit_engine_length(engine, 0) == served.load());
 }
 
+cpu_set_t processors() {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    EXPECT(sched_getaffinity(0, sizeof set, &set) == 0);
+    return set;
+}
+
+// One thread in the places of two: who wakes up beside another leaves its processor for as long as the work takes, where it may.
+void check_places() {
+    const cpu_set_t before = processors();
+    int first = 0, second;
+    while (!CPU_ISSET(first, &before)) ++first;
+    for (second = first + 1; second < CPU_SETSIZE && !CPU_ISSET(second, &before);) ++second;
+    lowbit::Place places[2];
+    const auto of = [&](int member) -> lowbit::Place& { return places[member]; };
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(first, &set);
+    EXPECT(sched_setaffinity(0, sizeof set, &set) == 0);
+    places[0].note();
+    lowbit::Place::settle(1, 2, of);  // no other processor is allowed
+    const cpu_set_t alone = processors();
+    EXPECT(CPU_EQUAL(&alone, &set));
+    if (second < CPU_SETSIZE) {
+        CPU_SET(second, &set);
+        EXPECT(sched_setaffinity(0, sizeof set, &set) == 0);
+        lowbit::Place::settle(1, 2, of);
+        EXPECT(sched_getcpu() == second);
+        places[1].restore();
+        const cpu_set_t after = processors();
+        EXPECT(CPU_EQUAL(&after, &set));
+    }
+    EXPECT(sched_setaffinity(0, sizeof before, &before) == 0);
+}
+
 void check_one_engine() {
     const TinyLlama llama(nullptr);
     const lowbit_engine_options made = options(4096, 1, LOWBIT_CACHE_FP32, LOWBIT_COMPUTE_FP32, 512);
@@ -146,6 +182,7 @@ void check_one_engine() {
 }  // namespace
 
 void check_threads() {
+    check_places();
     check_meeting();
     check_one_engine();
 }
