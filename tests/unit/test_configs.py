@@ -90,6 +90,8 @@ def test_what_they_mean() -> None:
     assert (awq.linear.name, awq.scaler_options) == ("int4_asym_g32", AwqOptions(scale=False))
     assert AwqConfig(auto_scale=False, auto_clip=False).to_recipe().scaler == ""
     assert AwqConfig(zero_point=False).scheme == "sym" and TeqConfig().to_recipe().scaler_options == TeqOptions()
+    for sym in (True, False):
+        assert AwqConfig(sym=sym).sym is AwqConfig(sym=sym, zero_point=not sym).sym is sym
     tuned = AutoRoundConfig(calib_iters=50, lr=0.01, gradient_accumulate_steps=2, disable_quanted_input=False)
     assert tuned.to_recipe().rounder_options == AutoRoundOptions(50, 16, 0.01, enable_quanted_input=True)
     assert AutoRoundConfig().to_recipe().rounder_options == AutoRoundOptions(enable_quanted_input=False)
@@ -144,6 +146,11 @@ def test_each_field_that_changes_nothing(kind: type[WeightOnlyConfig], name: str
         (lambda: GPTQConfig(damp_percent=1.0), "damp_percent between 0 and 1"),
         (lambda: GPTQConfig(n_samples=0), "n_samples from 1 up, and was given 0"),
         (lambda: AutoRoundConfig(iters=100, calib_iters=50), "iters=100 and calib_iters=50 contradict each other"),
+        (
+            lambda: AwqConfig(sym=True, zero_point=True),
+            "sym=True and zero_point=True contradict each other, .*: leave one of them out, or say zero_point=False for sym=True",
+        ),
+        (lambda: AwqConfig(sym=False, zero_point=False), "sym=False and zero_point=False contradict each other"),
         (lambda: AutoRoundConfig(lr=-1.0), "rates are positive"),
         (lambda: RtnConfig().update(bits=9), "takes 2 to 8 bits, and was given 9"),
     ],

@@ -43,8 +43,8 @@ With --against, the distance from the original too.
 Writes one HTML page with plots of the error by layer and of the quality by size; it needs no network and no script."""
 EXAMPLES = """\
   lowbit compare ./small ./smaller                                        sizes and errors by layer
-  lowbit compare ./int4 ./int3 ./nf4 --text moby_dick.txt --windows 20    and perplexity by size
-  lowbit compare ./int4 ./int3 --text moby_dick.txt --against ./SmolLM2-135M --page quality.html
+  lowbit compare ./int4 ./int3 ./nf4 --text moby_dick --windows 20    and perplexity by size
+  lowbit compare ./int4 ./int3 --text moby_dick --against ./SmolLM2-135M --page quality.html
   lowbit compare ./int4 ./int3 --json > quality.json                      the figures for a script"""
 PAGE = Path("comparison.html")
 # Recipes further apart than this are told by factors.

