@@ -26,9 +26,10 @@ Item = TypeVar("Item")
 
 
 class Advance(Protocol):
-    """Told after each step; one that was `ready` already says nothing of the time that the others take."""
+    """Told after each step; one that was `ready` already says nothing of the time that the others take. With a `part` none
+    has ended: so many of those to come are done, which end together."""
 
-    def __call__(self, what: str, ready: bool = False) -> None: ...
+    def __call__(self, what: str, ready: bool = False, part: float | None = None) -> None: ...
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def counted(
             advance("")
 
 
-def _silent(what: str, ready: bool = False) -> None:
+def _silent(what: str, ready: bool = False, part: float | None = None) -> None:
     pass
 
 
@@ -73,20 +74,26 @@ class Pace:
     def __init__(self, total: int | None, now: float) -> None:
         self.total, self.start, self.last = total, now, now
         self.done = self.ready = 0
+        self.part = 0.0
+
+    def work(self, part: float, now: float) -> None:
+        """So much of the steps to come is done."""
+        self.part, self.last = part, now
 
     def step(self, now: float, ready: bool = False) -> None:
         self.done, self.last = self.done + 1, now
+        self.part = max(self.part - 1, 0.0)
         self.ready += ready
         if ready and self.ready == self.done:
             self.start = now
 
     def left(self, now: float) -> float | None:
-        """Seconds until the last step, or None before the first."""
-        made = self.done - self.ready
+        """Seconds until the last step, or None before any of the first."""
+        made = self.done - self.ready + self.part
         if self.total is None or not made:
             return None
         each = (self.last - self.start) / made
-        return max(each * (self.total - self.done) - (now - self.last), 0.0)
+        return max(each * (self.total - self.done - self.part) - (now - self.last), 0.0)
 
 
 def clock_text(seconds: float | None) -> str:
@@ -115,9 +122,12 @@ class _Bar:
         self.timer.daemon = True
         self.timer.start()
 
-    def advance(self, what: str, ready: bool = False) -> None:
+    def advance(self, what: str, ready: bool = False, part: float | None = None) -> None:
         self.what = what
-        self.pace.step(time.monotonic(), ready)
+        if part is None:
+            self.pace.step(time.monotonic(), ready)
+        else:
+            self.pace.work(part, time.monotonic())
         if self.update is not None:
             self.update()
 
@@ -136,7 +146,9 @@ class _Bar:
             if self.closed:
                 return
             self.stop = drawn.stop
-            self.update = lambda: drawn.update(task, completed=self.pace.done, what=self.what, refresh=self.still)
+            self.update = lambda: drawn.update(
+                task, completed=self.pace.done + self.pace.part, what=self.what, refresh=self.still
+            )
             drawn.start()
             self.update()  # a step that ended meanwhile
 

@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from rich.progress import Progress, TaskID
 from transformers.utils import logging as transformers_logging
 
 import lowbit
@@ -91,6 +93,49 @@ def test_the_time_left_of_steps_that_take_minutes() -> None:
     assert Pace(None, 0.0).left(1.0) is None
 
 
+def test_the_time_left_of_steps_that_end_together() -> None:
+    """A block of seven weights whose tuning takes minutes: half of it says how long all of them will take."""
+    pace = Pace(14, now=0.0)
+    pace.work(0.0, 5.0)
+    assert pace.left(5.0) is None
+    pace.work(3.5, 60.0)
+    assert pace.left(60.0) == pytest.approx(180)
+    pace.work(7.0, 120.0)
+    left = []
+    for _ in range(7):
+        pace.step(120.0)
+        left.append(pace.left(120.0))
+    assert left == pytest.approx([120.0] * 7) and (pace.done, pace.part) == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--algorithm", "autoround", "--algorithm-option", "iterations=3"], ["layers.0: autoround 2 of 3"]),
+        (["--scaler", "teq", "--scaler-option", "steps=3"], ["layers.1: teq 3 of 3"]),
+        (["--scaler", "awq", "--algorithm", "gptq"], ["layers.1: awq, group 3 of 4", "o_proj without a scale"]),
+    ],
+)
+def test_long_work_inside_a_block_shows_how_far_it_is(
+    words: list[str], shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("llama", tmp_path / "dense", **EVEN)
+    monkeypatch.setattr("lowbit.progress.PATIENCE_SECONDS", 0)
+    monkeypatch.setenv("COLUMNS", "160")
+    seen: list[str] = []
+    draw = Progress.update
+
+    def noting(self: Progress, task: TaskID, **fields: Any) -> None:
+        seen.append(fields["what"])
+        draw(self, task, **fields)
+
+    monkeypatch.setattr(Progress, "update", noting)
+    given = ["--calibration", "sqlite_valid", "--samples", "2", "--length", "16"]
+    with terminal():
+        assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "low"), *words, *given]) == OK
+    assert [text for text in shown if not any(text in one for one in seen)] == []
+
+
 def test_the_time_left_is_drawn() -> None:
     with terminal() as stream, progress("packing", 3, patience=0.01) as advance:
         wait_for("-:--:--", stream)
@@ -136,15 +181,23 @@ def test_a_calibrated_run_takes_one_step_for_each_weight(
     """Also where a block is rounded twice, or all at once; what an earlier run has finished was ready at the start."""
     steps: list[tuple[str, bool]] = []
     totals: list[int] = []
+    parts: list[float] = []
+    largest: list[float] = []
 
     @contextlib.contextmanager
     def counting(label: str, total: int, show: bool | None = None) -> Iterator[Callable[..., None]]:
         totals.append(total)
         with progress(label, total, show) as advance:
 
-            def step(name: str, ready: bool = False) -> None:
-                steps.append((name, ready))
-                advance(name, ready=ready)
+            def step(name: str, ready: bool = False, part: float | None = None) -> None:
+                if part is None:
+                    steps.append((name, ready))
+                    parts.clear()
+                else:
+                    assert part >= max(parts, default=0.0), "what was done is done"
+                    parts.append(part)
+                    largest.append(part)
+                advance(name, ready, part)
 
             yield step
 
@@ -160,6 +213,8 @@ def test_a_calibrated_run_takes_one_step_for_each_weight(
         quantize_(model, recipe, calibration=tokens, where=Where(resume=tmp_path / "run"))
         assert sorted(name for name, _ in steps) == sorted(paths) and totals[-1] == len(paths)
         assert sum(ready for _, ready in steps) == before
+    # Seven weights of a block end together where they are tuned together; the first time of two is half of them.
+    assert max(largest) == {"gptq": 3.5, "autoround": 7, "rtn": 0}[rounder]
 
 
 def commands(folder: Path) -> dict[str, tuple[list[str], list[str]]]:

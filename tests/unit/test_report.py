@@ -8,11 +8,30 @@ from typing import Any
 
 import pytest
 
+from lowbit.cli.output import Output
+from lowbit.cli.report import print_report
 from lowbit.errors import CheckpointError
 from lowbit.report import LayerReport, Report, Skipped
 
 ROW = LayerReport("model.layers.0.mlp.up_proj", "linear", "int4", [8, 64], 1024, 288, 0.07, "core", "a note")
 REPORT = Report("int4", [ROW], [Skipped("lm_head", "asked for", 99)], 12, 6, 1.5)
+
+
+def test_what_is_remarked_of_many_weights_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(path: str, note: str) -> LayerReport:
+        return LayerReport(path, "linear", "int4", [8, 64], 1024, 288, 0.07, "core", note)
+
+    blocks = [row(f"model.layers.{i}.mlp.{name}", f"block {i}") for i in range(14) for name in ("up_proj", "down_proj")]
+    report = Report("int4", [*blocks, row("lm_head", ""), row("a.q", "both"), row("b.q", "both")])
+    print_report(Output(False), report)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes[:2] == [f"note: 2 weights of model.layers.{i}.mlp: block {i}" for i in (0, 1)]
+    assert len(notes) == 13 and notes[-1] == "note: 3 more (--all shows them)"
+    print_report(Output(False), report, everything=True)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 30 and notes[0] == "note: model.layers.0.mlp.up_proj: block 0" and "b.q: both" in notes[-1]
+    print_report(Output(False), Report("int4", report.layers[-3:]))
+    assert "note: 2 weights of the model: both" in capsys.readouterr().out
 
 
 def test_there_and_back() -> None:

@@ -35,7 +35,7 @@ from torch import nn
 
 from lowbit.algorithms.rtn import floored, round_to_nearest
 from lowbit.algorithms.statistics import Statistics
-from lowbit.algorithms.table import BlockWork, Rounded
+from lowbit.algorithms.table import BlockWork, Rounded, Tell, unheard
 from lowbit.bits import pack_codes
 from lowbit.errors import RecipeError
 from lowbit.formats import Format
@@ -62,6 +62,7 @@ def tune_block(
     targets: Sequence[torch.Tensor],
     options: AutoRoundOptions = _DEFAULTS,
     importance: Mapping[str, torch.Tensor] | None = None,
+    tell: Tell = unheard,
 ) -> dict[str, PackedTensor]:
     """Pack linears of a block, named by their paths in it, so that it gives the targets when it is called like that.
 
@@ -74,7 +75,7 @@ def tune_block(
     start = text.losses(tuned)
     kept, least = _copy(tuned), float(start.sum())
     with torch.enable_grad():
-        best = _descend(text, tuned, start, options)
+        best = _descend(text, tuned, start, options, tell)
     # Not a single mini-batch but all rows decide which parameters are kept, and whether the tuning was worth it.
     for parameters in (_copy(tuned), best):
         _restore(tuned, parameters)
@@ -93,7 +94,7 @@ def round_in_block(work: BlockWork, options: AutoRoundOptions) -> dict[str, Roun
     calls = work.calls if options.enable_quanted_input else work.full_calls
     importance = mean_squares(work.block, calls, linears)
     seen = {path: format for path, format in linears.items() if path in importance}
-    tuned = tune_block(work.block, seen, calls, work.targets, options, importance) if seen else {}
+    tuned = tune_block(work.block, seen, calls, work.targets, options, importance, work.tell) if seen else {}
     return {path: Rounded(packed) for path, packed in tuned.items()}
 
 
@@ -263,7 +264,7 @@ class _Rows:
 
 
 def _descend(
-    text: _Rows, tuned: Mapping[str, _Tuned], start: torch.Tensor, options: AutoRoundOptions
+    text: _Rows, tuned: Mapping[str, _Tuned], start: torch.Tensor, options: AutoRoundOptions, tell: Tell
 ) -> list[torch.Tensor]:
     """Tune in place; the copy of the parameters with the least relative loss that was met."""
     bits = min(weight.format.bits for weight in tuned.values())
@@ -279,6 +280,7 @@ def _descend(
         left = 1 - iteration / options.iterations
         for weight in tuned.values():
             weight.step_(rate * left, range_rate * left)
+        tell(f"autoround {iteration + 1} of {options.iterations}", (iteration + 1) / options.iterations)
     return best
 
 

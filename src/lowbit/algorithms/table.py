@@ -28,6 +28,13 @@ class Rounded:
     note: str = ""
 
 
+Tell = Callable[[str, float], None]
+
+
+def unheard(what: str, share: float) -> None:
+    """Nobody wants to know how far the work is."""
+
+
 @dataclass
 class BlockWork:
     """One block, and what an algorithm that sees all of it needs.
@@ -35,7 +42,7 @@ class BlockWork:
     `formats` names the linears to be rounded by their path inside the block, `experts` the weights of fused experts, and
     `shared` the parameters that belong to another block too. `calls` come out of the blocks before as they are after
     rounding; `targets` is what the block gives in full precision, and `full_calls` what it is called with there, for a row
-    that asks for them.
+    that asks for them. `tell` hears what is being done, and which share of the block's rounding that makes.
     """
 
     block: nn.Module
@@ -45,6 +52,7 @@ class BlockWork:
     full_calls: list[Call] = field(default_factory=list)
     experts: dict[str, Format] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
+    tell: Tell = unheard
 
 
 RoundWeight = Callable[[torch.Tensor, Format, Statistics | None, Any], Rounded]

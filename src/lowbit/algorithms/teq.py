@@ -71,6 +71,7 @@ def train_scales(
             torch.autograd.backward(training.error(training.weights(logs), index))
         optimizer.step()
         falling.step()
+        work.tell(f"teq {step} of {options.steps}", 0.0)
         if step % every == 0 or step == options.steps:
             loss = training.loss(logs)
             if loss < after:

@@ -51,7 +51,8 @@ def scale_groups_(work: BlockWork, scaler: str, tokens: int, search: Search) -> 
     """Search and fold a scale for each group of a block, one after another. Gives a note for each weight."""
     formats = work.formats | work.experts
     groups, notes = groups_of(work, scaler)
-    for group in groups:
+    for place, group in enumerate(groups, 1):
+        work.tell(f"{scaler}, group {place} of {len(groups)}", 0.0)
         asked = [name for name in group.linears if name in formats]
         if not asked:
             continue

@@ -86,7 +86,8 @@ class BlockRounding:
         self.rows: list[LayerReport] = []
         self.packed: dict[str, list[PackedWeight]] = {}
         self.notes: dict[str, str] = {}
-        self.counts = True
+        # A block that is rounded twice is half done after the first time, whose weights are no steps of the work.
+        self.counts, self.twice, self.tried, self.share = True, False, 0, 0.0
 
     def round_(self) -> None:
         for path, chosen in self.chosen.items():
@@ -107,7 +108,7 @@ class BlockRounding:
         """Round the block as it is, and scaled; keep what is nearer to the block in full precision."""
         wanted = self.targets or self._run_all(self.calls)
         before = {name: parameter.clone() for name, parameter in self.block.named_parameters()}
-        self.counts = False
+        self.counts, self.twice = False, True
         self._round_linears_()
         plain = self._attempt(wanted, "plain")
         self._put_back_(before)
@@ -162,7 +163,7 @@ class BlockRounding:
         outside = {id(p) for name, p in everything if not name.startswith(f"{self.name}.")}
         shared = frozenset(name for name, parameter in own.items() if id(parameter) in outside)
         targets = list(map(loaded, self.targets))
-        return BlockWork(self.block, formats, self.calls, targets, self.full_calls, experts, shared)
+        return BlockWork(self.block, formats, self.calls, targets, self.full_calls, experts, shared, self._tell)
 
     def _round_linears_(self) -> None:
         done: set[str] = set()
@@ -275,3 +276,13 @@ class BlockRounding:
     def _advance(self, path: str) -> None:
         if self.counts:
             self.job.advance(path)
+        else:
+            self.tried += 1
+            self._tell(f"{path.removeprefix(f'{self.name}.')} without a scale", self.tried / len(self.chosen))
+
+    def _tell(self, what: str, share: float) -> None:
+        """What is being done to the block, and how much of this rounding is done."""
+        if self.twice:
+            share = (share + self.counts) / 2
+        self.share = max(self.share, share)
+        self.job.advance(f"{self.name}: {what}", part=len(self.chosen) * self.share)

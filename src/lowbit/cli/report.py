@@ -25,9 +25,7 @@ def print_report(output: Output, report: Report, everything: bool = False) -> No
         output.table(_HEADERS, [_row(layer) for layer in report.layers], right=_RIGHT)
     else:
         print_errors(output, report)
-    notes = [layer for layer in report.layers if layer.note]
-    for layer in notes if everything else notes[:SKIPPED_SHOWN]:
-        output.say(f"note: {layer.path}: {layer.note}")
+    print_notes(output, report, everything)
     print_skipped(output, report, everything)
 
 
@@ -85,6 +83,35 @@ def _short(weights: list[str]) -> list[str]:
     """Names of weights without the modules around them, where that leaves them apart."""
     short = [name.rpartition(".")[2] for name in weights]
     return short if len(set(short)) == len(short) else weights
+
+
+def print_notes(output: Output, report: Report, everything: bool) -> None:
+    """What is remarked of the packed weights; what is said of several is said once, unless everything is asked for."""
+    if everything:
+        for layer in report.layers:
+            if layer.note:
+                output.say(f"note: {layer.path}: {layer.note}")
+        return
+    paths: dict[str, list[str]] = {}
+    for layer in report.layers:
+        if layer.note:
+            paths.setdefault(layer.note, []).append(layer.path)
+    for note in list(paths)[:SKIPPED_SHOWN]:
+        output.say(f"note: {_all_of(paths[note])}: {note}")
+    if len(paths) > SKIPPED_SHOWN:
+        output.say(f"note: {len(paths) - SKIPPED_SHOWN} more (--all shows them)")
+
+
+def _all_of(paths: list[str]) -> str:
+    """One path, or how many there are below what they share."""
+    if len(paths) == 1:
+        return paths[0]
+    shared = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return f"{len(paths)} weights of {'.'.join(shared) or 'the model'}"
 
 
 def print_skipped(output: Output, report: Report, everything: bool) -> None:
