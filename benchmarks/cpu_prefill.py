@@ -15,7 +15,7 @@ PROMPT, LONG_PROMPT = Task("prefill", 512), Task("prefill", 4096)
 FASTEST = ("llama.cpp", "ik_llama.cpp", "OpenVINO")
 
 ROWS = (
-    Row("prefill 512, 1.1 B, 4 bit", LARGE, 4, PROMPT, ratio=1.15, peak=0.60, amx_ratio=3.0),
+    Row("prefill 512, 1.1 B, 4 bit", LARGE, 4, PROMPT, ratio=1.15, peak=0.60, amx_ratio=3.0, amx_products=0.40),
     Row("prefill 512, SmolLM2, 4 bit", SMALL, 4, PROMPT, ratio=1.15, peak=0.60, amx_ratio=1.3),
     Row(
         "prefill 4096, 1.1 B, 4 bit",

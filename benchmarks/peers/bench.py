@@ -69,7 +69,7 @@ def run(name: str, title: str, rows: Sequence[Row], chosen: argparse.Namespace) 
         def measure_and_explain(row: Row) -> dict[str, Any]:
             found = measure(row, place, limits, chosen)
             judged = judge(row, data["rows"] | {row.name: found}, read_quality(chosen.results), on_tiles(data))
-            if (chosen.profile or judged.missed) and judged.ours:
+            if (chosen.profile or judged.missed or row.amx_products) and judged.ours:
                 found["profile"] = profile(row, place, judged.ours["name"])
             return found
 

@@ -98,6 +98,8 @@ def judge(row: Row, done: Mapping[str, Any], quality: Mapping[str, float], tiles
         reached.append(ours["shares"]["bandwidth"] >= row.bandwidth)
     if row.peak is not None and ours and not tiles:
         reached.append(vector_share(ours, row) >= row.peak)
+    if row.amx_products is not None and ours and tiles and found.get("profile"):
+        reached.append(products_share(ours, row, found["profile"]) >= row.amx_products)
     return Judgement(ours, met, tuple(reached))
 
 
@@ -145,6 +147,8 @@ def goal_text(row: Row, must: float | None, tiles: bool) -> str:
         parts.append(f">= {row.bandwidth:.0%} of the bandwidth")
     if row.peak is not None and not tiles:
         parts.append(f">= {row.peak:.0%} of the VNNI peak")
+    if row.amx_products is not None and tiles:
+        parts.append(f"products alone >= {row.amx_products:.0%} of the AMX peak")
     return ", ".join(parts) or "for information"
 
 
@@ -165,7 +169,12 @@ def share_text(line: Line, row: Row, tiles: bool) -> str:
 
 def limit_text(line: Line, row: Row, tiles: bool, done: Mapping[str, Any]) -> str:
     """What a verdict rests on besides the ratio."""
-    return f"{multiple(line, row, done):.2f}x {row.times[1]}" if row.times else share_text(line, row, tiles)
+    if row.times:
+        return f"{multiple(line, row, done):.2f}x {row.times[1]}"
+    text, counted = share_text(line, row, tiles), done[row.name].get("profile")
+    if row.amx_products is not None and tiles and counted:
+        text += f"; products alone {products_share(line, row, counted):.0%}"
+    return text
 
 
 def multiple(line: Line, row: Row, done: Mapping[str, Any]) -> float:
@@ -180,6 +189,15 @@ def operations(line: Line, row: Row) -> float:
     from peers.entries import SIZES
 
     return 2e-9 * SIZES[row.model][0] * float(line["median"])
+
+
+def products_share(line: Line, row: Row, counted: Mapping[str, Any]) -> float:
+    """Of the tiles' peak, while products run: queries, keys and values, outputs, and the MLP with what joins its halves."""
+    from peers.entries import SIZES
+
+    nanoseconds = sum(counted[part] for part in ("qkv", "output", "mlp"))
+    done = 2.0 * SIZES[row.model][0] * row.task.context
+    return done / nanoseconds / line["tile_peak"] if line["tile_peak"] and nanoseconds else 0.0
 
 
 def vector_share(line: Line, row: Row) -> float:

@@ -48,6 +48,7 @@ class Row:
     bandwidth: float | None = None  # share of the bandwidth, at least
     peak: float | None = None  # share of the integer peak, at least
     amx_ratio: float | None = None  # the ratio on a processor with tiles
+    amx_products: float | None = None  # there: share of the tiles' peak that products have while they run, at least
     only: tuple[str, ...] = ()  # programs that take part besides ours; empty: all
     most: float | None = None  # the value of ours, at most
     against: str = ""  # the program, or the program and its file, that the ratio is taken against; empty: the best

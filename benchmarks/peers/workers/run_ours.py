@@ -56,6 +56,9 @@ def load(given):
             engine.reset(slot)
             if new:
                 engine.prefill(serve.prompt(context, seed + slot), slot)
+        if not new:  # a first prompt takes up its memory
+            engine.prefill(serve.prompt(context, seed + 1))
+            engine.reset()
         engine.profile(True)
         if sequences > 1:
             for _ in range(new):

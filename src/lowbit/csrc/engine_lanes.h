@@ -60,31 +60,32 @@ inline F32 error_function(F32 x) {
     return select_negative(x, splat(0.0f) - positive, positive);
 }
 
-inline F32 activation_of(int activation, F32 x) {
-    switch (activation) {
-        case LOWBIT_SILU: return x * sigmoid(x);
-        case LOWBIT_GELU: return splat(0.5f) * x * (splat(1.0f) + error_function(x * splat(0.70710678f)));
-        case LOWBIT_GELU_TANH: {
-            const F32 inner = splat(0.79788456f) * multiply_add(x * x * x, splat(0.044715f), x);
-            return splat(0.5f) * x * (splat(1.0f) + hyperbolic_tangent(inner));
-        }
-        default: return larger(splat(0.0f), x);
-    }
+inline F32 gelu_tanh(F32 x) {
+    const F32 inner = splat(0.79788456f) * multiply_add(x * x * x, splat(0.044715f), x);
+    return splat(0.5f) * x * (splat(1.0f) + hyperbolic_tangent(inner));
+}
+
+template <class Activation>
+inline void activate_with(const Activation& act, const float* gate, const float* up, int64_t count, float* y) {
+    if (up) sweep(count, [&](int64_t i, int n) { store_up_to(y + i, act(load_up_to(gate + i, n)) * load_up_to(up + i, n), n); });
+    else sweep(count, [&](int64_t i, int n) { store_up_to(y + i, act(load_up_to(gate + i, n)), n); });
 }
 
 void activate(const lowbit_mlp& mlp, const float* gate, const float* up, int64_t count, float* y) {
-    sweep(count, [&](int64_t i, int n) {
-        F32 g = load_up_to(gate + i, n);
-        if (mlp.limit > 0.0f) {
-            g = smaller(splat(mlp.limit), g);
+    if (mlp.limit > 0.0f) {
+        sweep(count, [&](int64_t i, int n) {
+            const F32 g = smaller(splat(mlp.limit), load_up_to(gate + i, n));
             const F32 u = clamp_to(load_up_to(up + i, n), -mlp.limit, mlp.limit);
             store_up_to(y + i, g * sigmoid(g * splat(mlp.sigmoid_scale)) * (u + splat(1.0f)), n);
-            return;
-        }
-        F32 value = activation_of(mlp.activation, g);
-        if (up) value = value * load_up_to(up + i, n);
-        store_up_to(y + i, value, n);
-    });
+        });
+        return;
+    }
+    switch (mlp.activation) {
+        case LOWBIT_SILU: return activate_with([](F32 x) { return x * sigmoid(x); }, gate, up, count, y);
+        case LOWBIT_GELU: return activate_with([](F32 x) { return splat(0.5f) * x * (splat(1.0f) + error_function(x * splat(0.70710678f))); }, gate, up, count, y);
+        case LOWBIT_GELU_TANH: return activate_with(gelu_tanh, gate, up, count, y);
+        default: return activate_with([](F32 x) { return larger(splat(0.0f), x); }, gate, up, count, y);
+    }
 }
 
 void add_scaled(float* to, const float* from, float factor, int64_t count) {

@@ -15,6 +15,7 @@ namespace lowbit {
 namespace {
 
 constexpr int kTokenTile = 32;
+constexpr int kTokensAhead = 4;  // whose numbers are asked for: products and attention left them beyond the caches
 constexpr int64_t kMostGroups = kFoldMost / 16;
 constexpr float kQ15 = 32768.0f;
 constexpr float kTarget = 127.0f;   // the largest folded weight
@@ -40,6 +41,14 @@ inline const float* gather_positions(const Activations& job, int64_t token, int6
         values[i] = exists ? load_number(job.x, job.dtype, source + plan.column_of(segment) + inside) : 0.0f;
     }
     return values;
+}
+
+// Asks for what gather_positions will read. Always inlined, as all that only prefetches.
+LOWBIT_INLINE void ask_positions(const Activations& job, int64_t token, int64_t first, int64_t count) {
+    if (token >= job.tokens) return;
+    const int64_t size = dtype_bytes(job.dtype);
+    const uint8_t* from = static_cast<const uint8_t*>(job.x) + (token * job.stride + first) * size;
+    for (int64_t i = 0; i < count * size; i += kVector) __builtin_prefetch(from + i, 0, 2);
 }
 
 // One stretch of one token to rows of its tiles; a NaN or infinite input makes the scale NaN.
@@ -112,6 +121,9 @@ void quantize_folded(const Activations& job, int64_t tile) {
         for (int t = 0; t < kTokenTile; ++t) {
             const int64_t token = tile * kTokenTile + t;
             const float* numbers = values;
+            const int ahead = t + kTokensAhead;
+            if (ahead < kTokenTile) ask_positions(job, token + kTokensAhead, first, count);
+            else if (stretch + 1 < fold.count) ask_positions(job, token + kTokensAhead - kTokenTile, first + fold.length, fold.steps_of(stretch + 1) * kFoldStep);
             if (token < job.tokens) numbers = gather_positions(job, token, first, count, values);
             else memset(values, 0, sizeof values);
             const float scale = quantize_stretch(numbers, inverse_balance + first, count, view.bytes + first * kTokenTile + t * kFoldStep);

@@ -330,7 +330,8 @@ inline F32 inverse_of(F32 x) {
 #endif
 }
 
-inline F32 sigmoid(F32 x) { return inverse_of(splat(1.0f) + exponential(splat(0.0f) - x)); }
+// Bounded above too, so that the inverse has a number to begin with.
+inline F32 sigmoid(F32 x) { return inverse_of(splat(1.0f) + power_of_two(smaller(splat(126.0f), x * splat(-1.44269504f)))); }
 inline F32 hyperbolic_tangent(F32 x) {
     return splat(1.0f) - splat(2.0f) * inverse_of(splat(1.0f) + exponential(x + x));
 }
