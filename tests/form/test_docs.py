@@ -10,6 +10,7 @@ targets only.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -21,9 +22,12 @@ import pytest
 from lowbit.core.library import library_path
 from lowbit.formats import ALIASES, FORMATS, format_from_name
 from lowbit.options import AUTOROUND_RECIPES, ROUNDER_OPTIONS, SCALER_OPTIONS
+from lowbit.texts import TEXT_NAMES
+from lowbit.texts.packages import PACKAGED
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTES = sorted((ROOT / "docs" / "notes").glob("*.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (\w+\.py)\n")
@@ -88,11 +92,19 @@ def test_examples_run(example: Path, tmp_path: Path) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in PAGES:
+    for page in PAGES + NOTES:
         prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-        for target in re.findall(r"\]\(([^)#]+)\)", prose):
+        for target, place in re.findall(r"\]\(([^)#]*)(#[^)]+)?\)", prose):
             if not target.startswith(("http:", "https:")):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+            if place and not target:
+                assert place in places(prose), f"{page.name}: {place}"
+
+
+def places(prose: str) -> set[str]:
+    """The headings of a page as links name them."""
+    titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {"#" + re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_the_table_of_formats_is_the_code() -> None:
@@ -112,6 +124,30 @@ def test_the_tables_of_algorithms_are_the_code() -> None:
         assert page.count(f"| `{name}` |") == 2
     for name in AUTOROUND_RECIPES:
         assert f"`recipe={name}`" in page
+
+
+def test_the_table_of_texts_is_the_code() -> None:
+    page = (ROOT / "docs" / "quantization.md").read_text()
+    table = page.partition("| name | text | comes with |")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines()[2:] for name in re.findall("`(\\w+)`", row.split("|")[1])]
+    assert named == list(TEXT_NAMES)
+    for name, text in PACKAGED.items():
+        assert f"`{text.install.partition(' (')[0]}`" in table, name
+
+
+def test_the_quality_that_the_page_gives_is_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["rows"]
+    kl = {row["name"]: [text["kl"] for text in row["texts"].values()] for row in rows if "texts" in row}
+    page = (ROOT / "docs" / "quantization.md").read_text()
+    lines = page.partition("## Which to take")[2].partition("\n- ")[0].splitlines()
+    header, _, *table = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")
+    ]
+    assert len(table) == 7
+    for algorithm, *cells in table:
+        for scheme, cell in zip(header[1:], cells, strict=True):
+            found = kl.get(f"lowbit {algorithm}, {scheme}")
+            assert cell == ("" if found is None else f"{sum(found) / len(found):.3f}"), (algorithm, scheme)
 
 
 def test_every_device_says_how_far_it_has_run() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.algorithms.autoround import first_rate, tune_block
+from lowbit.algorithms.autoround import _descend, _Rows, _Tuned, first_rate, tune_block
 from lowbit.algorithms.rtn import round_weight
 from lowbit.bits import spread_groups
 from lowbit.calibration import Calibration
@@ -160,6 +160,23 @@ def test_steps_that_are_far_too_large_leave_the_start(name: str) -> None:
     wild = AutoRoundOptions(iterations=4, rate=0.5, range_rate=0.5)
     tuned, nearest = errors_of(Mixer(), mixer_calls(), as_format(name), wild)
     assert tuned <= nearest * 1.0001
+
+
+def test_the_parameters_of_the_best_step_are_kept() -> None:
+    """Neither those of the start nor the last: here the first of three steps finds what the others lose again."""
+    calls, linears = mixer_calls(), dict.fromkeys(("up", "down"), as_format("int4_g20"))
+    block, targets = Mixer(), [run_block(Mixer(), call) for call in calls]
+    # All rows in every mini-batch, so that its loss is that of the text.
+    options = AutoRoundOptions(iterations=3, batch_rows=64, rate=0.02, range_rate=0.02)
+    tuned = {path: _Tuned(block, path, format, None) for path, format in linears.items()}
+    text = _Rows(block, calls, targets)
+    losses = [float(text.losses(tuned).sum())]
+    with torch.enable_grad():
+        _descend(text, tuned, text.losses(tuned), options, lambda *_: losses.append(float(text.losses(tuned).sum())))
+    assert len(losses) == 4 and losses[1] < 0.98 * min(losses[0], losses[2], losses[3])
+    packs = tune_block(block, linears, calls, targets, options)
+    with torch.no_grad():  # `losses` adds up means of rows, of which a call has eight
+        assert block_error(block, packs, calls, targets) * 8 == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["int2_g20", "int3_asym_g20"])

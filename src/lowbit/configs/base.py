@@ -253,7 +253,7 @@ def check_counts(config: WeightOnlyConfig, *names: str) -> None:
     for name in names:
         value = vars(config)[name]
         if type(value) is not int or value < 1:
-            raise RecipeError(f"{type(config).__name__} takes a {name} from 1 up, and was given {value!r}")
+            raise RecipeError(f"{type(config).__name__} takes {name} from 1 up, and was given {value!r}")
 
 
 def _default(of: dataclasses.Field[Any]) -> Any:
