@@ -164,7 +164,8 @@ def _tokens(tokenizer: Any, texts: list[str], name: str) -> torch.Tensor:
         raise RecipeError(f"{name} must be cut into tokens first: pass the tokenizer of the model with it")
     if not any(text.strip() for text in texts):
         raise RecipeError(f"{name} holds no text: calibration needs some that is like what the model will read")
-    return torch.tensor([i for text in texts if text.strip() for i in token_ids(tokenizer, text)])
+    with progress(f"cutting {name} into tokens"):
+        return torch.tensor([i for text in texts if text.strip() for i in token_ids(tokenizer, text)])
 
 
 def _cut(tokens: torch.Tensor, samples: int, length: int, name: str) -> Calibration:

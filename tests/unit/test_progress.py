@@ -131,8 +131,9 @@ def test_long_work_inside_a_block_shows_how_far_it_is(
 
     monkeypatch.setattr(Progress, "update", noting)
     given = ["--calibration", "sqlite_valid", "--samples", "2", "--length", "16"]
-    with terminal():
+    with terminal() as stream:
         assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "low"), *words, *given]) == OK
+    assert "cutting sqlite_valid into tokens" in stream.getvalue()
     assert [text for text in shown if not any(text in one for one in seen)] == []
 
 

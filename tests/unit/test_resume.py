@@ -16,9 +16,9 @@ from lowbit.blockwise import Where
 from lowbit.calibration import Calibration
 from lowbit.cli import FAILED, INTERRUPTED, OK, main
 from lowbit.errors import CheckpointError, RecipeError, one_line
-from lowbit.options import AwqOptions, GptqOptions
+from lowbit.options import AutoRoundOptions, AwqOptions, GptqOptions
 from lowbit.quantize import quantize_
-from lowbit.recipe import recipe_named
+from lowbit.recipe import Recipe, recipe_named
 from lowbit_assets import text, tiny_model, tiny_model_in_memory
 
 IDS = torch.randint(3, 280, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -46,10 +46,20 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("options", [GptqOptions(), GptqOptions(correction=0.0)])
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_a_killed_run_goes_on_where_it_stopped(family: str, options: GptqOptions, tmp_path: Path) -> None:
-    recipe, folder = GPTQ.replace(rounder_options=options), tmp_path / "unfinished"
+UNCORRECTED = GPTQ.replace(rounder_options=GptqOptions(correction=0.0))
+TUNED = INT3.replace(rounder="autoround", rounder_options=AutoRoundOptions(iterations=4))
+SCALED = GPTQ.replace(scaler="awq", scaler_options=AwqOptions(steps=2))
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        *(("llama", recipe) for recipe in (GPTQ, UNCORRECTED, TUNED, SCALED)),
+        *(("qwen3_moe", recipe) for recipe in (GPTQ, UNCORRECTED)),
+    ],
+)
+def test_a_killed_run_goes_on_where_it_stopped(family: str, recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "unfinished"
     whole = tiny_model_in_memory(family)
     report = quantize_(whole, recipe, calibration=CALIBRATION)
     seen: list[str] = []
