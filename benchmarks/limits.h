@@ -50,11 +50,18 @@ inline const uint8_t* make_stream() {
 #ifdef __AVX512F__
 inline int sum_of(const uint8_t* from, int64_t bytes) {
     __m512i sums[4] = {};
-    for (int64_t i = 0; i + 256 <= bytes; i += 256)
-        for (int k = 0; k < 4; ++k) {
-            _mm_prefetch(reinterpret_cast<const char*>(from + i + kReadAhead + k * 64), _MM_HINT_T0);
-            sums[k] = _mm512_add_epi32(sums[k], _mm512_loadu_si512(from + i + k * 64));
-        }
+    // One line asked for before each that is read, and kept there: a burst of questions holds up the loads behind it, and read 28 GB/s where
+    // this reads 32.
+    const auto read = [&](const uint8_t* line, __m512i& sum) {
+        asm volatile("prefetcht0 %1" : "+v"(sum) : "m"(line[kReadAhead]));
+        sum = _mm512_add_epi32(sum, _mm512_loadu_si512(line));
+    };
+    for (int64_t i = 0; i + 256 <= bytes; i += 256) {
+        read(from + i, sums[0]);
+        read(from + i + 64, sums[1]);
+        read(from + i + 128, sums[2]);
+        read(from + i + 192, sums[3]);
+    }
     return _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3])));
 }
 #else

@@ -5,6 +5,8 @@
 // The integer sums start at -z sum(x) instead of 0, so that zero points cost nothing inside; one conversion and one fused product
 // close a segment. Bound by memory: about 30 instructions go with the 40 cycles in which DRAM delivers 256 bytes to a core.
 #pragma once
+#include <utility>
+
 #include "activation_lanes.h"
 #include "unpack_lanes.h"
 
@@ -20,10 +22,14 @@ struct Fetcher {
 
     Fetcher(const Header& header, const ProductJob& job, int64_t end_block) : end(block_at(header, end_block)), jump(job.next ? job.next - end : 0) {}
 
+    LOWBIT_INLINE const uint8_t* place(const uint8_t* reading, int64_t distance) const {
+        const uint8_t* ahead = reading + distance;
+        return ahead + (ahead >= end ? jump : 0);
+    }
+
     template <int kVectors>
     LOWBIT_INLINE void operator()(const uint8_t* reading) const {
-        const uint8_t* ahead = reading + kAhead;
-        ahead += ahead >= end ? jump : 0;
+        const uint8_t* ahead = place(reading, kAhead);
         if (second)
             LOWBIT_UNROLL
             for (int v = 0; v < kVectors; ++v) fetch_second(ahead + v * kVector);
@@ -31,6 +37,48 @@ struct Fetcher {
             LOWBIT_UNROLL
             for (int v = 0; v < kVectors; ++v) fetch(ahead + v * kVector);
     }
+};
+
+// One token on an Intel core: a burst of questions fills the places of the nearest cache, and the loads behind it wait for one. So lines are
+// asked for one by one, far ahead into the second-level cache and once more for the nearest (docs/notes/cpu_engine.md, "Questions spread").
+constexpr int64_t kFarAhead = 6144, kNearAhead = 2048;
+
+#if defined(__AVX512F__)
+constexpr bool kMaySpread = true;
+// A line asked for into the second-level cache and one into the nearest, at this place among the products: gcc would put prefetches together.
+LOWBIT_INLINE void ask_line(Ints& sum, const uint8_t* far, const uint8_t* near) {
+    asm volatile("prefetcht1 (%1)\n\tprefetcht0 (%2)" : "+v"(sum) : "r"(far), "r"(near));
+}
+#else
+constexpr bool kMaySpread = false;
+LOWBIT_INLINE void ask_line(Ints&, const uint8_t*, const uint8_t*) {}
+#endif
+
+// The lines of a block in their order, scales and codes, asked for one at a time while its units are read.
+class Asker {
+public:
+    Asker(const Fetcher& fetcher, const Header& header, const uint8_t* block, int64_t units)
+        : fetcher_(fetcher), at_(block), units_(units), more_(divide_up(header.codes_offset, kVector)) {}
+
+    LOWBIT_INLINE void begin_unit() {
+        far_ = fetcher_.place(at_, kFarAhead);
+        near_ = fetcher_.place(at_, kNearAhead);
+    }
+    template <int kLine>
+    LOWBIT_INLINE void ask(Ints& sum) const {
+        ask_line(sum, far_ + kLine * kVector, near_ + kLine * kVector);
+    }
+    // Those of the scales are shared out among the units.
+    template <int kLines>
+    LOWBIT_INLINE void end_unit(Ints& sum) {
+        at_ += kLines * kVector;
+        for (owed_ += more_; owed_ >= units_; owed_ -= units_, at_ += kVector) ask_line(sum, fetcher_.place(at_, kFarAhead), fetcher_.place(at_, kNearAhead));
+    }
+
+private:
+    const Fetcher& fetcher_;
+    const uint8_t *at_, *far_ = nullptr, *near_ = nullptr;
+    int64_t units_, more_, owed_ = 0;
 };
 
 // The scales and zero points of the group that a segment belongs to.
@@ -91,6 +139,19 @@ LOWBIT_INLINE void dot_steps(const Bytes* steps, const int32_t* x, Ints* partial
         }
 }
 
+// A unit of one token, and its lines asked for among the products.
+template <bool kWide, int... kLine>
+LOWBIT_INLINE void dot_asking(const Bytes* steps, const int32_t* x, Ints* partial, const Asker& asker, std::integer_sequence<int, kLine...>) {
+    constexpr int kLines = sizeof...(kLine);
+    const auto some = [&](auto line) __attribute__((always_inline)) {
+        constexpr int kFrom = line * kSteps / kLines, kTo = (line + 1) * kSteps / kLines;
+        LOWBIT_UNROLL
+        for (int s = kFrom; s < kTo; ++s) partial[s % kChains<1>] = dot<kWide>(partial[s % kChains<1>], steps[s], splat_ints(x[s]));
+        asker.template ask<line>(partial[0]);
+    };
+    (some(std::integral_constant<int, kLine>()), ...);
+}
+
 template <int kTokens>
 LOWBIT_INLINE void begin_chains(Ints* partial) {
     LOWBIT_UNROLL
@@ -104,7 +165,7 @@ LOWBIT_INLINE void join_chains(Ints* partial) {
 }
 
 // Segments of whole units.
-template <int kBits, bool kTable, int kTokens, bool kPlain>
+template <int kBits, bool kTable, int kTokens, bool kPlain, bool kSpread>
 LOWBIT_INLINE void decode_units(const Header& header, GroupReader<kPlain>& reader, const TileView& x, const Table& table, const Fetcher& fetcher,
                                 Floats* total) {
     constexpr bool kWide = kTable || kBits == 8;
@@ -112,16 +173,23 @@ LOWBIT_INLINE void decode_units(const Header& header, GroupReader<kPlain>& reade
     const uint8_t* planes = reader.block + header.codes_offset;
     const int32_t* inputs = x.bytes;
     const int64_t units = plan.segment / kUnit, segments = plan.segments;
+    Asker asker(fetcher, header, reader.block, units * segments);
     for (int64_t s = 0; s < segments; ++s) {
         Ints partial[kTokens * kChains<kTokens>];
         reader.step();
         begin_segment<kTokens>(reader, x.sums + s * kTokens, partial);
         begin_chains<kTokens>(partial);
         for (int64_t u = 0; u < units; ++u) {
-            fetcher.template operator()<kBits>(planes);
+            if (kSpread) asker.begin_unit();
+            else fetcher.template operator()<kBits>(planes);
             Bytes steps[kSteps];
             unpack_unit<kBits, kTable>(planes, table, steps);
-            dot_steps<kTokens, kWide, kSteps>(steps, inputs, partial);
+            if constexpr (kSpread) {
+                dot_asking<kWide>(steps, inputs, partial, asker, std::make_integer_sequence<int, kBits>());
+                asker.template end_unit<kBits>(partial[0]);
+            } else {
+                dot_steps<kTokens, kWide, kSteps>(steps, inputs, partial);
+            }
             planes += kBits * kVector;
             inputs += kSteps * kTokens;
         }
@@ -162,9 +230,12 @@ void decode_block(const Header& header, const uint8_t* block, const TileView& x,
     const Table table = load_table(header.bytes);
     Floats sums[kTokens];
     for (int t = 0; t < kTokens; ++t) sums[t] = splat_floats(0.0f);
-    for (int64_t i = 0; i < header.codes_offset; i += kVector) fetcher.template operator()<1>(block + i);
+    const bool spread = kMaySpread && kTokens == 1 && fetcher.second && header.plan.segment >= kUnit;
+    if (!spread)
+        for (int64_t i = 0; i < header.codes_offset; i += kVector) fetcher.template operator()<1>(block + i);
     if (header.plan.segment < kUnit) decode_halves<kBits, kTable, kTokens>(header, reader, x, table, fetcher, sums);
-    else decode_units<kBits, kTable, kTokens>(header, reader, x, table, fetcher, sums);
+    else if (spread) decode_units<kBits, kTable, kTokens, kPlain, kMaySpread && kTokens == 1>(header, reader, x, table, fetcher, sums);
+    else decode_units<kBits, kTable, kTokens, kPlain, false>(header, reader, x, table, fetcher, sums);
     for (int t = 0; t < kTokens; ++t) total[t] = sums[t];
 }
 
