@@ -109,17 +109,22 @@ def test_the_time_left_of_steps_that_end_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "shown"),
+    ("family", "words", "shown"),
     [
-        (["--algorithm", "autoround", "--algorithm-option", "iterations=3"], ["layers.0: autoround 2 of 3"]),
-        (["--scaler", "teq", "--scaler-option", "steps=3"], ["layers.1: teq 3 of 3"]),
-        (["--scaler", "awq", "--algorithm", "gptq"], ["layers.1: awq, group 3 of 4", "o_proj without a scale"]),
+        ("llama", ["--algorithm", "autoround", "--algorithm-option", "iterations=3"], ["layers.0: autoround 2 of 3"]),
+        ("llama", ["--scaler", "teq", "--scaler-option", "steps=3"], ["layers.1: teq 3 of 3"]),
+        (
+            "llama",
+            ["--scaler", "awq", "--algorithm", "gptq"],
+            ["layers.1: awq, group 3 of 4", "o_proj without a scale"],
+        ),
+        ("qwen3_moe", ["--algorithm", "gptq"], ["layers.1: mlp.experts, 8 of 8"]),
     ],
 )
 def test_long_work_inside_a_block_shows_how_far_it_is(
-    words: list[str], shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, words: list[str], shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make("llama", tmp_path / "dense", **EVEN)
+    make(family, tmp_path / "dense", **(EVEN if family == "llama" else {}))
     monkeypatch.setattr("lowbit.progress.PATIENCE_SECONDS", 0)
     monkeypatch.setenv("COLUMNS", "160")
     seen: list[str] = []
@@ -175,29 +180,45 @@ def test_no_bar_where_nobody_looks_or_wants_one() -> None:
     assert file.getvalue() == stream.getvalue() == ""
 
 
-@pytest.mark.parametrize(("rounder", "scaler"), [("gptq", "awq"), ("autoround", ""), ("rtn", "smoothquant")])
+@pytest.mark.parametrize(
+    ("family", "rounder", "scaler", "in_blocks", "most"),
+    # Weights of a block that are tuned together end together; the first time of two is half of them.
+    [
+        ("llama", "gptq", "awq", 14, 3.5),
+        ("llama", "autoround", "", 14, 7),
+        ("llama", "rtn", "smoothquant", 14, 0),
+        ("qwen3_moe", "autoround", "awq", 10, 5),
+    ],
+)
 def test_a_calibrated_run_takes_one_step_for_each_weight(
-    rounder: str, scaler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    rounder: str,
+    scaler: str,
+    in_blocks: int,
+    most: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where a block is rounded twice, or all at once; what an earlier run has finished was ready at the start."""
     steps: list[tuple[str, bool]] = []
     totals: list[int] = []
     parts: list[float] = []
-    largest: list[float] = []
 
     @contextlib.contextmanager
     def counting(label: str, total: int, show: bool | None = None) -> Iterator[Callable[..., None]]:
         totals.append(total)
+        pace = Pace(total, now=0.0)
         with progress(label, total, show) as advance:
 
             def step(name: str, ready: bool = False, part: float | None = None) -> None:
+                before = pace.done + pace.part
                 if part is None:
                     steps.append((name, ready))
-                    parts.clear()
+                    pace.step(0.0, ready)
                 else:
-                    assert part >= max(parts, default=0.0), "what was done is done"
                     parts.append(part)
-                    largest.append(part)
+                    pace.work(part, 0.0)
+                assert before <= pace.done + pace.part <= total, "what was done is done"
                 advance(name, ready, part)
 
             yield step
@@ -207,15 +228,14 @@ def test_a_calibrated_run_takes_one_step_for_each_weight(
     recipe = recipe_named("int4_g32").replace(rounder=rounder, scaler=scaler, head=None)
     recipe = recipe.replace(rounder_options=options) if options else recipe
     tokens = Calibration(torch.randint(3, 280, (2, 16), generator=torch.Generator().manual_seed(0)))
-    for before in (0, 14):  # low-bit linears that lie in the folder
+    for before in (0, in_blocks):  # low-bit modules that lie in the folder
         steps.clear()
-        model = tiny_model_in_memory("llama")
+        model = tiny_model_in_memory(family)
         paths = [target.path for target in find_targets(model)]
         quantize_(model, recipe, calibration=tokens, where=Where(resume=tmp_path / "run"))
         assert sorted(name for name, _ in steps) == sorted(paths) and totals[-1] == len(paths)
         assert sum(ready for _, ready in steps) == before
-    # Seven weights of a block end together where they are tuned together; the first time of two is half of them.
-    assert max(largest) == {"gptq": 3.5, "autoround": 7, "rtn": 0}[rounder]
+    assert max(parts) == most
 
 
 def commands(folder: Path) -> dict[str, tuple[list[str], list[str]]]:

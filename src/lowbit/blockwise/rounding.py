@@ -14,6 +14,7 @@ is kept; the report has both figures. Where nobody asks for the stream in full p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from torch import nn
@@ -87,7 +88,8 @@ class BlockRounding:
         self.packed: dict[str, list[PackedWeight]] = {}
         self.notes: dict[str, str] = {}
         # A block that is rounded twice is half done after the first time, whose weights are no steps of the work.
-        self.counts, self.twice, self.tried, self.share = True, False, 0, 0.0
+        self.counts, self.twice, self.share = True, False, 0.0
+        self.tried = self.settled = 0
 
     def round_(self) -> None:
         for path, chosen in self.chosen.items():
@@ -250,14 +252,16 @@ class BlockRounding:
                 note = f"rounded to nearest: the scales of {format} depend on all experts"
                 self._settle(path, weight, Rounded(round_weight(weight, format), note), suffix)
             return
+        total = sum(len(weight) for _, weight in dense_weights(chosen.target))
+        place = count(1)
+
+        def round_one(weight: torch.Tensor, statistics: Statistics) -> Rounded:
+            self._tell(f"{path}, {next(place)} of {total}", 0.0)
+            return self._round(weight, chosen.formats[:1], statistics)
+
+        visits = self.groups.visits[path]
         for suffix, weight, rounded in round_experts_(
-            self.block,
-            chosen.target,
-            path,
-            self.calls,
-            self.groups.visits[path],
-            self.rounder.hessian,
-            lambda w, s: self._round(w, chosen.formats[:1], s),
+            self.block, chosen.target, path, self.calls, visits, self.rounder.hessian, round_one
         ):
             self._settle(path, weight, rounded, suffix)
 
@@ -275,6 +279,7 @@ class BlockRounding:
 
     def _advance(self, path: str) -> None:
         if self.counts:
+            self.settled += 1
             self.job.advance(path)
         else:
             self.tried += 1
@@ -285,4 +290,4 @@ class BlockRounding:
         if self.twice:
             share = (share + self.counts) / 2
         self.share = max(self.share, share)
-        self.job.advance(f"{self.name}: {what}", part=len(self.chosen) * self.share)
+        self.job.advance(f"{self.name}: {what}", part=max(len(self.chosen) * self.share - self.settled, 0.0))
