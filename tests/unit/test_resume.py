@@ -13,6 +13,7 @@ from torch import nn
 
 import lowbit
 from lowbit.blockwise import Where
+from lowbit.blockwise.rounding import BlockRounding
 from lowbit.calibration import Calibration
 from lowbit.cli import FAILED, INTERRUPTED, OK, main
 from lowbit.errors import CheckpointError, RecipeError, one_line
@@ -210,6 +211,22 @@ def test_ctrl_c_without_a_folder_names_the_way_to_keep_blocks(home: Path, tmp_pa
         [sys.executable, "-c", program, "2", "0", *words], capture_output=True, text=True, check=False
     )
     assert done.returncode == INTERRUPTED and "no finished block was kept: --resume FOLDER keeps them" in done.stderr
+
+
+def test_where_memory_ran_out_the_way_to_take_less_is_named(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(_: BlockRounding) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(BlockRounding, "round_", run_out)
+    said = "activations of 8 x 32 tokens were looked at: "
+    assert main([*command(home), str(tmp_path / "out")]) == FAILED
+    lines = capsys.readouterr().err.splitlines()
+    assert f"{said}--spill FOLDER keeps them in files, and fewer --samples or a shorter --length take less" in lines[-2]
+    assert lines[-1].startswith("lowbit: error: not enough memory")
+    assert main([*command(home, "--spill", str(tmp_path / "spilled")), str(tmp_path / "out")]) == FAILED
+    assert f"{said}fewer --samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--resume", "--spill"])

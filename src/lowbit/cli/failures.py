@@ -47,8 +47,13 @@ def explain_failure(error: BaseException) -> str | None:
         return one_line(str(error))
     if isinstance(error, OSError):
         return _explain_system_error(error)
-    no_memory = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_NO_MEMORY)
-    return _NO_MEMORY if no_memory or isinstance(error, MemoryError) else None
+    return _NO_MEMORY if is_no_memory(error) else None
+
+
+def is_no_memory(error: BaseException) -> bool:
+    """Whether memory ran out, Python's, torch's or a GPU's."""
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_NO_MEMORY)
+    return told or isinstance(error, MemoryError)
 
 
 def _explain_system_error(error: OSError) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.folder import refuse_to_replace_others
+from lowbit.cli.failures import is_no_memory
 from lowbit.cli.options import BITS, COUNT, LEAVE, LoadOptions, add_json, add_loading, path
 from lowbit.cli.output import Output, count_of, size_text
 from lowbit.cli.process import Ended
@@ -200,11 +201,19 @@ def _telling_what_is_kept(calibrating: Calibrating | None, output: Output) -> It
             kept = _kept_in(calibrating.resume)
             output.note(f"\n{kept or 'lowbit: no finished block was kept: --resume FOLDER keeps them'}")
         raise
-    except (LowbitError, OSError, RuntimeError, MemoryError):
-        kept = "" if calibrating is None else _kept_in(calibrating.resume)
-        if kept:
-            output.note(kept)
+    except (LowbitError, OSError, RuntimeError, MemoryError) as error:
+        if calibrating is not None:
+            for line in (_kept_in(calibrating.resume), _what_takes_less(calibrating) if is_no_memory(error) else ""):
+                if line:
+                    output.note(line)
         raise
+
+
+def _what_takes_less(calibrating: Calibrating) -> str:
+    """A line for those whose memory ran out."""
+    spill = "" if calibrating.spill is not None else "--spill FOLDER keeps them in files, and "
+    held = f"activations of {calibrating.samples} x {calibrating.length} tokens"
+    return f"lowbit: {held} were looked at: {spill}fewer --samples or a shorter --length take less"
 
 
 def _kept_in(folder: Path | None) -> str:
