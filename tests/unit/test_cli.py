@@ -114,6 +114,8 @@ def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]
         (["generate", "model", "--prompt", "a", "--seed", "9" * 20], "is too large: 9223372036854775807 is the most"),
         (["chat", "model", "--sytem", "a"], "there is no option --sytem: did you mean --system?"),
         (["generate", "model", "--promt=a"], "there is no option --promt: did you mean --prompt?"),
+        (["quantize", "model", "--output", "a"], "--output: OUT has no name in 'lowbit quantize SOURCE OUT'"),
+        (["quantize", "--model=a", "b"], "--model: SOURCE has no name in 'lowbit quantize SOURCE OUT'"),
     ],
 )
 def test_wrong_arguments_are_one_line_with_the_way_to_the_help(

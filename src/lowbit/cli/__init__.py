@@ -83,8 +83,15 @@ class Parser(argparse.ArgumentParser):
         given = itertools.takewhile(lambda word: word != "--", args or ())
         for name in (word.partition("=")[0] for word in given if word.startswith("--")):
             if " " not in name and name not in known:  # with one in it argparse takes it for a text
-                self.error(f"there is no option {name}: {nearest(name, known, count=1)}")
+                self.error(f"there is no option {name}: {self._bare(name) or nearest(name, known, count=1)}")
         return super().parse_args(args, namespace)
+
+    def _bare(self, name: str) -> str:
+        """What other programs want a name for, and this command takes by its place."""
+        places = [str(action.metavar) for action in self._actions if not action.option_strings and action.metavar]
+        word = name.removeprefix("--").partition("-")[0]
+        wanted = {"model": 0, "source": 0, "input": 0, "out": 1, "output": 1, "save": 1}.get(word, len(places))
+        return f"{places[wanted]} has no name in '{self.prog} {' '.join(places)}'" if wanted < len(places) else ""
 
     def error(self, message: str) -> NoReturn:
         command = self.prog.partition(" ")[2]
