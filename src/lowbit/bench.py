@@ -5,7 +5,7 @@ whole prompt was read (many rows at once), each later one after one row. Of the 
 and P99 how evenly.
 
     generate(new_tokens) -> seconds from the start to each token     timed `rounds` times, after one round that warms up
-    answer(new_tokens) -> seconds of whole answers                   for batches and beams, whose tokens come together
+    answer(new_tokens) -> seconds to the first token and to the end  for batches and beams, whose tokens come together
 
 What runs the model is the caller's business: this file imports neither torch nor transformers.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 Generate = Callable[[int], Sequence[float]]
-Answer = Callable[[int], float]
+Answer = Callable[[int], tuple[float | None, float]]
 _PROCESS_STATUS = Path("/proc/self/status")
 
 
@@ -89,7 +89,7 @@ def measure(
 
 @dataclass(frozen=True)
 class AnswerTimings:
-    """What whole answers to a batch of prompts took, in seconds, and what answers of one token took if they were timed."""
+    """What whole answers to a batch of prompts took, in seconds, and how much of it their first tokens, if that is asked."""
 
     batch: int
     prompt_tokens: int
@@ -139,13 +139,11 @@ class AnswerTimings:
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 
-def measure_answers(
-    answer: Answer, timings: AnswerTimings, rounds: int, warmup: int, first: bool = False
-) -> AnswerTimings:
-    """Time whole answers: `warmup` calls that do not count, then `rounds` that do, and as many of one token if `first`."""
-    seconds = [answer(timings.new_tokens) for _ in range(warmup + rounds)][warmup:]
-    firsts = [answer(1) for _ in range(rounds)] if first else []
-    return replace(timings, seconds=tuple(seconds), first_seconds=tuple(firsts))
+def measure_answers(answer: Answer, timings: AnswerTimings, rounds: int, warmup: int) -> AnswerTimings:
+    """Time whole answers: `warmup` calls that do not count, then `rounds` that do."""
+    taken = [answer(timings.new_tokens) for _ in range(warmup + rounds)][warmup:]
+    firsts = tuple(first for first, _ in taken if first is not None)
+    return replace(timings, seconds=tuple(whole for _, whole in taken), first_seconds=firsts)
 
 
 def prompt_of(tokens: list[int], length: int) -> list[int]:

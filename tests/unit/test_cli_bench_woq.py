@@ -29,19 +29,19 @@ def asked(*words: str) -> Any:
 
 
 def test_figures_are_means_of_the_answers_that_count() -> None:
-    taken = iter([100.0, 100.0, 2.0, 4.0, 1.0, 1.0])
+    taken = iter([(100.0, 100.0), (100.0, 100.0), (0.5, 2.0), (1.5, 4.0)])
     called: list[int] = []
 
-    def answer(new_tokens: int) -> float:
+    def answer(new_tokens: int) -> tuple[float, float]:
         called.append(new_tokens)
         return next(taken)
 
-    found = measure_answers(answer, AnswerTimings(3, 10, 5, ()), rounds=2, warmup=2, first=True)
-    assert called == [5, 5, 5, 5, 1, 1] and found.seconds == (2.0, 4.0)
+    found = measure_answers(answer, AnswerTimings(3, 10, 5, ()), rounds=2, warmup=2)
+    assert called == [5] * 4 and found.seconds == (2.0, 4.0) and found.first_seconds == (0.5, 1.5)
     assert found.latency == 3.0 and found.latency_per_token == pytest.approx(0.6)
     assert found.tokens_per_second == pytest.approx(3 * 5 / 3.0) and found.answers_per_second == pytest.approx(1.0)
     assert found.first_token == 1.0 and found.later_token == pytest.approx((3.0 - 1.0) / 4)
-    plain = measure_answers(lambda _: 2.0, AnswerTimings(1, 10, 1, ()), rounds=3, warmup=0)
+    plain = measure_answers(lambda _: (None, 2.0), AnswerTimings(1, 10, 1, ()), rounds=3, warmup=0)
     assert (plain.latency, plain.first_token, plain.later_token) == (2.0, None, None)
     assert plain.to_dict()["tokens_per_second"] == 0.5
 
@@ -99,12 +99,14 @@ def test_a_model_is_quantised_saved_and_timed(dense: Path, tmp_path: Path, capsy
 
     # The guide's command: what is low-bit already is taken as it is.
     words = ["bench", "--woq", "--benchmark", "--model", str(out), "--num_beams", "2", "--benchmark_batch_size", "3"]
-    assert main([*words, *SHORT, "--json"]) == OK
+    assert main([*words, *SHORT, "--profile_token_latency", "--json"]) == OK
     printed = capsys.readouterr()
     timed = json.loads(printed.out)
     assert "low-bit already and is loaded as it is" in printed.err
     assert (timed["batch"], timed["new_tokens"], len(timed["seconds"])) == (3, 4, 2)
     assert timed["tokens_per_second"] == pytest.approx(3 * 4 / timed["latency"])
+    firsts = timed["first_seconds"]
+    assert len(firsts) == 2 and all(0 < first < whole for first, whole in zip(firsts, timed["seconds"], strict=True))
 
 
 @pytest.mark.transformers

@@ -27,6 +27,8 @@ class Clock(transformers.StoppingCriteria):  # type: ignore[misc]
         self.seconds.append(time.perf_counter() - self.start)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        if input_ids.device.type != "cpu":
+            torch.accelerator.synchronize()  # a step that was only launched is not done
         self.tick()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

@@ -199,6 +199,8 @@ def _is_new(model: Any, config: WeightOnlyConfig | None, options: argparse.Names
 def _time(session: Session, options: argparse.Namespace, text: str, output: Output) -> AnswerTimings:
     import torch
 
+    from lowbit.bridge import timed_generate
+
     length, new_tokens, batch = options.prompt_tokens, options.max_new_tokens, options.benchmark_batch_size
     prompt = prompt_of(session.encode(text, raw=True), length)
     ids = torch.tensor([prompt] * batch, device=session.model.device)
@@ -207,22 +209,21 @@ def _time(session: Session, options: argparse.Namespace, text: str, output: Outp
     output.say(f"---- Prompt size: {length}")
     number = 0
 
-    def answer(count: int) -> float:
+    def answer(count: int) -> tuple[float | None, float]:
         nonlocal number
         start = time.perf_counter()
         with torch.inference_mode():
-            made = session.model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, **asked)
-            if ids.device.type != "cpu":
-                torch.accelerator.synchronize()
+            made, steps = timed_generate(
+                session.model, ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, **asked
+            )
         seconds = time.perf_counter() - start
-        if count == new_tokens:
-            output.say(f"{session.tokenizer.batch_decode(made, skip_special_tokens=True)} {[count] * batch}")
-            output.say(f"Iteration: {number}, Time: {seconds:.6f} sec")
-            number += 1
-        return seconds
+        output.say(f"{session.tokenizer.batch_decode(made, skip_special_tokens=True)} {[count] * batch}")
+        output.say(f"Iteration: {number}, Time: {seconds:.6f} sec")
+        number += 1
+        return (steps[0] if options.profile_token_latency else None), seconds
 
     planned = AnswerTimings(batch, length, new_tokens, ())
-    return measure_answers(answer, planned, options.benchmark_iters, options.num_warmup, options.profile_token_latency)
+    return measure_answers(answer, planned, options.benchmark_iters, options.num_warmup)
 
 
 def _print(timings: AnswerTimings, output: Output) -> None:
