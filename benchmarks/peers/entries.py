@@ -21,6 +21,8 @@ from peers.tasks import LONG_PROMPT, Task
 WORKERS = Path(__file__).parent / "workers"
 # Weights by part: linears, head, and whether the head is the embedding.
 SIZES = {"random-1.1b": (968_884_224, 100_663_296, False), "smollm2": (106_168_320, 28_311_552, True)}
+# Weights of the last layer behind its keys and values: ours does not ask them of tokens whose logits nobody wants.
+LAST_LAYER = {"random-1.1b": 38_797_312, "smollm2": 2_985_984}
 # The group of OpenVINO's and torchao's int4: 576, SmolLM2's width, is no multiple of 128.
 GROUPS = {"random-1.1b": 128, "smollm2": 64}
 

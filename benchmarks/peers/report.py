@@ -184,19 +184,23 @@ def multiple(line: Line, row: Row, done: Mapping[str, Any]) -> float:
     return float(line["median"] / other[0]["median"]) if other else 0.0
 
 
-def operations(line: Line, row: Row) -> float:
-    """Integer GOP/s of a prefill: the linear layers of every token; the head only of the last, attention left out."""
-    from peers.entries import SIZES
+def operations_a_token(line: Line, row: Row) -> float:
+    """Of the linear layers in a prefill whose last logits are wanted; the head and attention left out."""
+    from peers.entries import LAST_LAYER, SIZES
 
-    return 2e-9 * SIZES[row.model][0] * float(line["median"])
+    left_out = LAST_LAYER[row.model] * (1 - 1 / row.task.context) if line["ours"] else 0.0
+    return 2.0 * (SIZES[row.model][0] - left_out)
+
+
+def operations(line: Line, row: Row) -> float:
+    """Integer GOP/s of a prefill."""
+    return 1e-9 * operations_a_token(line, row) * float(line["median"])
 
 
 def products_share(line: Line, row: Row, counted: Mapping[str, Any]) -> float:
     """Of the tiles' peak, while products run: queries, keys and values, outputs, and the MLP with what joins its halves."""
-    from peers.entries import SIZES
-
     nanoseconds = sum(counted[part] for part in ("qkv", "output", "mlp"))
-    done = 2.0 * SIZES[row.model][0] * row.task.context
+    done = operations_a_token(line, row) * row.task.context
     return done / nanoseconds / line["tile_peak"] if line["tile_peak"] and nanoseconds else 0.0
 
 

@@ -88,3 +88,23 @@ def test_slots_do_not_disturb_one_another(case: tuple[DecoderSpec, Engine, NDArr
         both = engine.step([ids[i], ids[::-1][i - 4]], [0, 1])
         assert np.abs(both[0] - alone[0][i]).max() < TOLERANCE
         assert np.abs(both[1] - alone[1][i - 4]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("wanted", [(), (-1,), (2, 3, 8, -1)], ids=["none", "last", "some"])
+def test_tokens_whose_logits_nobody_wants_leave_their_keys_alone(
+    case: tuple[DecoderSpec, Engine, NDArray[Any]], wanted: tuple[int, ...]
+) -> None:
+    """The last layer ends for them there; what is wanted, and what comes later, is as if all had been."""
+    _, engine, _ = case
+    first, second = prompt(), prompt()[::-1]
+    alone = [in_pieces(engine, ids, len(ids) - 1) for ids in (first, second)]
+    engine.reset()
+    tokens = [*first[:-1], *second[:-1]]
+    places = [0] * (len(first) - 1) + [1] * (len(second) - 1)
+    asked = np.zeros(len(tokens), np.uint8)
+    asked[list(wanted)] = 1
+    expected = np.concatenate([alone[0][:-1], alone[1][:-1]])[asked.astype(bool)]
+    found = engine._step(np.array(tokens, np.int32), np.array(places, np.int32), asked)
+    assert found.shape == expected.shape and (found.size == 0 or np.abs(found - expected).max() < TOLERANCE)
+    after = engine.step([first[-1], second[-1]], [0, 1])
+    assert np.abs(after - np.stack([alone[0][-1], alone[1][-1]])).max() < TOLERANCE

@@ -168,9 +168,8 @@ void Step::gather_queries(Member& me, int64_t layer, int64_t token, int64_t head
         memcpy(to + h * size, qkv + plans_.q_places[static_cast<size_t>(head * group + h)], static_cast<size_t>(size) * sizeof(float));
 }
 
-void Step::attend_tile(Member& me, int64_t layer, int64_t item) {
-    const int64_t head = item % model_.kv_heads, group = plans_.group, size = model_.head_dim;
-    const Tile& tile = tiles_[static_cast<size_t>(item / model_.kv_heads)];
+void Step::attend_tile(Member& me, int64_t layer, const Tile& tile, int64_t head) {
+    const int64_t group = plans_.group, size = model_.head_dim;
     const int64_t window = plans_.layers[static_cast<size_t>(layer)].window;
     AttendJob job = start_job(model_, engine_.cache, engine_.cache.head(layer, tile.slot, head), window);
     job.rows = tile.count * group;

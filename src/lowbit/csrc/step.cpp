@@ -47,6 +47,9 @@ void Step::plan_attention() {
     for (const Sequence& sequence : sequences_)
         for (int64_t i = 0; i < sequence.count; i += size)
             tiles_.push_back({sequence.first + i, std::min(size, sequence.count - i), sequence.start + i, sequence.slot});
+    narrows_ = !alone_ && !engine_.checking && 2 * static_cast<int64_t>(wanted_.size()) <= count_;
+    if (narrows_)
+        for (int64_t token : wanted_) last_tiles_.push_back({token, 1, positions_[static_cast<size_t>(token)], slots_[static_cast<size_t>(token)]});
 }
 
 void Step::work(int index) {
@@ -55,6 +58,8 @@ void Step::work(int index) {
     embed(me);
     for (int64_t layer = 0; layer < model_.layer_count; ++layer) {
         me.layer = layer;
+        heads(me, layer);
+        if (narrows_at(layer) && wanted_.empty()) return;
         attention(me, layer);
         if (stopped_) return;
         if (plans_.layers[static_cast<size_t>(layer)].sparse) sparse_mlp(me, layer);
@@ -79,6 +84,7 @@ void Step::meet(Member& me, lowbit_profile_part part, bool may_stop) {
     if (engine_.profiling && me.index == 0) ++engine_.profile[LOWBIT_PART_BARRIERS];
     work_.team.meet(me.index, [&] {
         if (engine_.checking) inspect(me, part, may_stop);
+        if (part == LOWBIT_PART_ATTENTION && narrows_at(me.layer)) narrow();
         if (may_stop && engine_.cancelled.load(std::memory_order_relaxed)) stopped_ = true;
     }, [&](int waited) {
         if (!me.coming || waited >= kIdleFetches) return;
@@ -194,7 +200,8 @@ Step::Rows Step::own_rows(Member& me) const {
 
 // --- the branches ---
 
-void Step::attention(Member& me, int64_t layer) {
+// Queries, keys and values of all tokens; of a prompt also the keys and values stored.
+void Step::heads(Member& me, int64_t layer) {
     const LayerPlan& plan = plans_.plans[static_cast<size_t>(layer)];
     const int64_t size = model_.hidden_size, width = plans_.qkv_size;
     const bool normed = model_.placement == LOWBIT_PRE || model_.placement == LOWBIT_SANDWICH;
@@ -216,17 +223,23 @@ void Step::attention(Member& me, int64_t layer) {
     me.qkv_type = write_to(tasks, count, qkv, turns_whole_rows());
     run_tasks(me, tasks, count, {{&plan.o}});
     meet(me, LOWBIT_PART_QKV);
-    if (!decoding_) {
-        // So many tokens share the lines of the cache that their keys are stored to.
-        work_.team.share(count_, kKeyBlock, [&](int64_t begin, int64_t end) {
-            for (int64_t token = begin; token < end; ++token) prepare_heads(me, layer, token);
-        });
-        meet(me, LOWBIT_PART_ROPE);
-    }
-    const int64_t items = decoding_ ? count_ * model_.kv_heads * splits_ : static_cast<int64_t>(tiles_.size()) * model_.kv_heads;
+    if (decoding_) return;
+    // So many tokens share the lines of the cache that their keys are stored to.
+    work_.team.share(count_, kKeyBlock, [&](int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; ++token) prepare_heads(me, layer, token);
+    });
+    meet(me, LOWBIT_PART_ROPE);
+}
+
+void Step::attention(Member& me, int64_t layer) {
+    const LayerPlan& plan = plans_.plans[static_cast<size_t>(layer)];
+    const int64_t size = model_.hidden_size;
+    const std::vector<Tile>& tiles = narrows_at(layer) ? last_tiles_ : tiles_;
+    const int64_t items = decoding_ ? count_ * model_.kv_heads * splits_ : static_cast<int64_t>(tiles.size()) * model_.kv_heads;
     work_.team.share(items, 1, [&](int64_t item, int64_t) {
-        if (decoding_) attend_one(me, layer, item);
-        else attend_tile(me, layer, items - 1 - item);  // the last tokens see the most keys: longest work first
+        if (decoding_) return attend_one(me, layer, item);
+        const int64_t at = items - 1 - item;  // the last tokens see the most keys: longest work first
+        attend_tile(me, layer, tiles[static_cast<size_t>(at / model_.kv_heads)], at % model_.kv_heads);
     });
     meet(me, LOWBIT_PART_ATTENTION);
     const bool split = decoding_ && splits_ > 1;
@@ -295,6 +308,20 @@ void Step::dense_mlp(Member& me, int64_t layer) {
 }
 
 // --- the way out ---
+
+// What nobody asked for stays behind: of the last layer the other tokens' keys and values were all that later tokens will read.
+void Step::narrow() {
+    int64_t row = 0;
+    const auto move = [&](float* rows, int64_t width, int64_t from) {
+        if (from != row) memcpy(rows + row * width, rows + from * width, static_cast<size_t>(width) * sizeof(float));
+    };
+    for (int64_t& token : wanted_) {
+        move(work_.hidden.get(), model_.hidden_size, token);
+        move(work_.attention.get(), plans_.q_size, token);
+        token = row++;
+    }
+    count_ = row;
+}
 
 void Step::head(Member& me) {
     const int64_t count = static_cast<int64_t>(wanted_.size()), size = model_.hidden_size, vocab = model_.vocab_size;

@@ -6,7 +6,8 @@
 //
 // With few tokens every thread makes the bracketed parts for itself, into its own copy of the hidden state: a norm of one token takes
 // less time than a barrier. With many tokens they are shared out by tokens, with a barrier of their own. What a branch adds lies
-// in a buffer until the next norm joins it to the hidden state.
+// in a buffer until the next norm joins it to the hidden state. The last layer of a prompt goes on behind its keys and values with those
+// tokens alone whose logits are wanted.
 #pragma once
 #include <chrono>
 #include <initializer_list>
@@ -65,7 +66,11 @@ private:
     void read_embedding(Member& me, int64_t token);
     void finish_embedding(Member& me, int64_t token);
     void turn_angles(int64_t token, const Sequence& sequence);
+    void heads(Member& me, int64_t layer);
     void attention(Member& me, int64_t layer);
+    // Whether this is the last layer of a prompt few of whose logits are wanted: there the others end with their keys and values.
+    bool narrows_at(int64_t layer) const { return narrows_ && layer == model_.layer_count - 1; }
+    void narrow();
     void dense_mlp(Member& me, int64_t layer);
     void head(Member& me);
 
@@ -78,7 +83,7 @@ private:
     void store_heads(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end);
     void rotate(int64_t layer, int64_t token, float* head) const;
     void attend_one(Member& me, int64_t layer, int64_t item);
-    void attend_tile(Member& me, int64_t layer, int64_t item);
+    void attend_tile(Member& me, int64_t layer, const Tile& tile, int64_t head);
     void finish_head(int64_t layer, int64_t head, const float* out, float most, float total, float* to) const;
     void merge_splits(const Member& me, int64_t layer, int64_t token, float* to) const;
     const float* source_of_heads(Member& me, int64_t layer, int64_t token, bool keys);
@@ -122,8 +127,8 @@ private:
     Workspace& work_;
     const int32_t* tokens_;
     const std::vector<Sequence>& sequences_;
-    const std::vector<int64_t>& wanted_;
-    const int64_t count_;
+    std::vector<int64_t> wanted_;
+    int64_t count_;
     float* logits_;
     const bool alone_;
     bool decoding_ = false;  // every sequence has one token
@@ -131,7 +136,8 @@ private:
     int64_t splits_ = 1;
     std::vector<int64_t> positions_;
     std::vector<int32_t> slots_;
-    std::vector<Tile> tiles_;
+    bool narrows_ = false;
+    std::vector<Tile> tiles_, last_tiles_;  // last_tiles_: of the last layer, where it narrows
     int64_t turn_stride_ = 0;
     int64_t unit_ = 8;
 };
