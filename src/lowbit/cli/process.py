@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,8 @@ def _ending_signals() -> Iterator[None]:
 def _no_lost_signal() -> Iterator[None]:
     """Ctrl-C in the middle of a `__del__`, which Python reports and drops, comes again a moment later.
 
-    Imports of transformers spend a second there. From the hook itself nothing can be raised, hence the timer.
+    Imports of transformers spend a second there. From the hook itself nothing can be raised, hence the other thread, whose clock
+    starts when the hook is done: on a busy machine its own start may take longer than the moment.
     """
     before = sys.unraisablehook
 
@@ -109,15 +111,22 @@ def _no_lost_signal() -> Iterator[None]:
             before(unraisable)
             return
         number = error.number if isinstance(error, Ended) else signal.SIGINT
-        timer = threading.Timer(_MOMENT_SECONDS, os.kill, (os.getpid(), number))
-        timer.daemon = True
-        timer.start()
+        left = threading.Event()
+        threading.Thread(target=_send, args=(number, left), daemon=True).start()
+        left.set()
 
     sys.unraisablehook = send_again
     try:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def _send(number: int, left: threading.Event) -> None:
+    """Send a signal to this process a moment after an event."""
+    left.wait()
+    time.sleep(_MOMENT_SECONDS)
+    os.kill(os.getpid(), number)
 
 
 def _show_warning(
