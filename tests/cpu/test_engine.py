@@ -1,10 +1,7 @@
-"""The engine over low-bit weights, its caches, instruction sets and slots; what it refuses; and how it is interrupted."""
+"""The engine over low-bit weights, its caches, instruction sets and slots, and what it refuses."""
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lowbit.core import calls
-from lowbit.errors import KernelError, LowbitError, RecipeError
+from lowbit.errors import KernelError, RecipeError
 from lowbit.formats import as_format
 from lowbit.grid import quantize, unpack
 from lowbit.models.families import spec_from_config
@@ -251,44 +248,6 @@ def test_a_closed_engine_says_so(llama: Engine) -> None:
     llama.close()
     with pytest.raises(KernelError, match="was closed"):
         llama.decode(1)
-
-
-def test_cancelling_leaves_the_slot_as_it_was() -> None:
-    spec, tensors = spec_and_arrays()
-    with Engine(spec, engine_weights(spec, tensors), 1 << 15) as engine:
-        engine.prefill(ids(30))
-        seen: list[BaseException] = []
-
-        def generate() -> None:
-            try:
-                engine.continue_greedy(1, 30000)
-            except KeyboardInterrupt as interrupt:
-                seen.append(interrupt)
-
-        worker = threading.Thread(target=generate)
-        worker.start()
-        while engine.length() == 30 and worker.is_alive():
-            time.sleep(0.001)
-        with pytest.raises(LowbitError, match="at work in another thread"):
-            engine.decode(1)
-        engine.cancel()
-        worker.join()
-        assert len(seen) == 1
-        assert engine.length() == 30
-        assert np.isfinite(engine.decode(1)).all()
-
-
-def test_control_c_ends_a_call_and_the_engine_goes_on(llama: Engine) -> None:
-    before = llama.prefill(ids(30))
-    spec, tensors = spec_and_arrays()
-    with Engine(spec, engine_weights(spec, tensors), 1 << 15) as engine:
-        timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            engine.continue_greedy(1, 32000)
-        timer.join()
-        assert engine.length() == 0
-        assert relative(engine.prefill(ids(30)), before) < 1e-3
 
 
 def test_profile_counts_few_barriers(llama: Engine) -> None:

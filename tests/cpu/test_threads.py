@@ -1,17 +1,15 @@
-"""Threads: who decides their number, and what may happen to them while an engine works: changes, forks, company, Ctrl-C."""
+"""Threads: who decides their number, and what may happen to them while an engine works: changes, forks, company."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ import lowbit
 from lowbit.core import calls, threads
 from lowbit.errors import KernelError, RecipeError
 from lowbit.models.families import spec_from_config
-from lowbit.runtime.engine import LONGEST_CHUNK, Engine
+from lowbit.runtime.engine import Engine
 from lowbit.runtime.weights import engine_weights
 from lowbit_assets import tiny_model as tiny_model_folder
 from unit.family_cases import CASES, arrays, tiny_model
@@ -29,14 +27,11 @@ from unit.family_cases import CASES, arrays, tiny_model
 CORES = sorted(os.sched_getaffinity(0))
 
 
-E = TypeVar("E", bound=Engine)
-
-
-def engine_of(context: int = 256, kind: type[E] = Engine) -> E:  # type: ignore[assignment]
+def engine_of() -> Engine:
     model_type, fields = CASES["llama"]
     model = tiny_model(model_type, fields)
     spec = spec_from_config(model.config.to_dict())
-    return kind(spec, engine_weights(spec, arrays(model)), context, cache="fp32", compute="fp32")
+    return Engine(spec, engine_weights(spec, arrays(model)), 256, cache="fp32", compute="fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +43,7 @@ def as_before() -> Iterator[None]:
 def in_a_child(code: str, **environment: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -138,7 +133,7 @@ def test_the_limits_of_a_container_hold(version: str, tmp_path: Path) -> None:
         clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         program = [*apart, "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", code, str(folder)]
         done = subprocess.run(
-            program, env=clean | environment, capture_output=True, text=True, check=False, timeout=120
+            program, env=clean | environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0 and said in done.stdout, done.stderr
 
@@ -152,22 +147,21 @@ def test_the_number_may_change_while_another_thread_works() -> None:
     prompt = list(range(5, 45))
     with engine_of() as engine:
         expected = engine.prefill(prompt)
-        rounds, wrong = 60, []
+        wrong: list[bool] = []
+        number = 0
 
         def work() -> None:
-            for _ in range(rounds):
+            while len(wrong) < 60 or number < 20:  # on a busy machine many rounds may fit between two changes
                 engine.reset()
-                if np.abs(engine.prefill(prompt) - expected).max() > 1e-4:
-                    wrong.append(1)
+                wrong.append(bool(np.abs(engine.prefill(prompt) - expected).max() > 1e-4))
 
         worker = threading.Thread(target=work)
         worker.start()
-        number = 0
         while worker.is_alive():
             number += 1
             calls.set_threads(1 + number % 4)
             worker.join(0.0005)
-        assert not wrong and number > 1
+        assert number >= 20 and not any(wrong)
 
 
 def test_two_threads_with_an_engine_each() -> None:
@@ -234,96 +228,6 @@ def test_the_pool_sleeps_when_it_has_nothing_to_do() -> None:
     assert in_a_child(code, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1") == "True True"
 
 
-def test_control_c_in_a_long_prompt_leaves_chunks_unread() -> None:
-    chunks = 24
-    with engine_of(context=chunks * LONGEST_CHUNK) as engine:
-        engine.profile(True)
-        main = threading.main_thread().ident
-        assert main is not None
-
-        def interrupt() -> None:
-            while engine.length() < engine.chunk:
-                pass
-            signal.pthread_kill(main, signal.SIGINT)
-
-        watcher = threading.Thread(target=interrupt)
-        watcher.start()
-        with pytest.raises(KeyboardInterrupt):
-            engine.prefill([7] * (chunks * engine.chunk))
-        watcher.join()
-        counted = engine.profile(False)
-        assert 1 <= counted["steps"] < chunks
-        assert engine.length() == 0
-        assert np.isfinite(engine.prefill([7, 8, 9])).all()
-
-
-def test_a_cancel_from_another_thread_ends_a_call_within_a_step() -> None:
-    with engine_of(context=4096) as engine:
-        engine.prefill([7] * 3000)
-        expected = engine.continue_greedy(1, 3)
-        engine.truncate(0, 3000)
-        engine.profile(True)
-        seen: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                engine.continue_greedy(1, 1000)
-            except KeyboardInterrupt as interrupt:
-                seen.append(interrupt)
-
-        worker = threading.Thread(target=work)
-        worker.start()
-        engine.cancel()  # once, whether the call has begun or not
-        worker.join()
-        assert len(seen) == 1 and engine.length() == 3000
-        assert engine.profile(False)["steps"] < 1000
-        assert engine.continue_greedy(1, 3) == expected
-
-
-class Queued(Engine):
-    """The thread that long calls run on is held up until the call has been cancelled."""
-
-    def hold(self) -> None:
-        self.held, self.cancelled = threading.Event(), threading.Event()
-        assert self._beside is not None
-        self._beside[1].submit(lambda: self.held.set() or self.cancelled.wait(60))
-        assert self.held.wait(60)
-
-    def cancel(self) -> None:
-        super().cancel()
-        self.cancelled.set()
-
-
-@pytest.mark.parametrize("moment", ["before the first step", "behind the last step"])
-def test_control_c_beside_every_step(moment: str) -> None:
-    """It comes before the call has reached the core, which ends its first step, or when it is done, which ends nothing later."""
-    with engine_of(context=1024, kind=Queued) as engine:
-        expected = engine.generate([7, 8, 9], 3)
-        engine.reset()
-        engine.prefill([7, 8, 9])
-        engine.profile(True)
-        engine.hold()
-        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            if moment == "before the first step":
-                engine.continue_greedy(1, 1000)
-            else:
-                engine._run(lambda: 0)
-        timer.join()
-        assert engine.profile(False)["steps"] <= 1
-        assert engine.length() == 3
-        engine.reset()
-        assert engine.generate([7, 8, 9], 3) == expected
-
-
-def test_a_slow_token_runs_beside_the_main_thread_from_the_first_one_on() -> None:
-    """Where a step may be long, Ctrl-C has to find a main thread that waits in Python; only steps known to be short stay there."""
-    with engine_of() as engine:
-        engine.decode(5)
-        assert engine._beside is not None
-
-
 def test_a_processor_without_avx2_says_so_once() -> None:
     calls.say_if_slow.cache_clear()
     try:
@@ -366,7 +270,7 @@ def test_threads_keep_the_processors_they_were_given(allowed: list[int], tmp_pat
     folder = tiny_model_folder("llama", tmp_path / "model")
     given = f"import os; os.sched_setaffinity(0, {set(allowed)})\n" + BESIDE
     done = subprocess.run(
-        [sys.executable, "-c", given, str(folder)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", given, str(folder)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

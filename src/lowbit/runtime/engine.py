@@ -293,16 +293,21 @@ class Engine:
             return self._check(call())
         if self._beside is None or self._beside[0] != os.getpid():  # a fork leaves the helper behind
             self._beside = (os.getpid(), ThreadPoolExecutor(1, "lowbit-engine"))
-        work = self._beside[1].submit(lambda: self._check(call()))
-        try:
+        work = None
+        try:  # from here on, since a signal may come before the work has its name
+            work = self._beside[1].submit(lambda: self._check(call()))
             while not work.done():  # in short sleeps: a signal that another thread receives does not wake this one
                 wait([work], LONGEST_SLEEP)
-        except KeyboardInterrupt:
-            self.cancel()
-            work.exception()
-            self._core.lowbit_engine_resume(self._open())  # it may have come behind the last step
-            raise
+        finally:
+            if work is None or not work.done():  # Ctrl-C, or whatever else a signal raises here
+                self._end(self._beside[1])
         work.result()
+
+    def _end(self, beside: ThreadPoolExecutor) -> None:
+        """Cancel the call that was given to the thread beside this one, and wait until it has ended."""
+        self.cancel()
+        beside.submit(int).result()  # takes its turn behind the call
+        self._core.lowbit_engine_resume(self._open())  # the call may have had no step left to cancel
 
     def _check(self, status: int) -> None:
         if status == LOWBIT_OK:
