@@ -1,12 +1,14 @@
 """What every test shares.
 
-One torch thread, since tiny models spend more time handing work over than doing it. And an ear for Ctrl-C: a run started in the
-background inherits a deaf one, which its child processes inherit in turn, and the tests of Ctrl-C would wait in vain.
+One torch thread, since tiny models spend more time handing work over than doing it. Examples of hypothesis that are the same in
+every run, none of which fails for having taken long. And an ear for Ctrl-C: a run started in the background inherits a deaf one,
+which its child processes inherit in turn, and the tests of Ctrl-C would wait in vain.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,14 @@ import torch
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if importlib.util.find_spec("hypothesis"):  # where the tests of a GPU run alone it need not be
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "same_everywhere", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("same_everywhere")
 
 _LIBC = ctypes.CDLL(None)
 _WORDS_OF_A_STACK = 3  # its address, its flags, its size

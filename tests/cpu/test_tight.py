@@ -73,7 +73,7 @@ def test_weights_come_back_bit_for_bit(shape: tuple[int, int], instruction_set: 
         assert matrix.bytes < weight.nbytes
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_bits_come_back_or_stay_plain(data: st.DataObject) -> None:
     rows, cols = data.draw(st.integers(61, 70)), data.draw(st.integers(300, 380))

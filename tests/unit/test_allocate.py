@@ -30,7 +30,7 @@ OPTION = st.tuples(st.integers(1, 30), st.floats(0, 10, allow_nan=False))
 WEIGHTS = st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(weights=WEIGHTS, share=st.floats(0, 1))
 def test_the_allocation_is_the_best_of_all(weights: list[list[tuple[int, float]]], share: float) -> None:
     sizes = {str(i): {j: size for j, (size, _) in enumerate(row)} for i, row in enumerate(weights)}

@@ -34,7 +34,7 @@ def random_weight(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(bits=st.integers(1, 8), leading=LEADING, count=st.integers(1, 200), seed=st.integers(0, 9))
 def test_unpack_is_the_inverse_of_pack(bits: int, leading: tuple[int, ...], count: int, seed: int) -> None:
     codes = random_codes((*leading, count), bits, seed)

@@ -59,7 +59,7 @@ def test_their_package_unpacks_ours(name: str) -> None:
 
 
 @given(bits=st.sampled_from([3, 5, 6, 7]), inputs=st.integers(1, 9).map(lambda n: n * 32))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_words_with_unused_bits_of_older_versions(bits: int, inputs: int) -> None:
     packed = packed_weight(format_from_name(f"int{bits}_g32"), 4, inputs)
     tensors = compressed.to_tensors(packed)

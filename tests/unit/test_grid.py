@@ -92,7 +92,7 @@ def test_the_textbook_gives_the_same(name: str) -> None:
         assert np.isclose(ours, expected, rtol=1e-5, atol=1e-9).sum() >= 39
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bits=st.integers(2, 8),
     symmetric=st.booleans(),
@@ -210,7 +210,7 @@ def test_search_is_never_worse_than_plain(name: str, weighted: bool) -> None:
         )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(name=st.sampled_from(GROUPED), seed=st.integers(0, 10**6), power=st.integers(-6, 3))
 def test_search_is_never_worse_on_any_group(name: str, seed: int, power: int) -> None:
     format = format_from_name(name).with_group(16) if name not in ("mxfp4", "nvfp4") else format_from_name(name)

@@ -93,7 +93,7 @@ def test_our_blocks_read_as_gguf_reads_them(name: str, steps: int) -> None:
     assert same_bits(dequantize_kquant(packed), official(packed))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     name=st.sampled_from(NAMES),
     experts=st.sampled_from([(), (2,), (2, 3)]),
