@@ -48,8 +48,9 @@ def cached_folder(stem: str, versions: dict[str, object], build: Callable[[Path]
 
 def remove_unused(parent: Path, stem: str, keep: Path) -> None:
     for other in parent.glob(f"{stem}-{'?' * DIGEST_CHARACTERS}"):
-        if other != keep and time.time() - other.stat().st_mtime > SECONDS_UNUSED:
-            shutil.rmtree(other)
+        with contextlib.suppress(FileNotFoundError):  # another process removes it too
+            if other != keep and time.time() - other.stat().st_mtime > SECONDS_UNUSED:
+                shutil.rmtree(other)
 
 
 def files_digest(*paths: Path) -> str:
