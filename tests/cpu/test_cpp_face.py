@@ -380,7 +380,7 @@ def compiled(source: Path, target: Path) -> Path:
 
 
 def chat(program: Path, *arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program), *arguments], input=typed, capture_output=True, text=True, timeout=60)
+    return subprocess.run([str(program), *arguments], input=typed, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from unit.checkpoint_cases import EVEN, make
 
 def run(*arguments: object, folder: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lowbit.compat", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=folder, input=stdin, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")

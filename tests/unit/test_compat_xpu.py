@@ -376,7 +376,7 @@ def run(script: str, folder: Path, **variables: str) -> subprocess.CompletedProc
     (folder / "script.py").write_text(script)
     environment = {name: value for name, value in os.environ.items() if name != meaning.VARIABLE} | variables
     return subprocess.run(
-        [*RUNNER, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*RUNNER, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 

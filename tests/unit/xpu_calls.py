@@ -171,7 +171,7 @@ def _said(script: str, calls: dict[str, str], folder: Path, *runner: str, **vari
     done = subprocess.run(
         [sys.executable, *runner, "calls.py"],
         cwd=folder, env={**os.environ, **variables}, input=json.dumps(calls),
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     said: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
