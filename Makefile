@@ -18,7 +18,7 @@ help:
 	@echo "make check-sanitize  the core's native checks under ASan, UBSan and TSan"
 	@echo "make check-neon  the core's native checks for 64-bit Arm, under an emulator"
 	@echo "make bench   the benchmarks, written to benchmarks/results (small forms of long ones to build/benchmarks)"
-	@echo "make bench-peers   the programs to measure against, in PEERS (12 GB, half an hour); IK_SOURCE=DIR adds ik_llama.cpp"
+	@echo "make bench-peers   the programs to measure against, in PEERS (20 GB, half an hour); IK_SOURCE=DIR adds ik_llama.cpp"
 
 setup: $(READY)
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from default_format import TEXTS, WINDOW, Bench
 from peers.bench import DEFAULT_PEERS
-from peers.entries import OUR_RECIPES, WORKERS, our_folder
+from peers.entries import GROUPS, OUR_RECIPES, WORKERS, our_folder
 from safetensors.torch import load_file
 
 from lowbit.evaluate import divergence
@@ -34,6 +34,7 @@ from lowbit_assets import reference_model
 
 MODEL = "smollm2"
 GGUF_TYPES = ("Q4_0", "Q4_K_M", "Q8_0")
+TORCHAO = "dump_torchao.py"
 Weights = dict[str, torch.Tensor]
 
 
@@ -46,12 +47,12 @@ def our_model(folder: Path) -> Any:
     return load(folder, context=WINDOW, compute="fp32", cache="fp32")
 
 
-def dumped(peers: Path, environment: str, script: str, model: Path) -> Weights:
+def dumped(peers: Path, environment: str, script: str, model: Path, *more: str) -> Weights:
     """Weights that a peer's own environment writes out."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "weights.safetensors"
         python = peers / environment / "bin" / "python"
-        subprocess.run([str(python), str(WORKERS / script), str(model), str(out)], check=True)
+        subprocess.run([str(python), str(WORKERS / script), str(model), str(out), *more], check=True)
         return load_file(out)
 
 
@@ -69,6 +70,9 @@ def candidates(peers: Path) -> Iterator[tuple[str, Any]]:
         folder = models / f"openvino-{MODEL}-int{width}"
         yield f"OpenVINO int{width}", lambda folder=folder: dumped(peers, "openvino", "dump_openvino.py", folder)
     yield "ORT int4", lambda: dumped(peers, "ortgenai", "dump_ort.py", models / f"ort-{MODEL}-int4")
+    for width in (4, 8):
+        told = (f"torchao-int{width}", str(GROUPS[MODEL]))
+        yield f"torchao int{width}", lambda told=told: dumped(peers, "torch", TORCHAO, models / f"hf-{MODEL}", *told)
 
 
 def put(bench: Bench, weights: Weights) -> int:
@@ -79,9 +83,12 @@ def put(bench: Bench, weights: Weights) -> int:
     for name in [n for n in weights if "qkv_proj" in n]:
         parts = weights.pop(name).split([heads * size, kv * size, kv * size])
         weights |= {name.replace("qkv_proj", f"{p}_proj"): part for p, part in zip("qkv", parts, strict=True)}
-    if "model.embed_tokens.weight" not in weights and "lm_head.weight" in weights:
-        weights["model.embed_tokens.weight"] = weights["lm_head.weight"]  # tied: the table is the head
-    count = 0
+    head, inputs, outputs = weights.get("lm_head.weight"), "model.embed_tokens.weight", bench.model.lm_head
+    if inputs not in weights and head is not None:
+        weights[inputs] = head  # tied: the table is the head
+    apart = head is not None and not torch.equal(head, weights[inputs])
+    outputs.weight = torch.nn.Parameter(head) if apart else bench.model.get_input_embeddings().weight
+    count = int(apart)
     with torch.inference_mode():
         for path, original in bench.dense.items():
             found = weights.get(f"{path}.weight")
@@ -102,8 +109,9 @@ def report(data: dict[str, Any]) -> str:
         "# How far each peer's file is from the original\n\n"
         f"The reference model off its grid (SmolLM2-135M-Instruct), {data['windows']} windows of {WINDOW} tokens of each "
         "text, weights dequantised, activations fp32. 'width 256 n': quantised as a model is whose rows hold whole blocks "
-        "of 256, such as the 1.1 B. OpenVINO's int4 of the 1.1 B has groups of 128, which SmolLM2 cannot have: the groups "
-        f"of 64 measured here flatter it.\n\n{common.table(head, lines)}\n"
+        "of 256, such as the 1.1 B. OpenVINO's and torchao's int4 of the 1.1 B have groups of 128, which SmolLM2 cannot have: "
+        "the groups of 64 measured here flatter them. torchao makes the head low-bit and keeps the embedding: one weight "
+        f"more.\n\n{common.table(head, lines)}\n"
     )
 
 

@@ -331,7 +331,9 @@ def torch_entries(place: Place, model: str, width: int) -> list[Entry]:
     kind = {"kind": f"torchao-int{width}", "group": group}
     bits = 4 + 32 / group if width == 4 else 8  # a bf16 scale and a bf16 zero a group
     make = partial(python_runner, place, "torch", "run_transformers.py", path, **kind)
-    return [Entry("torchao", f"int{width}", path, bits, (linears + head) * bits / 8 / 1e6, make)]
+    variants: dict[str, tuple[Variant, ...]] = {"decode": (variant(compile=True), ()), "prefill": ((),), "start": ((),)}
+    megabytes = (linears + head) * bits / 8 / 1e6
+    return [Entry("torchao", f"int{width}", path, bits, megabytes, make, variants, f"torchao int{width}")]
 
 
 def python_runner(

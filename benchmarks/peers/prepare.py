@@ -5,7 +5,11 @@ wheels, each in an environment of its own, because no two of them want the same 
 give its source (`--ik-source`, a clone of github.com/ikawrakow/ik_llama.cpp) to build it here, or give its programs to
 the benchmarks with `--ik-bin`. What is there already is left as it is, so the script goes on where it stopped.
 
-Needs git, cmake, a C++ compiler, 12 GB of disk, 6 GB of memory and half an hour on two cores.
+Both models are made for every peer, but for torchao and transformers, which round the original as they load it: torchao's packing
+for a CPU cannot be saved.
+
+Needs git, cmake, a C++ compiler, 20 GB of disk, 9 GB of memory (onnxruntime-genai's builder, for the 1.1 B) and half an hour on two
+cores.
 """
 
 from __future__ import annotations

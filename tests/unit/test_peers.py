@@ -92,6 +92,25 @@ def test_a_peer_that_stops_is_named_and_its_readings_stay(peers: dict[str, Modul
     assert {line["name"]: line["rounds"] for line in found["lines"]} == {"lowbit x": 3, "one x": 1}
 
 
+def test_the_peers_of_python_are_asked_on_both_models(peers: dict[str, ModuleType], tmp_path: Path) -> None:
+    entries, place = peers["entries"], peers["entries"].Place(tmp_path)
+    for model in entries.SIZES:
+        listed = {e.program: e for e in entries.entries(place, model, 4) if not e.ours}
+        assert set(listed) == {
+            "OpenVINO",
+            "onnxruntime-genai",
+            "torchao",
+        }  # of llama.cpp's only the files that are there
+        assert all(e.quality and model in str(e.path) for e in listed.values())
+        for script, name in (("cpu_decode", "decode 32"), ("cpu_prefill", "prefill 512")):
+            rows = importlib.import_module(script).ROWS
+            (row,) = (r for r in rows if r.model == model and r.width == 4 and r.name.startswith(name))
+            assert not row.only
+    steps, prompt = (peers["tasks"].Task(kind, 32, 8) for kind in ("decode", "prefill"))
+    assert [entries.words_of(v) for v in listed["torchao"].to_try(steps)] == ["compile=True", "as it comes"]
+    assert listed["torchao"].to_try(prompt) == ((),)
+
+
 def line(name: str, median: float, quality: str) -> dict[str, Any]:
     shares = {"bandwidth": 0.9}
     counts: dict[str, Any] = {"quiet": 5, "rounds": 5, "low": median, "high": median, "bandwidth": 40.0}

@@ -1,4 +1,6 @@
-"""transformers: `model.generate` and a plain loop. Options: `kind` plain, lowbit, torchao-int4 (`group`) or torchao-int8.
+"""transformers: `model.generate` and a plain loop. Options: `kind` plain, lowbit, torchao-int4 (`group`) or torchao-int8, `compile`.
+
+Compiled are the steps of one token, while the model is loaded: first for a cache of one length, then for caches of any.
 
 The speed of `generate` is that of the tokens after the first: a call that makes one token is taken off a call that makes
 all of them.
@@ -24,6 +26,7 @@ def load(given):
     model.eval()
     if kind.startswith("torchao"):
         quantize_with_torchao(model, kind, given.options.get("group", 128))
+    step = torch.compile(model) if given.options.get("compile") else model
 
     def ids(count, seed):
         return torch.tensor([serve.prompt(count, seed)])
@@ -41,7 +44,7 @@ def load(given):
         token = found.logits[:, -1:].argmax(-1)
         start = time.perf_counter()
         for _ in range(new):
-            found = model(input_ids=token, past_key_values=cache, use_cache=True)
+            found = step(input_ids=token, past_key_values=cache, use_cache=True)
             token = found.logits[:, -1:].argmax(-1)
         return new / (time.perf_counter() - start)
 
@@ -54,6 +57,8 @@ def load(given):
         first = min(seconds(1), seconds(1))
         return new / (seconds(1 + new) - first)
 
+    if step is not model:
+        decode(32, 4, 1, 0)
     return {"decode": decode, "prefill": prefill, "generate": generate}
 
 
