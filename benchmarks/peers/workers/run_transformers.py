@@ -1,6 +1,6 @@
-"""transformers: `model.generate` and a plain loop. Options: `kind` plain, lowbit, torchao-int4 (`group`) or torchao-int8, `compile`.
+"""transformers: `model.generate` and a plain loop. Options: `kind` plain, lowbit, torchao-int4 (`group`) or torchao-int8.
 
-Compiled are the steps of one token, while the model is loaded: first for a cache of one length, then for caches of any.
+With `compile` the steps of one token are compiled while the model is loaded, for caches of any length.
 
 The speed of `generate` is that of the tokens after the first: a call that makes one token is taken off a call that makes
 all of them.
