@@ -84,74 +84,6 @@ struct Asking {
     }
 };
 
-// 32 tokens x 32 rows over kCount steps of 64 inputs, while kClosed tiles of the sums before are closed, some rows after every two
-// products.
-template <int kCount, int kClosed, bool kFirst>
-void some_steps(const int8_t* x, const uint8_t* w, const Closing closing, Asking& asking) {
-    constexpr int kRows = kClosed * kTileRows, kExact = (kRows + 2 * kCount - 1) / (2 * kCount);
-    constexpr int kShare = kExact > 8 ? kTileRows : kExact > 4 ? 8 : kExact > 2 ? 4 : 2;  // divides a tile
-    constexpr int kTimes = (kExact + kShare - 1) / kShare;
-    constexpr int64_t kBlockStep = kFoldMost * kBlockRows;
-    LOWBIT_UNROLL
-    for (int step = 0; step < kCount; ++step) {
-        const auto share = [&](int which) __attribute__((always_inline)) {
-            LOWBIT_UNROLL
-            for (int i = 0; i < kTimes; ++i) {
-                const int from = ((step * 2 + which) * kTimes + i) * kShare;
-                if (from < kRows) close_rows<kShare, kFirst>(closing, from);
-            }
-        };
-        load_tile_once<4>(x + step * 2 * kTileBytes);
-        load_tile<6>(w + step * kTileBytes);
-        load_tile<7>(w + kBlockStep + step * kTileBytes);
-        load_tile_once<5>(x + (step * 2 + 1) * kTileBytes);
-        dot_bytes<0, 4, 6>();
-        dot_bytes<1, 4, 7>();
-        share(0);
-        asking.some();
-        dot_bytes<2, 5, 6>();
-        dot_bytes<3, 5, 7>();
-        share(1);
-    }
-}
-
-template <int kClosed, bool kFirst>
-void up_to_four_steps(int64_t steps, const int8_t* x, const uint8_t* w, const Closing& closing, Asking& asking) {
-    switch (steps) {
-        case 1: return some_steps<1, kClosed, kFirst>(x, w, closing, asking);
-        case 2: return some_steps<2, kClosed, kFirst>(x, w, closing, asking);
-        case 3: return some_steps<3, kClosed, kFirst>(x, w, closing, asking);
-        default: return some_steps<4, kClosed, kFirst>(x, w, closing, asking);
-    }
-}
-
-// A whole stretch; what is closed is spread over its steps.
-template <bool kFirst>
-void run_stretch(int64_t steps, const int8_t* x, const uint8_t* w, bool closes, const Closing& closing, Asking& asking, int32_t* partial) {
-    zero_tile<0>();
-    zero_tile<1>();
-    zero_tile<2>();
-    zero_tile<3>();
-    int left = closes ? kPairTiles : 0;
-    const int at_once = steps <= kStepsAtOnce ? 4 : steps <= 3 * kStepsAtOnce ? 2 : 1;
-    for (int64_t step = 0; step < steps; step += kStepsAtOnce) {
-        const int64_t count = steps - step;
-        const int8_t* tokens = x + step * kTokenTile * kFoldStep;
-        const uint8_t* rows = w + step * kTileBytes;
-        const int closed = left < at_once ? left : at_once;
-        const Closing from = closing_from(closing, kPairTiles - left);
-        if (closed == 0) up_to_four_steps<0, kFirst>(count, tokens, rows, from, asking);
-        else if (closed == 1) up_to_four_steps<1, kFirst>(count, tokens, rows, from, asking);
-        else if (closed == 2) up_to_four_steps<2, kFirst>(count, tokens, rows, from, asking);
-        else up_to_four_steps<4, kFirst>(count, tokens, rows, from, asking);
-        left -= closed;
-    }
-    store_tile<0>(partial);
-    store_tile<1>(partial + kTileRows * kBlockRows);
-    store_tile<2>(partial + 2 * kTileRows * kBlockRows);
-    store_tile<3>(partial + 3 * kTileRows * kBlockRows);
-}
-
 struct FoldedItem {
     int64_t first_tile, tiles, first_block;
     int blocks;
@@ -186,19 +118,117 @@ inline void stream_brains(const ProductJob& job, int64_t token, int64_t block, F
     stream_bytes(static_cast<uint16_t*>(job.y) + token * job.y_stride + row, join_brains(first, second));
 }
 
-void store_folded(const ProductJob& job, const FoldedItem& item, const FoldedPair& pair, int64_t tile) {
-    float* sum = pair.sums + pair.place_of(tile);
-    if (pair.beside) job.join(job.joined_by, pair.beside + pair.place_of(tile), sum, kTokenTile * kPairBlocks * kBlockRows, sum);
-    const int64_t first = (item.first_tile + tile) * kTokenTile, left = job.activations.tokens - first, block = item.first_block + pair.block;
-    const bool lines = job.streams && job.y_dtype == LOWBIT_BF16 && (block + kPairBlocks) * kBlockRows <= job.rows;
-    for (int64_t i = 0; i < kTokenTile && i < left; ++i, sum += kPairBlocks * kBlockRows) {
-        if (lines) stream_brains(job, first + i, block, load_floats(sum), load_floats(sum + kBlockRows));
-        else
-            for (int b = 0; b < pair.blocks; ++b) store_outputs(job, first + i, block + b, load_floats(sum + b * kBlockRows));
+// Sums of a token tile that are complete, on their way out. Some of its tokens after every step: a line that goes past the caches takes
+// one of the core's 16 questions to memory until it has left, and in a burst of 32 none would be left for loads.
+struct Leaving {
+    const FoldedPair* pair = nullptr;
+    int64_t tile = 0, token = kTokenTile;
+
+    LOWBIT_INLINE void some(const ProductJob& job, const FoldedItem& item, int64_t count) {
+        if (token < kTokenTile) store(job, item, count);
+    }
+    void all(const ProductJob& job, const FoldedItem& item) { some(job, item, kTokenTile); }
+
+private:
+    __attribute__((noinline)) void store(const ProductJob& job, const FoldedItem& item, int64_t count) {
+        const int64_t from = token, most = token + count, until = most < kTokenTile ? most : kTokenTile, numbers = kPairBlocks * kBlockRows;
+        const int64_t place = pair->place_of(tile) + from * numbers;
+        float* sum = pair->sums + place;
+        token = until;
+        if (pair->beside) job.join(job.joined_by, pair->beside + place, sum, (until - from) * numbers, sum);
+        const int64_t first = (item.first_tile + tile) * kTokenTile, left = job.activations.tokens - first, block = item.first_block + pair->block;
+        const bool lines = job.streams && job.y_dtype == LOWBIT_BF16 && (block + kPairBlocks) * kBlockRows <= job.rows;
+        for (int64_t i = from; i < until && i < left; ++i, sum += numbers) {
+            if (lines) stream_brains(job, first + i, block, load_floats(sum), load_floats(sum + kBlockRows));
+            else
+                for (int b = 0; b < pair->blocks; ++b) store_outputs(job, first + i, block + b, load_floats(sum + b * kBlockRows));
+        }
+    }
+};
+
+// What is done between the products of a stretch.
+struct Beside {
+    const ProductJob& job;
+    const FoldedItem& item;
+    Asking& asking;
+    Leaving& leaving;
+    int64_t leaving_at_once;
+
+    LOWBIT_INLINE void some() {
+        asking.some();
+        leaving.some(job, item, leaving_at_once);
+    }
+};
+
+// 32 tokens x 32 rows over kCount steps of 64 inputs, while kClosed tiles of the sums before are closed, some rows after every two
+// products.
+template <int kCount, int kClosed, bool kFirst>
+void some_steps(const int8_t* x, const uint8_t* w, const Closing closing, Beside& beside) {
+    constexpr int kRows = kClosed * kTileRows, kExact = (kRows + 2 * kCount - 1) / (2 * kCount);
+    constexpr int kShare = kExact > 8 ? kTileRows : kExact > 4 ? 8 : kExact > 2 ? 4 : 2;  // divides a tile
+    constexpr int kTimes = (kExact + kShare - 1) / kShare;
+    constexpr int64_t kBlockStep = kFoldMost * kBlockRows;
+    LOWBIT_UNROLL
+    for (int step = 0; step < kCount; ++step) {
+        const auto share = [&](int which) __attribute__((always_inline)) {
+            LOWBIT_UNROLL
+            for (int i = 0; i < kTimes; ++i) {
+                const int from = ((step * 2 + which) * kTimes + i) * kShare;
+                if (from < kRows) close_rows<kShare, kFirst>(closing, from);
+            }
+        };
+        load_tile_once<4>(x + step * 2 * kTileBytes);
+        load_tile<6>(w + step * kTileBytes);
+        load_tile<7>(w + kBlockStep + step * kTileBytes);
+        load_tile_once<5>(x + (step * 2 + 1) * kTileBytes);
+        dot_bytes<0, 4, 6>();
+        dot_bytes<1, 4, 7>();
+        share(0);
+        beside.some();
+        dot_bytes<2, 5, 6>();
+        dot_bytes<3, 5, 7>();
+        share(1);
     }
 }
 
-// The products of one item in their order, each of which closes the sums of the one before. Outputs are written a tile behind the last
+template <int kClosed, bool kFirst>
+void up_to_four_steps(int64_t steps, const int8_t* x, const uint8_t* w, const Closing& closing, Beside& beside) {
+    switch (steps) {
+        case 1: return some_steps<1, kClosed, kFirst>(x, w, closing, beside);
+        case 2: return some_steps<2, kClosed, kFirst>(x, w, closing, beside);
+        case 3: return some_steps<3, kClosed, kFirst>(x, w, closing, beside);
+        default: return some_steps<4, kClosed, kFirst>(x, w, closing, beside);
+    }
+}
+
+// A whole stretch; what is closed is spread over its steps.
+template <bool kFirst>
+void run_stretch(int64_t steps, const int8_t* x, const uint8_t* w, bool closes, const Closing& closing, Beside& beside, int32_t* partial) {
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+    int left = closes ? kPairTiles : 0;
+    const int at_once = steps <= kStepsAtOnce ? 4 : steps <= 3 * kStepsAtOnce ? 2 : 1;
+    for (int64_t step = 0; step < steps; step += kStepsAtOnce) {
+        const int64_t count = steps - step;
+        const int8_t* tokens = x + step * kTokenTile * kFoldStep;
+        const uint8_t* rows = w + step * kTileBytes;
+        const int closed = left < at_once ? left : at_once;
+        const Closing from = closing_from(closing, kPairTiles - left);
+        if (closed == 0) up_to_four_steps<0, kFirst>(count, tokens, rows, from, beside);
+        else if (closed == 1) up_to_four_steps<1, kFirst>(count, tokens, rows, from, beside);
+        else if (closed == 2) up_to_four_steps<2, kFirst>(count, tokens, rows, from, beside);
+        else up_to_four_steps<4, kFirst>(count, tokens, rows, from, beside);
+        left -= closed;
+    }
+    store_tile<0>(partial);
+    store_tile<1>(partial + kTileRows * kBlockRows);
+    store_tile<2>(partial + 2 * kTileRows * kBlockRows);
+    store_tile<3>(partial + 3 * kTileRows * kBlockRows);
+}
+
+// The products of one item in their order, each of which closes the sums of the one before. Outputs are written two tiles behind the last
 // products: whole columns at the end, thousands of bytes apart, would fall into few sets of the caches and wait for memory one by one.
 class FoldedRun {
 public:
@@ -215,9 +245,11 @@ public:
 
     void all() {
         for (int64_t index = 0; index < passes_; ++index) pass(index);
+        leaving_.all(job_, item_);
         if (before_.sums == Sums::kNew) close_all<true>();
         else close_all<false>();
         finish();
+        leaving_.all(job_, item_);
     }
 
 private:
@@ -278,8 +310,9 @@ private:
 
     void multiply(int64_t steps, const int8_t* x, Asking& asking) {
         const bool closes = before_.sums != Sums::kNone;
-        if (before_.sums == Sums::kNew) run_stretch<true>(steps, x, room_.bytes[0], closes, before_.closing, asking, room_.partial[0][0]);
-        else run_stretch<false>(steps, x, room_.bytes[0], closes, before_.closing, asking, room_.partial[0][0]);
+        Beside beside{job_, item_, asking, leaving_, divide_up(kTokenTile, steps)};
+        if (before_.sums == Sums::kNew) run_stretch<true>(steps, x, room_.bytes[0], closes, before_.closing, beside, room_.partial[0][0]);
+        else run_stretch<false>(steps, x, room_.bytes[0], closes, before_.closing, beside, room_.partial[0][0]);
     }
 
     template <bool kFirst>
@@ -288,8 +321,11 @@ private:
         for (int from = 0; from < kClosingRows; from += kTileRows) close_rows<kTileRows, kFirst>(before_.closing, from);
     }
 
+    // The sums before are complete now. They leave beside the next products but one, unless these close other sums at the same place.
     void finish() {
-        if (before_.store) store_folded(job_, item_, *before_.pair, before_.tile);
+        if (!before_.store) return;
+        leaving_ = {before_.pair, before_.tile, 0};
+        if (item_.tiles == 1) leaving_.all(job_, item_);
     }
 
     void ask_for_outputs(const FoldedPair& pair, int64_t tile, int64_t steps, Asking* asking) const {
@@ -323,6 +359,7 @@ private:
     const int64_t weights_, pairs_, passes_;
     FoldedPair held_[2];  // of this pass and of the one before
     Before before_;
+    Leaving leaving_;
     int turn_ = 0;
 };
 
