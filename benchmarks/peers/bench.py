@@ -108,7 +108,7 @@ def contenders(row: Row, place: Place, programs: Sequence[str]) -> list[Entry]:
 def profile(row: Row, place: Place, name: str) -> dict[str, Any]:
     """Where it goes with one recipe of ours: the stages of a process, or the parts of the engine's steps."""
     entry = next((e for e in entries(place, row.model, row.width) if e.name == name), None)
-    if entry is None:  # model.generate: what it adds to the engine beside it is the ratio itself
+    if entry is None or row.task.kind == "repack":  # model.generate adds the ratio itself; no engine runs in a repack
         return {}
     runner, task = entry.make(entry.to_try(row.task)[0], row.task), row.task
     assert isinstance(runner, Worker)

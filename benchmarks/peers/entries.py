@@ -80,10 +80,10 @@ class Entry:
         return f"{self.program} {self.file}"
 
     def to_try(self, task: Task) -> tuple[Variant, ...]:
-        """Variants for a task. Memory and interrupts are of the flags that serve decoding as a rule: the first."""
+        """Variants for a task. Memory, interrupts and repacks are of the flags that serve decoding as a rule: the first."""
         kind = task.kind if task.kind in self.variants else "decode"
         variants = self.variants.get(kind, ((),))
-        return variants[:1] if task.kind in ("memory", "interrupt") else variants
+        return variants[:1] if task.kind in ("memory", "interrupt", "repack") else variants
 
     @property
     def there(self) -> bool:

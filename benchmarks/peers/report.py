@@ -94,6 +94,8 @@ def judge(row: Row, done: Mapping[str, Any], quality: Mapping[str, float], tiles
     if row.most is not None and ours:
         slowest = "high" if row.task.kind == "interrupt" else "median"  # a promise to whoever waits, each time
         reached.append(ours[slowest] <= row.most)
+    if row.least is not None and ours:
+        reached.append(ours["median"] >= row.least)
     if row.bandwidth is not None and ours:
         reached.append(ours["shares"]["bandwidth"] >= row.bandwidth)
     if row.peak is not None and ours and not tiles:
@@ -141,6 +143,8 @@ def goal_text(row: Row, must: float | None, tiles: bool) -> str:
         parts.append(f"{sign} {must:g}x {row.against or 'the best peer'}")
     if row.most is not None:
         parts.append(f"<= {row.most:g} {row.task.unit}")
+    if row.least is not None:
+        parts.append(f">= {row.least:g} {row.task.unit}")
     if row.times is not None:
         parts.append(f">= {row.times[0]:g}x {row.times[1]}")
     if row.bandwidth is not None:

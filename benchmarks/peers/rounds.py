@@ -29,7 +29,8 @@ from peers.tasks import Task
 NOISE = 0.08
 FEWEST_QUIET = 3
 LOOKS = 2  # rounds in which variants are compared
-UNWARMED = ("start", "memory", "interrupt")  # processes of their own each time, and calls that must not end too soon
+# Processes of their own each time, calls that must not end too soon, and what touches its memory by itself.
+UNWARMED = ("start", "memory", "interrupt", "repack")
 # Seeds of no round: a prompt that was read before comes out of a cache (OpenVINO's read 512 tokens three times too fast so).
 FIRST_LOOK, WARM = 1000, 2000
 OURS = ("lowbit",)  # in Row.only: what no peer is asked for
@@ -51,6 +52,7 @@ class Row:
     amx_products: float | None = None  # there: share of the tiles' peak that products have while they run, at least
     only: tuple[str, ...] = ()  # programs that take part besides ours; empty: all
     most: float | None = None  # the value of ours, at most
+    least: float | None = None  # the value of ours, at least
     against: str = ""  # the program, or the program and its file, that the ratio is taken against; empty: the best
     files: tuple[str, ...] = ()  # only files whose name begins so; empty: all
     times: tuple[float, str] | None = None  # at least so many times our figure in another row

@@ -19,6 +19,7 @@ class Task:
     memory    the most megabytes that a process holds which loads, reads `context` tokens and makes `new`
     interrupt seconds from Ctrl-C to the end of the call, in the middle of `context` tokens or, after them, of `new`
     generate  as decode, through `model.generate` of transformers
+    repack    GB/s of packed bytes at which the weights of `context` rows are laid out for the products
     """
 
     kind: str
@@ -28,7 +29,7 @@ class Task:
 
     @property
     def unit(self) -> str:
-        return {"start": "s", "interrupt": "s", "memory": "MB"}.get(self.kind, "tok/s")
+        return {"start": "s", "interrupt": "s", "memory": "MB", "repack": "GB/s"}.get(self.kind, "tok/s")
 
     @property
     def less_is_better(self) -> bool:

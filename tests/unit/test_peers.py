@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+import lowbit
+from lowbit.core import calls
+from unit.checkpoint_cases import make
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 QUALITY = {"fine": 0.1, "coarse": 0.3, "peer fine": 0.1003, "peer coarse": 0.35, "peer exact": 0.01}
 
@@ -167,3 +171,30 @@ def test_every_wait_after_control_c_counts_and_not_the_usual_one(peers: dict[str
     for longest, verdict in ((0.2, "met"), (0.4, "**missed**")):
         found = report.goal_rows([row], {"row": {"lines": [waits | {"high": longest}]}}, QUALITY, False)[0]
         assert found[-1] == verdict and found[3:5] == ["", ""]
+
+
+def test_laying_weights_out_is_held_to_its_rate(peers: dict[str, ModuleType]) -> None:
+    report = peers["report"]
+    (row, *_) = (r for r in importlib.import_module("cpu_start").ROWS if r.task.kind == "repack")
+    assert report.goal_text(row, None, True) == ">= 3 GB/s"
+    for rate, verdict in ((3.1, "met"), (2.9, "**missed**")):
+        found = line("lowbit int4", rate, "fine") | {"unit": "GB/s"}
+        goal = report.goal_rows([row], {row.name: {"lines": [found]}}, QUALITY, True)[0]
+        assert goal[2] == f"{rate} GB/s ({rate}-{rate})" and goal[3:] == ["", "", "", verdict]
+
+
+def test_a_repack_is_of_the_packed_weights_that_have_so_many_rows(
+    peers: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make("llama", tmp_path / "tiny", tie_word_embeddings=False)
+    model = lowbit.AutoModelForCausalLM.from_pretrained(folder, load_in_low_bit="int4_g32")
+    lowbit.save_low_bit(model, tmp_path / "saved")
+    monkeypatch.syspath_prepend(str(peers["entries"].WORKERS))
+    laid_out = importlib.import_module("run_ours").laid_out
+    gates = 2 * model.config.num_hidden_layers
+    for layer, count in ((model.model.layers[0].mlp.gate_proj, gates), (model.lm_head, 1)):  # not the embedding
+        weight = layer.packed_weight
+        seconds, size = laid_out(tmp_path / "saved", weight.shape[0])
+        assert seconds > 0 and size == count * calls.prepared_bytes(weight.format, *weight.shape)
+    with pytest.raises(ValueError, match="no packed weight of 7 rows"):
+        laid_out(tmp_path / "saved", 7)

@@ -10,6 +10,7 @@ import serve
 
 INTERRUPTS = 5  # in one reading, each at another moment
 LATEST = 0.1  # seconds of work before one, at most
+LAID_OUT = 48_000_000  # bytes in one reading, at least: more than the second-level caches hold
 
 
 def load(given):
@@ -101,9 +102,46 @@ def load(given):
             raise RuntimeError("a call was over before Ctrl-C came; give more tokens")
         return max(waits)
 
+    def repack(rows, _new, _sequences, _seed):
+        """GB/s of packed bytes: weights of that many rows, from memory into memory that was written to before."""
+        seconds, size = laid_out(given.model, rows)
+        return size / 1e9 / seconds
+
     # The engine beside which `model.generate` is measured does the same work: decode.
     measures = {"decode": decode, "generate": decode, "prefill": prefill, "batch": batch}
-    return measures | {"profile": profile, "interrupt": interrupt}
+    return measures | {"profile": profile, "interrupt": interrupt, "repack": repack}
+
+
+def laid_out(folder, rows):
+    """Seconds and bytes of laying out the first weights of a folder that have so many rows."""
+    from lowbit.core import calls
+    from lowbit.core.arena import weight_memory
+    from lowbit.packing import PackedTensor
+    from lowbit.runtime.files import open_files, read_spec, read_weights
+    from lowbit.runtime.stored import addresses
+
+    files, jobs, size = open_files(folder), [], 0
+    for loaded in read_weights(files, read_spec(files), None):
+        weight = loaded.weight
+        if (
+            loaded.role == "embedding"
+            or not isinstance(weight, PackedTensor)
+            or weight.shape[0] != rows
+            or size >= LAID_OUT
+        ):
+            continue
+        buffers = {name: array.copy() for name, array in weight.tensors().items()}
+        place = weight_memory(calls.prepared_bytes(weight.format, *weight.shape))
+        jobs.append((weight, buffers, place))
+        size += place.size
+    if not jobs:
+        raise ValueError(f"{folder} has no packed weight of {rows} rows")
+    for _ in range(2):  # the first time touches the memory
+        start = time.perf_counter()
+        for weight, buffers, place in jobs:
+            calls.prepare(weight.format, *weight.shape, addresses(buffers), int(place.ctypes.data), place.size)
+        seconds = time.perf_counter() - start
+    return seconds, size
 
 
 if __name__ == "__main__":
