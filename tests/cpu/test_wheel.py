@@ -22,7 +22,7 @@ from cpu.test_cpp_face import PROMPT, save_model
 from lowbit.runtime import load
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 600
+SECONDS = 1800
 USE_THE_RUNTIME = """
 import importlib.util, json, sys
 from pathlib import Path

@@ -32,7 +32,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (\w+\.py)\n")
 SETTING_UP = ("make ", "pip ", "git ", "cd ")
-SECONDS = 300
+SECONDS = 900
 
 
 def run(command: list[str], folder: Path) -> None:
