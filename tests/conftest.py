@@ -32,6 +32,13 @@ _WORDS_OF_A_STACK = 3  # its address, its flags, its size
 
 
 @pytest.fixture(autouse=True)
+def _what_is_said_once_is_said_in_each_test() -> None:
+    """Old names give each of their warnings once in a process: whichever test came first would have them all."""
+    if ignored := sys.modules.get("lowbit.compat.ignored"):
+        ignored._SAID.clear()
+
+
+@pytest.fixture(autouse=True)
 def _signals_keep_their_stack() -> Iterator[None]:
     """OpenVINO's CPU plugin puts a stack for signals under the thread. When two go in the order in which they came, as those of
     openvino_genai's pipelines do, the thread is left with one that is gone, and the next Ctrl-C is a crash in another test."""

@@ -108,8 +108,7 @@ def test_a_name_with_a_home_is_found_when_it_is_used(face: types.ModuleType) -> 
     assert face.__dict__["optimize_model"] is optimize_model
 
 
-def test_an_ignored_parameter_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ignored, "_SAID", set())
+def test_an_ignored_parameter_is_named_once() -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):

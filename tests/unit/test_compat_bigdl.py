@@ -19,7 +19,6 @@ import lowbit
 import lowbit.compat
 from lowbit.bridge import EngineGenerate
 from lowbit.cli import FAILED, OK, main
-from lowbit.compat import ignored
 from lowbit.compat.ignored import CompatWarning
 from lowbit.errors import CheckpointError, FormatError, LowbitError, RecipeError
 from lowbit.formats import CASTS, IQ_TYPES
@@ -32,8 +31,7 @@ PROMPT = torch.tensor([[5, 9, 11, 4, 8, 5, 9, 11, 4, 8, 5, 9, 11]])
 
 
 @pytest.fixture(autouse=True)
-def old_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ignored, "_SAID", set())
+def old_names() -> Iterator[None]:
     with lowbit.compat.install(children=False):
         yield
 

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 import lowbit.compat
-from lowbit.compat import ignored
 from lowbit.compat.ignored import CompatWarning
 from lowbit.errors import LowbitError
 from lowbit.layers import packed_weights
@@ -26,8 +25,7 @@ TOKENS = 40
 
 
 @pytest.fixture(autouse=True)
-def old_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ignored, "_SAID", set())
+def old_names() -> Iterator[None]:
     with lowbit.compat.install(children=False):
         yield
 

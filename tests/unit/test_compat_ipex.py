@@ -15,7 +15,7 @@ from torch import nn
 import lowbit.compat
 from lowbit.compat.faces import intel_extension_for_pytorch as ipex
 from lowbit.compat.faces.intel_extension_for_pytorch import frontend
-from lowbit.compat.ignored import _SAID, CompatWarning
+from lowbit.compat.ignored import CompatWarning
 from lowbit.errors import LowbitError, RecipeError
 from lowbit_assets import tiny_model_in_memory
 
@@ -67,7 +67,6 @@ def test_optimize_of_any_model(dtype: torch.dtype | None, limit: float) -> None:
 
 
 def test_optimize_with_an_optimizer_is_a_pair() -> None:
-    _SAID.clear()
     model = pictures().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.warns(CompatWarning, match="autocast computes in the other"):
@@ -94,13 +93,11 @@ SWITCHES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_each_switch(name: str) -> None:
-    _SAID.clear()
     with pytest.warns(CompatWarning, match=f"{name} has no effect: "):
         ipex.optimize(pictures().eval(), **{name: SWITCHES[name]})
 
 
 def test_switches_say_once_why_they_do_nothing() -> None:
-    _SAID.clear()
     switches = dict.fromkeys(frontend._IGNORED, True)
     assert switches.keys() == SWITCHES.keys()
     with pytest.warns(CompatWarning) as said:

@@ -63,7 +63,6 @@ def test_three_types(dtype: torch.dtype, limit: float) -> None:
     assert made.generate.why_not is None
     assert ipex.llm.optimize(original, inplace=True) is original
     with pytest.warns(CompatWarning) as said:
-        lowbit.compat.ignored._SAID.clear()
         ipex.llm.optimize(original, sample_inputs=(IDS,), deployment_mode=False)
     assert [name for w in said for name in ("sample_inputs", "deployment_mode") if name in str(w.message)]
 
@@ -129,7 +128,6 @@ def test_an_architecture_without_a_spec_is_quantised_all_the_same() -> None:
 def test_two_stages_of_a_language_model(tmp_path: Path) -> None:
     original = tiny_model_in_memory("llama")
     file = summary_of(original, tmp_path / "qconf.json")
-    lowbit.compat.ignored._SAID.clear()
     with pytest.warns(CompatWarning, match="each row of activations gets a scale of its own"):
         made = ipex.llm.optimize(original, quantization_config=SMOOTH, qconfig_summary_file=str(file))
     assert error_of(made, original) < 0.04
@@ -317,7 +315,6 @@ def test_what_contradicts_itself(tmp_path: Path) -> None:
         )
     with pytest.raises(CheckpointError, match="there is no summary"):
         ipex.llm.optimize(original, quantization_config=SMOOTH, qconfig_summary_file=tmp_path / "absent.json")
-    lowbit.compat.ignored._SAID.clear()
     with pytest.warns(CompatWarning, match="cache_weight_for_large_batch has no effect"):
         ipex.llm.optimize(original, dtype=torch.bfloat16, cache_weight_for_large_batch=True)
 
