@@ -40,7 +40,6 @@ template <int kTokens>
 void float_item(const ProductJob& job, const Item& item, FloatPanel& panel, float* sums) {
     const Header& header = *job.activations.header;
     const int64_t per_stretch = kFloatStretch / kUnit;
-    for (int64_t i = 0; i < item.tiles * kTokens * kPanelBlocks; ++i) store_floats(sums + i * kBlockRows, splat_floats(0.0f));
     for (int64_t first = 0; first < header.plan.units; first += per_stretch) {
         const int64_t units = header.plan.units - first < per_stretch ? header.plan.units - first : per_stretch;
         for (int b = 0; b < item.blocks; ++b) {
@@ -51,11 +50,12 @@ void float_item(const ProductJob& job, const Item& item, FloatPanel& panel, floa
             const float* x = reinterpret_cast<const float*>(job.activations.data + (item.first_tile + tile) * job.activations.tile_bytes);
             float* place = sums + tile * kTokens * kPanelBlocks * kBlockRows;
             x += first * kUnit * kTokens;
+            if (first == 0) begin_sums(kTokens, place);
             if (item.blocks == kPanelBlocks) float_tile_product<kPanelBlocks, kTokens>(panel, units * kUnit, x, place);
             else float_tile_product<1, kTokens>(panel, units * kUnit, x, place);
+            if (first + units == header.plan.units) store_sums(job, item, tile, place);
         }
     }
-    store_item(job, item, sums);
 }
 
 void float_items(const ProductJob& job, int64_t begin, int64_t end) {

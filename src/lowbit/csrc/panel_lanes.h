@@ -133,22 +133,24 @@ inline Item item_at(const ProductJob& job, int64_t index) {
             static_cast<int>(left < kPanelBlocks ? left : kPanelBlocks)};
 }
 
-inline void store_item(const ProductJob& job, const Item& item, const float* sums) {
-    const int64_t tile = job.activations.tile;
-    for (int64_t i = 0; i < item.tiles * tile; ++i) {
-        const int64_t token = item.first_tile * tile + i;
-        if (token >= job.activations.tokens) return;
-        for (int b = 0; b < item.blocks; ++b)
-            store_outputs(job, token, item.first_block + b, load_floats(sums + (i * kPanelBlocks + b) * kBlockRows));
-    }
+inline void begin_sums(int64_t tokens, float* sums) {
+    for (int64_t i = 0; i < tokens * kPanelBlocks; ++i) store_floats(sums + i * kBlockRows, splat_floats(0.0f));
 }
 
+inline void store_sums(const ProductJob& job, const Item& item, int64_t tile, const float* sums) {
+    const int64_t tokens = job.activations.tile, first = (item.first_tile + tile) * tokens;
+    for (int64_t i = 0; i < tokens && first + i < job.activations.tokens; ++i)
+        for (int b = 0; b < item.blocks; ++b)
+            store_outputs(job, first + i, item.first_block + b, load_floats(sums + (i * kPanelBlocks + b) * kBlockRows));
+}
+
+// Sums begin right before the first products of their tokens and leave right behind the last ones: both at once for all of an item
+// would wait for lines that the products of the next tile hide.
 template <bool kWide, bool kRowZeros, bool kMinima>
 void panel_item(const ProductJob& job, const Item& item, Panel& panel, float* sums) {
     const Header& header = *job.activations.header;
     const Plan& plan = header.plan;
     const int64_t per_stretch = kStretch / plan.segment / 2 * 2;  // an even number keeps halves of units together
-    for (int64_t i = 0; i < item.tiles * kPanelTokens * kPanelBlocks; ++i) store_floats(sums + i * kBlockRows, splat_floats(0.0f));
     for (int64_t first = 0; first < plan.segments; first += per_stretch) {
         const Stretch stretch = {first, plan.segments - first < per_stretch ? plan.segments - first : per_stretch};
         for (int b = 0; b < item.blocks; ++b)
@@ -156,11 +158,12 @@ void panel_item(const ProductJob& job, const Item& item, Panel& panel, float* su
         for (int64_t tile = 0; tile < item.tiles; ++tile) {
             const TileView x = view_tile(job.activations, item.first_tile + tile);
             float* place = sums + tile * kPanelTokens * kPanelBlocks * kBlockRows;
+            if (first == 0) begin_sums(kPanelTokens, place);
             if (item.blocks == kPanelBlocks) tile_product<kPanelBlocks, kWide, kRowZeros, kMinima>(panel, plan, stretch, x, place);
             else tile_product<1, kWide, kRowZeros, kMinima>(panel, plan, stretch, x, place);
+            if (first + stretch.segments == plan.segments) store_sums(job, item, tile, place);
         }
     }
-    store_item(job, item, sums);
 }
 
 void panel_items(const ProductJob& job, int64_t begin, int64_t end) {
