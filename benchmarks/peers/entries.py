@@ -173,7 +173,8 @@ def our_entries(place: Place, model: str, width: int) -> list[Entry]:
 def our_runner(place: Place, path: Path, chosen: Variant, task: Task) -> Runner:
     slots = {"slots": task.sequences} if task.sequences > 1 else {}
     isa = {"isa": place.isa} if place.isa else {}
-    options = dict(chosen) | slots | isa | {"context": task.context + task.new + SPARE}
+    positions = 0 if task.kind == "repack" else task.context + task.new  # a repack's context counts rows of a weight
+    options = dict(chosen) | slots | isa | {"context": positions + SPARE}
     return Worker(Path(sys.executable), WORKERS / "run_ours.py", path, place.threads, options, place.prefix)
 
 

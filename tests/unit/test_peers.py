@@ -177,6 +177,9 @@ def test_laying_weights_out_is_held_to_its_rate(peers: dict[str, ModuleType]) ->
     report = peers["report"]
     (row, *_) = (r for r in importlib.import_module("cpu_start").ROWS if r.task.kind == "repack")
     assert report.goal_text(row, None, True) == ">= 3 GB/s"
+    entries = peers["entries"]
+    worker = entries.our_runner(entries.Place(Path()), Path(), (), row.task)
+    assert worker.options == {"context": entries.SPARE}  # and not as many positions as the weight has rows
     for rate, verdict in ((3.1, "met"), (2.9, "**missed**")):
         found = line("lowbit int4", rate, "fine") | {"unit": "GB/s"}
         goal = report.goal_rows([row], {row.name: {"lines": [found]}}, QUALITY, True)[0]
