@@ -46,7 +46,7 @@ void Step::rotate(int64_t layer, int64_t token, float* head) const {
         for (int i = 0; i < half; ++i) turn_pair(head[2 * i], head[2 * i + 1], cosines[i], sines[i]);
         return;
     }
-    engine_isa().turn(head, head + half, cosines, sines, half);
+    isa_.turn(head, head + half, cosines, sines, half);
 }
 
 namespace {
@@ -63,7 +63,7 @@ lowbit_vector at_head(const lowbit_vector& vector, int64_t place) {
 
 // One head of a token as the products left it, clipped.
 void Step::read_head(const Member& me, int64_t token, int64_t place, float* to) const {
-    engine_isa().widen(work_.qkv.get(), me.qkv_type, token * plans_.qkv_size + place, model_.head_dim, to);
+    isa_.widen(work_.qkv.get(), me.qkv_type, token * plans_.qkv_size + place, model_.head_dim, to);
     clip_head(to, model_.head_dim, model_.clip);
 }
 
@@ -80,7 +80,7 @@ void Step::turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_b
         if (model_.qk_norm == LOWBIT_HEAD_NORM) norm(vector, out, size, out);
         if (model_.qk_norm == LOWBIT_HEADS_NORM) norm(at_head(vector, h * size), out, size, out);
         rotate(layer, token, out);
-        engine_isa().scale(out, model_.attention_scale, size, out);
+        isa_.scale(out, model_.attention_scale, size, out);
     }
 }
 
@@ -97,9 +97,9 @@ void Step::store_heads(Member& me, int64_t layer, int64_t token, int64_t head_be
         if (model_.qk_norm == LOWBIT_HEAD_NORM) norm(vector, head, size, head);
         if (model_.qk_norm == LOWBIT_HEADS_NORM) norm(at_head(vector, h * size), head, size, head);
         rotate(layer, token, head);
-        const float key_scale = engine_isa().store_key(type, head, model_.head_dim, padded, cache.keys, position);
+        const float key_scale = isa_.store_key(type, head, model_.head_dim, padded, cache.keys, position);
         read_head(me, token, plans_.v_places[static_cast<size_t>(h)], head);
-        const float value_scale = engine_isa().store_value(type, head, model_.head_dim, padded, cache.values, position);
+        const float value_scale = isa_.store_value(type, head, model_.head_dim, padded, cache.values, position);
         if (cache.key_scales) {
             cache.key_scales[position] = key_scale;
             cache.value_scales[position] = value_scale;
@@ -152,7 +152,7 @@ void Step::attend_one(Member& me, int64_t layer, int64_t item) {
     job.out = splits_ > 1 ? work_.split_out.get() + first_row * job.padded : me.room.out.get();
     job.most = splits_ > 1 ? work_.split_most.get() + first_row : me.room.most.get();
     job.total = splits_ > 1 ? work_.split_total.get() + first_row : me.room.total.get();
-    engine_isa().attend(job);
+    isa_.attend(job);
     if (splits_ > 1) return;
     for (int64_t r = 0; r < group; ++r)
         finish_head(layer, head * group + r, job.out + r * job.padded, job.most[r], job.total[r],
@@ -188,7 +188,7 @@ void Step::attend_tile(Member& me, int64_t layer, const Tile& tile, int64_t head
     job.out = me.room.out.get();
     job.most = me.room.most.get();
     job.total = me.room.total.get();
-    engine_isa().attend(job);
+    isa_.attend(job);
     for (int64_t r = 0; r < job.rows; ++r) {
         const int64_t token = tile.first + r / group, query = head * group + r % group;
         finish_head(layer, query, job.out + r * job.padded, job.most[r], job.total[r], work_.attention.get() + token * plans_.q_size + query * size);
@@ -199,7 +199,7 @@ void Step::finish_head(int64_t layer, int64_t head, const float* out, float most
     const float* sinks = plans_.layers[static_cast<size_t>(layer)].vectors[LOWBIT_SINKS].weight;
     if (sinks) total += std::exp(sinks[head] - most);
     const float share = 1.0f / total;
-    engine_isa().scale(out, share, model_.head_dim, to);
+    isa_.scale(out, share, model_.head_dim, to);
 }
 
 void Step::merge_splits(const Member& me, int64_t layer, int64_t token, float* to) const {
@@ -214,7 +214,7 @@ void Step::merge_splits(const Member& me, int64_t layer, int64_t token, float* t
             const int64_t row = first + s * group;
             const float weight = std::exp(work_.split_most[row] - most);
             total += weight * work_.split_total[row];
-            engine_isa().add_scaled(sum, work_.split_out.get() + row * padded, weight, size);
+            isa_.add_scaled(sum, work_.split_out.get() + row * padded, weight, size);
         }
         finish_head(layer, h, sum, most, total, to + h * size);
     }

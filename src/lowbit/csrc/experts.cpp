@@ -47,7 +47,7 @@ void Step::sparse_mlp(Member& me, int64_t layer) {
         rows.stride = model_.shared.size;
         ready(me, rows, count_, {&plan.shared_down}, [&](int64_t token, float* to) {
             const int64_t place = token * model_.shared.size;
-            engine_isa().activate(model_.shared, work_.shared_gate.get() + place, work_.shared_up.get() + place, model_.shared.size, to);
+            isa_.activate(model_.shared, work_.shared_gate.get() + place, work_.shared_up.get() + place, model_.shared.size, to);
         });
         Task down = task_of(me, plan.shared_down, work_.shared_out.get(), size);
         run_tasks(me, &down, 1, {});
@@ -154,7 +154,7 @@ void Step::expert_products(Member& me, int64_t layer) {
                 }
                 both = parted;
             }
-            engine_isa().activate(model_.expert, both, both + inner, inner, mid + i * inner);
+            isa_.activate(model_.expert, both, both + inner, inner, mid + i * inner);
         }
         input.make_all_ready();
     });
@@ -166,8 +166,8 @@ void Step::sum_experts(int64_t token, float* to) const {
     const int64_t size = model_.hidden_size;
     memset(to, 0, static_cast<size_t>(size) * sizeof(float));
     for (int64_t i = token * model_.top_k; i < (token + 1) * model_.top_k; ++i)
-        engine_isa().add_scaled(to, work_.expert_out.get() + work_.assigned_place[i] * size, work_.assigned_weight[i], size);
-    if (model_.shared.size > 0) engine_isa().add_scaled(to, work_.shared_out.get() + token * size, logistic(work_.shared_router[token]), size);
+        isa_.add_scaled(to, work_.expert_out.get() + work_.assigned_place[i] * size, work_.assigned_weight[i], size);
+    if (model_.shared.size > 0) isa_.add_scaled(to, work_.shared_out.get() + token * size, logistic(work_.shared_router[token]), size);
 }
 
 }  // namespace lowbit

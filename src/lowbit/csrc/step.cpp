@@ -12,6 +12,7 @@ Step::Step(Engine& engine, const int32_t* tokens, const std::vector<Sequence>& s
     : engine_(engine),
       plans_(engine.plans),
       model_(engine.plans.model),
+      isa_(engine_isa()),
       work_(engine.work),
       tokens_(tokens),
       sequences_(sequences),
@@ -132,7 +133,7 @@ void Step::finish_embedding(Member& me, int64_t token) {
     const View table = view_of(model_.matrices[LOWBIT_POSITIONS]);
     if (table) {
         read_row(table, positions_[static_cast<size_t>(token)] + model_.position_offset, me.room.branch.get());
-        engine_isa().add_scaled(hidden, me.room.branch.get(), 1.0f, size);
+        isa_.add_scaled(hidden, me.room.branch.get(), 1.0f, size);
     }
     if (model_.embedding_norm) norm(model_.vectors[LOWBIT_EMBEDDING_NORM], hidden, size, hidden);
 }
@@ -163,7 +164,7 @@ void Step::turn_angles(int64_t token, const Sequence& sequence) {
 // --- the hidden state ---
 
 void Step::norm(const lowbit_vector& vector, const float* x, int64_t count, float* y) const {
-    engine_isa().normalize({model_.norm_kind, model_.norm_eps, vector}, x, count, y);
+    isa_.normalize({model_.norm_kind, model_.norm_eps, vector}, x, count, y);
 }
 
 void Step::join(Member& me, int64_t token) {
@@ -178,7 +179,7 @@ void Step::add_branch(Member& me, int64_t layer, int branch, int64_t token) {
     float* hidden = me.hidden + token * size;
     float* own = me.room.branch.get();
     if (me.branch_types[branch] != LOWBIT_FP32) {
-        engine_isa().widen(work_.branches[branch].get(), me.branch_types[branch], token * size, size, own);
+        isa_.widen(work_.branches[branch].get(), me.branch_types[branch], token * size, size, own);
         y = own;
     }
     if (branch == 1 && source.sparse) {
@@ -189,7 +190,7 @@ void Step::add_branch(Member& me, int64_t layer, int branch, int64_t token) {
         norm(source.vectors[branch == 0 ? LOWBIT_ATTENTION_POST_NORM : LOWBIT_MLP_POST_NORM], y, size, own);
         y = own;
     }
-    engine_isa().add_scaled(hidden, y, model_.residual_multiplier, size);
+    isa_.add_scaled(hidden, y, model_.residual_multiplier, size);
     if (model_.placement == LOWBIT_AFTER_SUM)
         norm(source.vectors[branch == 0 ? LOWBIT_ATTENTION_NORM : LOWBIT_MLP_NORM], hidden, size, hidden);
 }
@@ -298,7 +299,7 @@ void Step::dense_mlp(Member& me, int64_t layer) {
     ready(me, rows, count_, {&plan.down}, [&](int64_t token, float* to) {
         if (activated) return;
         const float* both = work_.gate.get() + token * (plan.gate_up ? 2 * mlp.size : mlp.size);
-        engine_isa().activate(mlp, both, plan.gate_up ? both + mlp.size : work_.up.get() + token * mlp.size, mlp.size, to);
+        isa_.activate(mlp, both, plan.gate_up ? both + mlp.size : work_.up.get() + token * mlp.size, mlp.size, to);
     });
     Task down = task_of(me, plan.down, work_.branches[1].get(), size);
     me.branch_types[1] = write_to(&down, 1, work_.branches[1].get(), false);

@@ -124,6 +124,7 @@ private:
     Engine& engine_;
     const Plans& plans_;
     const lowbit_model& model_;
+    const EngineIsa& isa_;
     Workspace& work_;
     const int32_t* tokens_;
     const std::vector<Sequence>& sequences_;
