@@ -11,11 +11,12 @@ from typing import Any
 import common
 
 from peers.entries import Entry, Place, entries, generate_entry
-from peers.report import judge, on_tiles, page
+from peers.report import judge, median_profile, on_tiles, page
 from peers.rounds import LOOKS, Limits, Row, each_row, run_row, say
 from peers.runners import Worker
 from peers.tasks import Task
 
+PROFILES = 5
 DEFAULT_PEERS = Path(__file__).parents[2] / ".venv-peers"
 common.LOCAL_OPTIONS += ("--peers", "--ik-bin", "--llama-bin", "--without-amx")
 
@@ -115,10 +116,11 @@ def profile(row: Row, place: Place, name: str) -> dict[str, Any]:
     if task.kind in ("start", "memory"):
         return {"of": name, "stages": runner.stages(task.context)}
     try:
-        counted: dict[str, Any] = runner.ask(Task("profile", task.context, task.new, task.sequences), 0)["value"]
+        asked = Task("profile", task.context, task.new, task.sequences)
+        counted = median_profile([runner.ask(asked, seed)["value"] for seed in range(PROFILES)])
     finally:
         runner.close()
-    return {"of": name} | counted
+    return {"of": name, **counted}
 
 
 def read_quality(results: Path) -> dict[str, float]:

@@ -272,9 +272,18 @@ def profile_text(counted: Mapping[str, Any]) -> str:
     return f"our engine's first thread{of}: {parts_text({k: v for k, v in counted.items() if k != 'of'})}"
 
 
+def median_profile(readings: Sequence[Mapping[str, int]]) -> Mapping[str, int]:
+    """The one of all whose parts took the middle of times: one reading may lie in another program's turn."""
+    return sorted(readings, key=lambda counted: sum(parts_of(counted).values()))[len(readings) // 2]
+
+
+def parts_of(counted: Mapping[str, int]) -> dict[str, int]:
+    return {name: value for name, value in counted.items() if name not in ("steps", "barrier_count")}
+
+
 def parts_text(counted: Mapping[str, int]) -> str:
     """Shares of the time by part; barriers are waiting, and counted beside the parts that they end."""
-    parts = {name: value for name, value in counted.items() if name not in ("steps", "barrier_count")}
+    parts = parts_of(counted)
     total = sum(parts.values()) or 1
     shares = ", ".join(f"{name} {value / total:.0%}" for name, value in sorted(parts.items(), key=lambda p: -p[1]))
     return f"{shares}; {total / 1e6 / max(counted['steps'], 1):.2f} ms a step"

@@ -143,6 +143,14 @@ def test_a_peer_meets_the_fastest_recipe_that_is_no_worse_than_its_file(peers: d
     assert verdict[-1] == "**missed**" and "no recipe of that quality" in verdict
 
 
+def test_the_profile_of_a_row_is_the_middle_one(peers: dict[str, ModuleType]) -> None:
+    readings = [
+        {"mlp": mlp, "barrier": wait, "steps": 1, "barrier_count": 999}
+        for mlp, wait in ((5, 1), (90, 2), (6, 1), (4, 1), (5, 0))
+    ]
+    assert peers["report"].median_profile(readings) == readings[0]
+
+
 def test_a_row_that_misses_says_where_its_time_goes(peers: dict[str, ModuleType]) -> None:
     rounds, report, Task = peers["rounds"], peers["report"], peers["tasks"].Task
     rows = [rounds.Row(name, "model", 4, Task("decode", 32, 64), ratio=1.1) for name in ("quick", "slow", "old")]
