@@ -325,14 +325,14 @@ def ort_entries(place: Place, model: str, width: int) -> list[Entry]:
 def torch_entries(place: Place, model: str, width: int) -> list[Entry]:
     linears, head, _ = SIZES[model]
     path = place.models / f"hf-{model}"
+    variants: dict[str, tuple[Variant, ...]] = {"decode": (variant(compile=True), ()), "prefill": ((),), "start": ((),)}
     if width == 16:
         made = partial(python_runner, place, "torch", "run_transformers.py", path)
-        return [Entry("transformers", "bf16", path, 16, (linears + head) * 2 / 1e6, made)]
+        return [Entry("transformers", "bf16", path, 16, (linears + head) * 2 / 1e6, made, variants)]
     group = GROUPS[model]
     kind = {"kind": f"torchao-int{width}", "group": group}
     bits = 4 + 32 / group if width == 4 else 8  # a bf16 scale and a bf16 zero a group
     make = partial(python_runner, place, "torch", "run_transformers.py", path, **kind)
-    variants: dict[str, tuple[Variant, ...]] = {"decode": (variant(compile=True), ()), "prefill": ((),), "start": ((),)}
     megabytes = (linears + head) * bits / 8 / 1e6
     return [Entry("torchao", f"int{width}", path, bits, megabytes, make, variants, f"torchao int{width}")]
 

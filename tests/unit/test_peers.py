@@ -111,8 +111,10 @@ def test_the_peers_of_python_are_asked_on_both_models(peers: dict[str, ModuleTyp
             (row,) = (r for r in rows if r.model == model and r.width == 4 and r.name.startswith(name))
             assert not row.only
     steps, prompt = (peers["tasks"].Task(kind, 32, 8) for kind in ("decode", "prefill"))
-    assert [entries.words_of(v) for v in listed["torchao"].to_try(steps)] == ["compile=True", "as it comes"]
-    assert listed["torchao"].to_try(prompt) == ((),)
+    (plain,) = (e for e in entries.entries(place, model, 16) if e.program == "transformers")
+    for entry in (listed["torchao"], plain):
+        assert [entries.words_of(v) for v in entry.to_try(steps)] == ["compile=True", "as it comes"]
+        assert entry.to_try(prompt) == ((),)
 
 
 def line(name: str, median: float, quality: str) -> dict[str, Any]:
