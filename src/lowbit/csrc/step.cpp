@@ -48,6 +48,7 @@ void Step::plan_attention() {
     for (const Sequence& sequence : sequences_)
         for (int64_t i = 0; i < sequence.count; i += size)
             tiles_.push_back({sequence.first + i, std::min(size, sequence.count - i), sequence.start + i, sequence.slot});
+    // Not where numbers are checked, of every token in every layer.
     narrows_ = !alone_ && !engine_.checking && 2 * static_cast<int64_t>(wanted_.size()) <= count_;
     if (narrows_)
         for (int64_t token : wanted_) last_tiles_.push_back({token, 1, positions_[static_cast<size_t>(token)], slots_[static_cast<size_t>(token)]});
