@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "threads.h"
 
@@ -11,6 +12,7 @@ namespace {
 // Weights that a thread takes at a time when decoding: small enough that the last part keeps nobody waiting for long.
 constexpr int64_t kLeastPart = 8 << 10, kMostPart = 16 << 10;
 constexpr int64_t kPartsPerThread = 6;
+constexpr int64_t kLeastUnit = 16;  // tokens that a thread takes at a time to make them ready
 constexpr int64_t kPlainRows = kTightRows;  // so that plain and tight matrices can be paired
 
 ProductJob job_of(const View& view, const Form& form, void* y, int y_dtype, int64_t y_stride) {
@@ -88,13 +90,21 @@ void Input::balance(int64_t stretch) const {
 
 void Input::make_all_ready() const {
     for (int64_t stretch = 0; stretch < stretches(); ++stretch) balance(stretch);
-    make_ready(0, tokens);
+    make_ready(0, tokens, rows);
 }
 
-void Input::make_ready(int64_t begin, int64_t end) const {
+int64_t Input::unit() const {
+    int64_t unit = 1;
+    for (int i = 0; i < form_count; ++i) unit = std::lcm(unit, int64_t{forms[i].activations.tile});
+    return divide_up(kLeastUnit, unit) * unit;
+}
+
+void Input::make_ready(int64_t begin, int64_t end, const void* from) const {
     for (int i = 0; i < form_count; ++i) {
-        const Activations& x = forms[i].activations;
-        for (int64_t tile = begin / x.tile; tile * x.tile < end; ++tile) forms[i].make_ready(tile);
+        Form form = forms[i];
+        form.activations.x = from;
+        const int64_t tile = form.activations.tile;
+        for (int64_t t = begin / tile; t * tile < end; ++t) form.make_ready(t);
     }
 }
 
@@ -104,13 +114,6 @@ int64_t room_for(const View& view, int64_t tokens, int compute) {
     for (int64_t count : {int64_t{1}, int64_t{2}, int64_t{4}, kFewTokens, tokens})
         if (count <= tokens) most = std::max(most, plan_form(*view.header, count, compute).bytes());
     return most + plan_form(*view.header, std::min<int64_t>(tokens, 8), compute).bytes();
-}
-
-int64_t token_unit() {
-    const int64_t step = isa().folded ? isa().folded->token_tile : 8;
-    int64_t unit = step;
-    while (unit % isa().panel_tokens || (isa().brains && unit % kBrainTokens)) unit += step;
-    return unit;
 }
 
 bool Task::pairs_with(const View& other, const Form* other_form) const {

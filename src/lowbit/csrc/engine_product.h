@@ -40,15 +40,15 @@ struct Input {
     // Once all rows are there and before any is made ready: what forms want to know of all tokens, in so many pieces.
     int64_t stretches() const;
     void balance(int64_t stretch) const;
-    // Make all forms ready for tokens [begin, end), which are whole tiles or the last ones.
-    void make_ready(int64_t begin, int64_t end) const;
+    // Tokens that every form can be cut at.
+    int64_t unit() const;
+    // Make all forms ready for tokens [begin, end), which are whole tiles or the last ones; `from` is where the row of token 0 lies, or would.
+    void make_ready(int64_t begin, int64_t end, const void* from) const;
     void make_all_ready() const;
 };
 
 // Bytes that form_for places at most, for up to `tokens` tokens.
 int64_t room_for(const View& view, int64_t tokens, int compute);
-// Tokens that every form can be cut at.
-int64_t token_unit();
 
 constexpr int kNarrowBits = 6;
 

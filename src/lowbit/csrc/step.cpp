@@ -28,7 +28,6 @@ Step::Step(Engine& engine, const int32_t* tokens, const std::vector<Sequence>& s
             slots_[static_cast<size_t>(sequence.first + i)] = sequence.slot;
         }
     for (const lowbit_rope& rope : plans_.ropes) turn_stride_ = std::max<int64_t>(turn_stride_, rope.rotary_dim);
-    unit_ = token_unit();
     plan_attention();
 }
 
@@ -200,6 +199,10 @@ Step::Rows Step::own_rows(Member& me) const {
     return {alone_ ? me.room.x.get() : work_.x.get(), 0};
 }
 
+Step::Rows Step::passing_rows(Member& me) const {
+    return {own_rows(me).data, model_.hidden_size, LOWBIT_FP32, me.room.near.get()};
+}
+
 // --- the branches ---
 
 // Queries, keys and values of all tokens; of a prompt also the keys and values stored.
@@ -207,8 +210,7 @@ void Step::heads(Member& me, int64_t layer) {
     const LayerPlan& plan = plans_.plans[static_cast<size_t>(layer)];
     const int64_t size = model_.hidden_size, width = plans_.qkv_size;
     const bool normed = model_.placement == LOWBIT_PRE || model_.placement == LOWBIT_SANDWICH;
-    Rows x = own_rows(me);
-    x.stride = size;
+    const Rows x = passing_rows(me);
     ready(me, x, count_, {&plan.q, &plan.k, &plan.v, &plan.qkv}, [&](int64_t token, float* to) {
         join(me, token);
         if (normed) norm(plan.source->vectors[LOWBIT_ATTENTION_NORM], me.hidden + token * size, size, to);
@@ -263,8 +265,7 @@ void Step::dense_mlp(Member& me, int64_t layer) {
     const int64_t size = model_.hidden_size;
     const bool sequential = model_.residual == LOWBIT_SEQUENTIAL, shared = model_.residual == LOWBIT_PARALLEL_SHARED;
     const bool normed = model_.placement == LOWBIT_PRE || model_.placement == LOWBIT_SANDWICH;
-    Rows x = own_rows(me);
-    x.stride = size;
+    const Rows x = passing_rows(me);
     ready(me, x, count_, {&plan.gate, &plan.up, &plan.gate_up}, [&](int64_t token, float* to) {
         if (sequential) join(me, token);
         if (normed) norm(plan.source->vectors[shared ? LOWBIT_ATTENTION_NORM : LOWBIT_MLP_NORM], me.hidden + token * size, size, to);
@@ -329,8 +330,7 @@ void Step::head(Member& me) {
     const int64_t count = static_cast<int64_t>(wanted_.size()), size = model_.hidden_size, vocab = model_.vocab_size;
     if (count == 0) return;
     const View& first = plans_.head_in ? plans_.head_in : plans_.head;
-    Rows x = own_rows(me);
-    x.stride = size;
+    const Rows x = passing_rows(me);
     ready(me, x, count, {&first}, [&](int64_t index, float* to) {
         const int64_t token = wanted_[static_cast<size_t>(index)];
         join(me, token);

@@ -10,6 +10,7 @@
 // tokens alone whose logits are wanted.
 #pragma once
 #include <chrono>
+#include <cstring>
 #include <initializer_list>
 
 #include "engine.h"
@@ -54,6 +55,7 @@ private:
         float* data;
         int64_t stride;
         int type = LOWBIT_FP32;  // bf16 where there is nothing to fill
+        float* near = nullptr;   // room for rows that nobody but the products reads
     };
     // A stretch of one sequence's tokens whose queries go over the keys together.
     struct Tile {
@@ -103,6 +105,8 @@ private:
     template <class Fill>
     void ready(Member& me, Rows rows, int64_t tokens, std::initializer_list<const View*> views, const Fill& fill);
     Rows own_rows(Member& me) const;
+    // Normed rows of the hidden state, which nobody reads but the products.
+    Rows passing_rows(Member& me) const;
     void meet(Member& me, lowbit_profile_part part, bool may_stop = false);
     void mark(Member& me, lowbit_profile_part part);
 
@@ -140,7 +144,6 @@ private:
     bool narrows_ = false;
     std::vector<Tile> tiles_, last_tiles_;  // last_tiles_: of the last layer, where it narrows
     int64_t turn_stride_ = 0;
-    int64_t unit_ = 8;
 };
 
 template <class Fill>
@@ -148,13 +151,12 @@ void Step::ready(Member& me, Rows rows, int64_t tokens, std::initializer_list<co
     me.input.start(rows.data, rows.type, rows.stride, tokens);
     uint8_t* packed = alone_ ? me.room.packed.get() : work_.packed.get();
     int64_t used = 0;
+    bool formed = true;
     for (const View* view : views)
-        if (*view) me.input.form_for(*view, engine_.options.compute, packed, &used);
-    const auto fill_rows = [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) fill(t, rows.data + t * rows.stride);
-    };
+        if (*view) formed = me.input.form_for(*view, engine_.options.compute, packed, &used) && formed;
+    const auto fill_row = [&](int64_t token) { fill(token, rows.data + token * rows.stride); };
     if (alone_) {
-        fill_rows(0, tokens);
+        for (int64_t t = 0; t < tokens; ++t) fill_row(t);
         me.input.make_all_ready();
         mark(me, LOWBIT_PART_NORM);
         return;
@@ -163,15 +165,22 @@ void Step::ready(Member& me, Rows rows, int64_t tokens, std::initializer_list<co
     int64_t step = 0;
     if (const int64_t stretches = me.input.stretches()) {
         step = balance_step(tokens);
-        work_.team.share(divide_up(tokens, step), 1, [&](int64_t index, int64_t) { fill_rows(index * step, index * step + 1); });
+        work_.team.share(divide_up(tokens, step), 1, [&](int64_t index, int64_t) { fill_row(index * step); });
         meet(me, LOWBIT_PART_NORM);
         work_.team.share(stretches, 1, [&](int64_t stretch, int64_t) { me.input.balance(stretch); });
         meet(me, LOWBIT_PART_NORM);
     }
-    work_.team.share(tokens, unit_, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t)
-            if (step == 0 || t % step != 0) fill_rows(t, t + 1);
-        me.input.make_ready(begin, end);
+    // Rows that end as forms need no place of their own, which would have to come from beyond the caches and to go there again.
+    const int64_t unit = me.input.unit();
+    const bool near = rows.near && formed && unit <= kNearTokens;
+    work_.team.share(tokens, unit, [&](int64_t begin, int64_t end) {
+        float* place = near ? rows.near - begin * rows.stride : rows.data;
+        for (int64_t t = begin; t < end; ++t) {
+            float* to = place + t * rows.stride;
+            if (step == 0 || t % step != 0) fill(t, to);
+            else if (near) memcpy(to, rows.data + t * rows.stride, static_cast<size_t>(rows.stride) * sizeof(float));
+        }
+        me.input.make_ready(begin, end, place);
     });
     meet(me, LOWBIT_PART_NORM);
 }

@@ -45,9 +45,12 @@ struct ExpertTask {
     int64_t first;  // of its assignments
 };
 
+constexpr int64_t kNearTokens = 48;
+
 // What a thread keeps for itself. A step allocates nothing: a thread that ran out of memory would leave the others at a barrier.
 struct Room {
     Buffer<float> hidden, x;       // [kAloneTokens][widest]
+    Buffer<float> near;            // [kNearTokens][hidden]: rows between a norm and the forms made of them
     Buffer<uint8_t> packed;        // forms of an input, kAloneTokens
     Buffer<float> row;             // one row of q, k and v, normalised
     Buffer<float> branch;          // one token's sum of experts, or its norm
