@@ -137,7 +137,9 @@ def test_cache_types(case: str, cache: str) -> None:
         assert relative(last, expected[-12:]) < CACHE_TOLERANCE[cache]
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "amx", "amx_emulated", "neon", "neon_i8mm"])
+@pytest.mark.parametrize(
+    "name", ["portable", "avx2", "avx512_vnni", "avx512", "amx", "amx_emulated", "neon", "neon_i8mm"]
+)
 def test_instruction_sets_agree(name: str) -> None:
     spec, tensors = spec_and_arrays("gemma3")
     expected = decoder_logits(spec, tensors, ids(70))

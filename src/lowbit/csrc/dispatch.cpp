@@ -30,11 +30,11 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 #endif
 
 #if defined(LOWBIT_AVX512)
-bool has_avx512() {
+bool has_avx512_vnni() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("avx512vbmi");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+bool has_avx512() { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi"); }
 #endif
 
 #if defined(LOWBIT_AVX512_BF16)
@@ -103,6 +103,7 @@ const Row kRows[] = {
 #if defined(LOWBIT_AVX512)
     {&kAvx512, has_avx512},
     {&kAmxEmulated, has_avx512, true},
+    {&kAvx512Vnni, has_avx512_vnni},
 #endif
 #if defined(LOWBIT_AVX2)
     {&kAvx2, has_avx2},

@@ -33,7 +33,7 @@ extern const Isa kPortable;
 extern const Isa kAvx2;
 #endif
 #if defined(LOWBIT_AVX512)
-extern const Isa kAvx512;
+extern const Isa kAvx512, kAvx512Vnni;
 extern const FoldedProducts kEmulatedProducts;
 extern const BrainProducts kEmulatedBrains;
 #endif

@@ -29,7 +29,7 @@ const EngineIsa& engine_isa() {
 #endif
 #if defined(LOWBIT_AVX512)
     if (isa().folded == &kEmulatedProducts) return kEngineAmxEmulated;
-    if (isa().decode_rows == kAvx512.decode_rows) return kEngineAvx512;
+    if (isa().decode_rows == kAvx512.decode_rows || isa().decode_rows == kAvx512Vnni.decode_rows) return kEngineAvx512;
 #endif
 #if defined(LOWBIT_AVX2)
     if (isa().decode_rows == kAvx2.decode_rows) return kEngineAvx2;

@@ -132,6 +132,7 @@ struct Table {
 inline Table load_table(const uint8_t* bytes) {
     return {{load_bytes(bytes), load_bytes(bytes + 64), load_bytes(bytes + 128), load_bytes(bytes + 192)}};
 }
+#if defined(__AVX512VBMI__)
 template <int kBits>
 inline Bytes look_up(const Table& table, Bytes codes) {
     if (kBits <= 6) return _mm512_permutexvar_epi8(codes, table.parts[0]);
@@ -139,6 +140,28 @@ inline Bytes look_up(const Table& table, Bytes codes) {
     const __m512i high = _mm512_permutex2var_epi8(table.parts[2], codes, table.parts[3]);
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
 }
+#else
+// The entry of each code in the lower half of a lane of 16 bits: entries come in pairs, of which the lowest bit of the code takes one.
+template <int kBits>
+inline Bytes look_up_pairs(const Table& table, Bytes codes) {
+    const Bytes pair = _mm512_srli_epi16(codes, 1), which = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(1)), 3);
+    Bytes found;
+    if (kBits <= 6) {
+        found = _mm512_permutexvar_epi16(pair, table.parts[0]);
+    } else {
+        const Bytes low = _mm512_permutex2var_epi16(table.parts[0], pair, table.parts[1]);
+        const Bytes high = _mm512_permutex2var_epi16(table.parts[2], pair, table.parts[3]);
+        found = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(codes, _mm512_set1_epi16(128)), low, high);
+    }
+    return _mm512_and_si512(_mm512_srlv_epi16(found, which), _mm512_set1_epi16(255));
+}
+template <int kBits>
+inline Bytes look_up(const Table& table, Bytes codes) {
+    if (kBits <= 4) return _mm512_shuffle_epi8(_mm512_shuffle_i32x4(table.parts[0], table.parts[0], 0), codes);
+    const Bytes even = look_up_pairs<kBits>(table, _mm512_and_si512(codes, _mm512_set1_epi16(255)));
+    return _mm512_or_si512(even, _mm512_slli_epi16(look_up_pairs<kBits>(table, _mm512_srli_epi16(codes, 8)), 8));
+}
+#endif
 
 inline Ints round_floats(Floats v) { return _mm512_cvtps_epi32(v); }
 
