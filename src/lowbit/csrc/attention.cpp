@@ -35,18 +35,20 @@ inline void turn_pair(float& a, float& b, float cosine, float sine) {
 }
 }  // namespace
 
-void Step::rotate(int64_t layer, int64_t token, float* head) const {
+// A head of a token where the products left it, and the angles that its pairs turn by.
+HeadJob Step::head_of(const Member& me, int64_t layer, int64_t token, int64_t place) const {
+    HeadJob job{work_.qkv.get(), me.qkv_type, token * plans_.qkv_size + place, model_.head_dim, nullptr, nullptr, 0, 1.0f};
+    const int32_t index = layer < 0 ? -1 : plans_.layers[static_cast<size_t>(layer)].rope;
+    if (index < 0) return job;
+    job.half = plans_.ropes[static_cast<size_t>(index)].rotary_dim / 2;
+    job.cosines = work_.turns.get() + (index * engine_.options.chunk + token) * turn_stride_;
+    job.sines = job.cosines + job.half;
+    return job;
+}
+
+bool Step::turns_neighbours(int64_t layer) const {
     const int32_t index = plans_.layers[static_cast<size_t>(layer)].rope;
-    if (index < 0) return;
-    const lowbit_rope& rope = plans_.ropes[static_cast<size_t>(index)];
-    const int half = rope.rotary_dim / 2;
-    const float* cosines = work_.turns.get() + (index * engine_.options.chunk + token) * turn_stride_;
-    const float* sines = cosines + half;
-    if (rope.pairing == LOWBIT_NEIGHBOURS) {
-        for (int i = 0; i < half; ++i) turn_pair(head[2 * i], head[2 * i + 1], cosines[i], sines[i]);
-        return;
-    }
-    isa_.turn(head, head + half, cosines, sines, half);
+    return index >= 0 && plans_.ropes[static_cast<size_t>(index)].pairing == LOWBIT_NEIGHBOURS;
 }
 
 namespace {
@@ -63,53 +65,81 @@ lowbit_vector at_head(const lowbit_vector& vector, int64_t place) {
 
 // One head of a token as the products left it, clipped.
 void Step::read_head(const Member& me, int64_t token, int64_t place, float* to) const {
-    isa_.widen(work_.qkv.get(), me.qkv_type, token * plans_.qkv_size + place, model_.head_dim, to);
+    isa_.turn_head(head_of(me, -1, token, place), to);
     clip_head(to, model_.head_dim, model_.clip);
+}
+
+// A query or key normed, turned and scaled. `whole`: the row of all of them, where a norm spans them.
+void Step::take_head(const Member& me, int64_t layer, int64_t token, int64_t head, bool key, const float* whole, float* to) const {
+    const int64_t size = model_.head_dim, place = (key ? plans_.k_places : plans_.q_places)[static_cast<size_t>(head)];
+    const lowbit_vector& vector = plans_.layers[static_cast<size_t>(layer)].vectors[key ? LOWBIT_K_NORM : LOWBIT_Q_NORM];
+    HeadJob job = head_of(me, layer, token, place);
+    job.factor = key ? 1.0f : model_.attention_scale;
+    const bool neighbours = turns_neighbours(layer);
+    if (model_.qk_norm == LOWBIT_NO_QK_NORM && model_.clip <= 0.0f && !neighbours) return isa_.turn_head(job, to);
+    if (whole) memcpy(to, whole + head * size, static_cast<size_t>(size) * sizeof(float));
+    else read_head(me, token, place, to);
+    if (model_.qk_norm == LOWBIT_HEAD_NORM) norm(vector, to, size, to);
+    if (model_.qk_norm == LOWBIT_HEADS_NORM) norm(at_head(vector, head * size), to, size, to);
+    if (neighbours)
+        for (int64_t i = 0; i < job.half; ++i) turn_pair(to[2 * i], to[2 * i + 1], job.cosines[i], job.sines[i]);
+    else isa_.turn(to, to + job.half, job.cosines, job.sines, job.half);
+    if (!key) isa_.scale(to, job.factor, size, to);
 }
 
 // One behind another in `to`, or where they lie if that is NULL, as fp32 then.
 void Step::turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end, float* to) {
-    const int64_t size = model_.head_dim;
-    const lowbit_vector& vector = plans_.layers[static_cast<size_t>(layer)].vectors[LOWBIT_Q_NORM];
     const float* whole = source_of_heads(me, layer, token, false);
     for (int64_t h = head_begin; h < head_end; ++h) {
-        const int64_t place = plans_.q_places[static_cast<size_t>(h)];
-        float* out = to ? to + (h - head_begin) * size : work_.qkv.get() + token * plans_.qkv_size + place;
-        if (whole) memcpy(out, whole + h * size, static_cast<size_t>(size) * sizeof(float));
-        else read_head(me, token, place, out);
-        if (model_.qk_norm == LOWBIT_HEAD_NORM) norm(vector, out, size, out);
-        if (model_.qk_norm == LOWBIT_HEADS_NORM) norm(at_head(vector, h * size), out, size, out);
-        rotate(layer, token, out);
-        isa_.scale(out, model_.attention_scale, size, out);
+        float* out = to ? to + (h - head_begin) * model_.head_dim : work_.qkv.get() + token * plans_.qkv_size + plans_.q_places[static_cast<size_t>(h)];
+        take_head(me, layer, token, h, false, whole, out);
     }
 }
 
-void Step::store_heads(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end) {
-    const int64_t size = model_.head_dim, position = positions_[static_cast<size_t>(token)];
-    const lowbit_vector& vector = plans_.layers[static_cast<size_t>(layer)].vectors[LOWBIT_K_NORM];
-    const float* whole = source_of_heads(me, layer, token, true);
-    float* head = me.room.branch.get();
-    const int type = engine_.cache.type(), padded = engine_.cache.padded();
-    for (int64_t h = head_begin; h < head_end; ++h) {
-        const HeadCache cache = engine_.cache.head(layer, slots_[static_cast<size_t>(token)], h);
-        if (whole) memcpy(head, whole + h * size, static_cast<size_t>(size) * sizeof(float));
-        else read_head(me, token, plans_.k_places[static_cast<size_t>(h)], head);
-        if (model_.qk_norm == LOWBIT_HEAD_NORM) norm(vector, head, size, head);
-        if (model_.qk_norm == LOWBIT_HEADS_NORM) norm(at_head(vector, h * size), head, size, head);
-        rotate(layer, token, head);
-        const float key_scale = isa_.store_key(type, head, model_.head_dim, padded, cache.keys, position);
-        read_head(me, token, plans_.v_places[static_cast<size_t>(h)], head);
-        const float value_scale = isa_.store_value(type, head, model_.head_dim, padded, cache.values, position);
-        if (cache.key_scales) {
-            cache.key_scales[position] = key_scale;
-            cache.value_scales[position] = value_scale;
+void Step::ask_for_head(const Member& me, int64_t token, int64_t place) const {
+    const int64_t width = dtype_bytes(me.qkv_type);
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(work_.qkv.get()) + (token * plans_.qkv_size + place) * width;
+    for (int64_t i = 0; i < model_.head_dim * width; i += kVector) __builtin_prefetch(from + i);
+}
+
+// Keys and values of a head, of tokens that share a block of the cache.
+void Step::store_heads(Member& me, int64_t layer, int64_t token, int64_t count, int64_t head, const float* whole) {
+    const int64_t size = model_.head_dim, v_place = plans_.v_places[static_cast<size_t>(head)];
+    const HeadCache cache = engine_.cache.head(layer, slots_[static_cast<size_t>(token)], head);
+    float* rows = me.room.queries.get();
+    StoreJob job{engine_.cache.type(), model_.head_dim, engine_.cache.padded(), rows, positions_[static_cast<size_t>(token)], count, cache.keys, cache.key_scales};
+    for (int64_t i = 0; i < count; ++i) take_head(me, layer, token + i, head, true, whole, rows + i * size);
+    isa_.store_keys(job);
+    for (int64_t i = 0; i < count; ++i) read_head(me, token + i, v_place, rows + i * size);
+    job.to = cache.values;
+    job.scales = cache.value_scales;
+    isa_.store_values(job);
+}
+
+// An item is sixteen tokens of a prompt and one of their key heads; all heads where a norm spans them.
+//
+// What the next item reads is asked for meanwhile: the products wrote it past the caches, or another thread did into its own, and rows are too
+// far apart for the processor to follow. With several threads the next item is most likely that many further.
+void Step::prepare_heads(Member& me, int64_t layer, int64_t item) {
+    if (turns_whole_rows()) {
+        for (int64_t token = item * kKeyBlock; token < std::min((item + 1) * kKeyBlock, count_); ++token) {
+            const float* whole = source_of_heads(me, layer, token, true);
+            for (int64_t h = 0; h < model_.kv_heads; ++h) store_heads(me, layer, token, 1, h, whole);
+            turn_queries(me, layer, token, 0, model_.heads, nullptr);
         }
+        return;
     }
-}
-
-void Step::prepare_heads(Member& me, int64_t layer, int64_t token) {
-    store_heads(me, layer, token, 0, model_.kv_heads);
-    if (turns_whole_rows()) turn_queries(me, layer, token, 0, model_.heads, nullptr);
+    const int64_t next = item + work_.team.size(), first = next / model_.kv_heads * kKeyBlock;
+    const auto ahead = static_cast<size_t>(next % model_.kv_heads);
+    for (int64_t token = first; token < std::min<int64_t>(first + kKeyBlock, count_); ++token)
+        for (int64_t place : {plans_.k_places[ahead], plans_.v_places[ahead]}) ask_for_head(me, token, place);
+    const int64_t end = std::min<int64_t>((item / model_.kv_heads + 1) * kKeyBlock, count_);
+    for (int64_t token = item / model_.kv_heads * kKeyBlock, count = 0; token < end; token += count) {
+        const auto at = static_cast<size_t>(token);
+        const int64_t most = std::min(end - token, kKeyBlock - positions_[at] % kKeyBlock);
+        for (count = 1; count < most && slots_[at + static_cast<size_t>(count)] == slots_[at]; ++count) {}
+        store_heads(me, layer, token, count, item % model_.kv_heads, nullptr);
+    }
 }
 
 namespace {
@@ -136,7 +166,7 @@ void Step::attend_one(Member& me, int64_t layer, int64_t item) {
         if (s == splits_) return position + 1;
         return std::max(begin, (begin + length * s / splits_) / kKeyBlock * kKeyBlock);
     };
-    if (split == splits_ - 1) store_heads(me, layer, token, head, head + 1);
+    if (split == splits_ - 1) store_heads(me, layer, token, 1, head, source_of_heads(me, layer, token, true));
     AttendJob job = start_job(model_, engine_.cache, engine_.cache.head(layer, slots_[static_cast<size_t>(token)], head), window);
     const int64_t group = plans_.group, first_row = item * group;
     turn_queries(me, layer, token, head * group, (head + 1) * group, me.room.queries.get());

@@ -174,58 +174,5 @@ inline void attend_bytes(const AttendJob& job) {
     }
 }
 
-// What a byte of these numbers is worth, the largest being 127, and how many bytes a 1 is.
-struct ByteScale {
-    float scale, inverse;
-};
-
-inline ByteScale byte_scale(const float* x, int count) {
-    F32 most = splat(0.0f), poison = splat(0.0f);
-    for (int i = 0; i < count; i += kLane) {
-        const F32 value = i + kLane <= count ? load(x + i) : load_first(x + i, count - i);
-        most = larger(most, larger(value, splat(0.0f) - value));
-        poison = multiply_add(value, splat(0.0f), poison);
-    }
-    const float largest = largest_of(most);
-    if (sum_of(poison) != 0.0f) return {NAN, 0.0f};
-    return {largest / 127.0f, largest > kLeast ? 127.0f / largest : 0.0f};
-}
-
-// Bytes of a key or value, sixteen at a time, zero beyond its end and where it is none.
-template <class Put>
-inline void round_head(const float* x, int head_dim, int padded, float inverse, Put put) {
-    for (int i = 0; i < padded; i += kLane) {
-        alignas(64) int8_t bytes[kLane] = {};
-        if (inverse > 0.0f && i < head_dim)
-            store_bytes(bytes, (i + kLane <= head_dim ? load(x + i) : load_first(x + i, head_dim - i)) * splat(inverse));
-        put(i, bytes);
-    }
-}
-
-// At [channel / 4][16 keys][channel % 4], with 128 added.
-inline float store_key_bytes(const float* key, int head_dim, int padded, uint8_t* keys, int64_t position) {
-    const ByteScale by = byte_scale(key, head_dim);
-    uint8_t* to = keys + position / kKeyBlock * kKeyBlock * padded + position % kKeyBlock * 4;
-    round_head(key, head_dim, padded, by.inverse, [&](int i, const int8_t* bytes) {
-        for (int four = 0; four < kLane; four += 4) {
-            uint32_t word;
-            memcpy(&word, bytes + four, sizeof word);
-            word ^= 0x80808080u;
-            memcpy(to + (i + four) * kKeyBlock, &word, sizeof word);
-        }
-    });
-    return by.scale;
-}
-
-// At [channel][key % 4].
-inline float store_value_bytes(const float* value, int head_dim, int padded, uint8_t* values, int64_t position) {
-    const ByteScale by = byte_scale(value, head_dim);
-    uint8_t* to = values + position / 4 * 4 * padded + position % 4;
-    round_head(value, head_dim, padded, by.inverse, [&](int i, const int8_t* bytes) {
-        for (int k = 0; k < kLane; ++k) to[4 * (i + k)] = static_cast<uint8_t>(bytes[k]);
-    });
-    return by.scale;
-}
-
 }  // namespace
 }  // namespace lowbit

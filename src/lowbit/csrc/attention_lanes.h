@@ -188,39 +188,5 @@ inline void attend(const AttendJob& job) {
     }
 }
 
-// --- the cache ---
-
-// Beyond what fp16 holds there is an infinity, and a score of minus infinity would hide the key in silence; NaN shows.
-inline uint16_t half_or_none(float x) {
-    constexpr uint16_t kExponent = 0x7c00, kNone = 0x7e00;
-    const uint16_t half = to_fp16(x);
-    return (half & kExponent) == kExponent ? kNone : half;
-}
-
-inline float store_key(int cache_type, const float* key, int head_dim, int padded, void* keys, int64_t position) {
-    if (cache_type == LOWBIT_CACHE_INT8) return store_key_bytes(key, head_dim, padded, static_cast<uint8_t*>(keys), position);
-    const int64_t place = position / kKeyBlock * kKeyBlock * head_dim + position % kKeyBlock;
-    if (cache_type == LOWBIT_CACHE_FP16) {
-        uint16_t* to = static_cast<uint16_t*>(keys) + place;
-        for (int i = 0; i < head_dim; ++i) to[i * kKeyBlock] = half_or_none(key[i]);
-        return 1.0f;
-    }
-    float* to = static_cast<float*>(keys) + place;
-    for (int i = 0; i < head_dim; ++i) to[i * kKeyBlock] = key[i];
-    return 1.0f;
-}
-
-inline float store_value(int cache_type, const float* value, int head_dim, int padded, void* values, int64_t position) {
-    if (cache_type == LOWBIT_CACHE_INT8) return store_value_bytes(value, head_dim, padded, static_cast<uint8_t*>(values), position);
-    if (cache_type == LOWBIT_CACHE_FP16) {
-        uint16_t* to = static_cast<uint16_t*>(values) + position * padded;
-        for (int i = 0; i < padded; ++i) to[i] = i < head_dim ? to_fp16(value[i]) : 0;
-        return 1.0f;
-    }
-    float* to = static_cast<float*>(values) + position * padded;
-    for (int i = 0; i < padded; ++i) to[i] = i < head_dim ? value[i] : 0.0f;
-    return 1.0f;
-}
-
 }  // namespace
 }  // namespace lowbit

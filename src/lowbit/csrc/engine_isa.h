@@ -42,6 +42,26 @@ struct AttendJob {
 // By row queries in two planes of bytes, a tile's probabilities in two, five numbers, a flag; the last values of a tile (attention_tiles.h).
 inline int64_t attend_room(int64_t rows, int64_t padded) { return rows * (2 * padded + 2 * kKeyTile + 21) + kValueStep * padded; }
 
+// A head of a token as the products left it, to be widened, turned and scaled. Pairs that turn lie `half` apart; 0: nothing turns.
+struct HeadJob {
+    const void* from;  // rows of numbers
+    int dtype;
+    int64_t index, size;  // the head's place and width in them
+    const float* cosines;
+    const float* sines;
+    int64_t half;
+    float factor;
+};
+
+// Keys or values of one head at successive positions that share a block of the cache.
+struct StoreJob {
+    int cache_type, head_dim, padded;
+    const float* rows;  // [count][head_dim]
+    int64_t position, count;
+    void* to;       // the head's keys or values
+    float* scales;  // int8 only
+};
+
 // y[t][r] = bias[r] + sum x[t][k] w[r][k] for rows [row_begin, row_end) of a plain or a tight matrix.
 struct DenseJob {
     const float* x;
@@ -77,6 +97,7 @@ struct EngineIsa {
     void (*scale)(const float* from, float factor, int64_t count, float* to);
     void (*cap)(float* x, float multiplier, float soft_cap, int64_t count);
     void (*widen)(const void* from, int dtype, int64_t index, int64_t count, float* to);
+    void (*turn_head)(const HeadJob& job, float* to);
     int64_t (*largest)(const float* x, int64_t count);
     // e^((logit - top) * inverse), 0 where that is no normal number.
     void (*weigh)(const float* logits, int64_t count, float top, float inverse, float* weights);
@@ -96,9 +117,8 @@ struct EngineIsa {
     void (*read_tight)(const void* tight, int64_t row, int64_t first, int64_t count, uint16_t* to);
     bool tight_pays;  // decoding reads tight rows at least as fast as plain ones
     void (*attend)(const AttendJob& job);
-    // One key or value of a head into the cache; int8 returns its scale.
-    float (*store_key)(int cache_type, const float* key, int head_dim, int padded, void* keys, int64_t position);
-    float (*store_value)(int cache_type, const float* value, int head_dim, int padded, void* values, int64_t position);
+    void (*store_keys)(const StoreJob& job);
+    void (*store_values)(const StoreJob& job);
 };
 
 const EngineIsa& engine_isa();  // follows isa()

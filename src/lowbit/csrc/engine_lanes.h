@@ -128,6 +128,32 @@ void widen_numbers(const void* from, int dtype, int64_t index, int64_t count, fl
     for (; i < count; ++i) to[i] = load_number(from, dtype, index + i);
 }
 
+template <class Read>
+inline void turn_whole(const HeadJob& job, const Read& read, float* to) {
+    const F32 factor = splat(job.factor);
+    for (int64_t i = 0; i < job.half; i += kLane) {
+        const F32 first = read(i), second = read(job.half + i), cosine = load(job.cosines + i), sine = load(job.sines + i);
+        store(to + i, (first * cosine - second * sine) * factor);
+        store(to + job.half + i, (second * cosine + first * sine) * factor);
+    }
+    for (int64_t i = 2 * job.half; i < job.size; i += kLane) store(to + i, read(i) * factor);
+}
+
+// In one pass where whole vectors turn: each of three passes would load what the one before has just stored.
+void turn_head(const HeadJob& job, float* to) {
+    if (job.half % kLane == 0 && job.size % kLane == 0 && job.dtype == LOWBIT_FP32) {
+        const float* from = static_cast<const float*>(job.from) + job.index;
+        return turn_whole(job, [from](int64_t i) { return load(from + i); }, to);
+    }
+    if (job.half % kLane == 0 && job.size % kLane == 0 && job.dtype == LOWBIT_BF16) {
+        const uint16_t* from = static_cast<const uint16_t*>(job.from) + job.index;
+        return turn_whole(job, [from](int64_t i) { return load_brain(from + i); }, to);
+    }
+    widen_numbers(job.from, job.dtype, job.index, job.size, to);
+    turn_pairs(to, to + job.half, job.cosines, job.sines, job.half);
+    scale_values(to, job.factor, job.size, to);
+}
+
 int64_t largest_index(const float* x, int64_t count) {
     int64_t best = 0;
     F32 most = splat(-INFINITY);

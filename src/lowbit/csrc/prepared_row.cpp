@@ -2,6 +2,7 @@
 #include "prepared_row.h"
 
 #include <algorithm>
+#include <cstring>
 #include <initializer_list>
 
 #include "error.h"
@@ -11,20 +12,24 @@
 namespace lowbit {
 namespace {
 
-// The code at a position of a row: its bits come from one plane for each bit of `bits`, the widest first.
-inline uint32_t code_at(const uint8_t* unit, int bits, int64_t inside, int64_t lane) {
-    const int64_t step = inside / 4, byte = lane * 4 + inside % 4;
-    uint32_t code = 0;
+// The codes that a row has in a unit. Four inputs lie side by side in each plane, so they are put together four at a time: code by code a
+// row of 576 took 1.6 microseconds more.
+inline void read_unit(const uint8_t* unit, int bits, int64_t lane, uint8_t* to) {
+    uint32_t steps[kSteps] = {};
     int low = 0;
-    for (int width : {8, 4, 2, 1}) {
+    for (int width : {8, 4, 2, 1}) {  // a plane for each bit of `bits`, the widest first
         if (!(bits & width)) continue;
-        const int64_t steps_per_vector = 8 / width;
-        const uint8_t* plane = unit + low * kVector;
-        const uint32_t value = plane[step / steps_per_vector * kVector + byte];
-        code |= ((value >> (step % steps_per_vector * width)) & ((1u << width) - 1)) << low;
+        const int steps_per_vector = 8 / width;
+        const uint32_t mask = ((1u << width) - 1) * 0x01010101u;
+        const uint8_t* plane = unit + low * kVector + lane * 4;
+        for (int step = 0; step < kSteps; ++step) {
+            uint32_t four;
+            memcpy(&four, plane + step / steps_per_vector * kVector, sizeof four);
+            steps[step] |= ((four >> (step % steps_per_vector * width)) & mask) << low;
+        }
         low += width;
     }
-    return code;
+    memcpy(to, steps, sizeof steps);
 }
 
 void read_prepared(const Header& header, int64_t row, float* to) {
@@ -46,11 +51,17 @@ void read_prepared(const Header& header, int64_t row, float* to) {
         float zero = static_cast<float>(zeros ? zeros[group * kBlockRows + lane] : header.zero);
         if (header.scales.minima == kZeroMinima) zero *= header.zero_step;
         const int64_t end = std::min((group + 1) * header.plan.group, header.cols);
-        for (int64_t k = group * header.plan.group; k < end; ++k) {
-            const int64_t position = header.plan.straight ? k : header.plan.position_of(k);
-            const uint32_t code = code_at(units + position / kUnit * unit_bytes, header.bits, position % kUnit, lane);
-            const float value = header.table ? header.levels[code] : static_cast<float>(code) - zero;
-            to[k] = scale.scale * value + scale.minimum;
+        int64_t count = 0;
+        for (int64_t k = group * header.plan.group; k < end; k += count) {
+            const int64_t position = header.plan.position_of(k), inside = position % kUnit;
+            count = std::min({end - k, kUnit - inside, header.plan.filled - k % header.plan.group % header.plan.filled});
+            uint8_t codes[kUnit];
+            read_unit(units + position / kUnit * unit_bytes, header.bits, lane, codes);
+            for (int64_t i = 0; i < count; ++i) {
+                const uint8_t code = codes[inside + i];
+                const float value = header.table ? header.levels[code] : static_cast<float>(code) - zero;
+                to[k + i] = scale.scale * value + scale.minimum;
+            }
         }
     }
 }

@@ -228,10 +228,7 @@ void Step::heads(Member& me, int64_t layer) {
     run_tasks(me, tasks, count, {{&plan.o}});
     meet(me, LOWBIT_PART_QKV);
     if (decoding_) return;
-    // So many tokens share the lines of the cache that their keys are stored to.
-    work_.team.share(count_, kKeyBlock, [&](int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; ++token) prepare_heads(me, layer, token);
-    });
+    work_.team.share(head_items(), 1, [&](int64_t item, int64_t) { prepare_heads(me, layer, item); });
     meet(me, LOWBIT_PART_ROPE);
 }
 

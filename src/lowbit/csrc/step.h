@@ -77,13 +77,17 @@ private:
     void head(Member& me);
 
     // attention.cpp
-    void prepare_heads(Member& me, int64_t layer, int64_t token);
+    void prepare_heads(Member& me, int64_t layer, int64_t item);
+    int64_t head_items() const { return divide_up(count_, kKeyBlock) * (turns_whole_rows() ? 1 : model_.kv_heads); }
     bool turns_whole_rows() const { return model_.qk_norm == LOWBIT_WIDTH_NORM; }
     void read_head(const Member& me, int64_t token, int64_t place, float* to) const;
+    void take_head(const Member& me, int64_t layer, int64_t token, int64_t head, bool key, const float* whole, float* to) const;
+    void ask_for_head(const Member& me, int64_t token, int64_t place) const;
     void gather_queries(Member& me, int64_t layer, int64_t token, int64_t head, float* to);
     void turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end, float* out);
-    void store_heads(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end);
-    void rotate(int64_t layer, int64_t token, float* head) const;
+    void store_heads(Member& me, int64_t layer, int64_t token, int64_t count, int64_t head, const float* whole);
+    HeadJob head_of(const Member& me, int64_t layer, int64_t token, int64_t place) const;
+    bool turns_neighbours(int64_t layer) const;
     void attend_one(Member& me, int64_t layer, int64_t item);
     void attend_tile(Member& me, int64_t layer, const Tile& tile, int64_t head);
     void finish_head(int64_t layer, int64_t head, const float* out, float most, float total, float* to) const;
