@@ -55,7 +55,7 @@ def sets_here(names: Iterable[str]) -> list[str]:
 
 
 def instruction_sets() -> list[str]:
-    return sets_here(("amx", "avx512", "avx2", "neon_i8mm", "neon", "portable"))
+    return sets_here(("amx", "avx512", "avx_vnni", "avx2", "neon_i8mm", "neon", "portable"))
 
 
 def every_instruction_set() -> list[str]:

@@ -138,7 +138,7 @@ def test_cache_types(case: str, cache: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["portable", "avx2", "avx512_vnni", "avx512", "amx", "amx_emulated", "neon", "neon_i8mm"]
+    "name", ["portable", "avx2", "avx_vnni", "avx512_vnni", "avx512", "amx", "amx_emulated", "neon", "neon_i8mm"]
 )
 def test_instruction_sets_agree(name: str) -> None:
     spec, tensors = spec_and_arrays("gemma3")

@@ -82,7 +82,7 @@ def threads() -> int:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: portable, avx2, avx512_vnni, avx512, avx512_bf16, amx, neon or neon_i8mm."""
+    """The instruction set in use: portable, avx2, avx_vnni, avx512_vnni, avx512, avx512_bf16, amx, neon or neon_i8mm."""
     return bytes(library().lowbit_isa()).decode()
 
 

@@ -16,6 +16,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kRowTile = 6, kVectorTile = 4;
+#elif defined(__AVXVNNI__)
+constexpr int kRowTile = 6, kVectorTile = 1;
 #else
 constexpr int kRowTile = 4, kVectorTile = 1;
 #endif

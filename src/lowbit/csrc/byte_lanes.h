@@ -73,8 +73,13 @@ inline void store_planes(uint8_t* high, uint8_t* low, const F32 (&x)[4]) {
 
 #elif defined(__AVX2__)
 
+#if defined(__AVXVNNI__)
+constexpr int kQueryPlanes = 1, kQueryBits = 7;
+constexpr float kShareByte = 255.0f;
+#else
 constexpr int kQueryPlanes = 2, kQueryBits = 6;
 constexpr float kShareByte = 127.0f;
+#endif
 struct I32 {
     __m256i a, b;
 };
@@ -91,32 +96,34 @@ inline Quads splat_quad(const uint8_t* p) {
     memcpy(&four, p, sizeof four);
     return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
 }
-inline __m256i four_products(__m256i unsigned_bytes, __m256i signed_bytes) {
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_bytes, signed_bytes), _mm256_set1_epi16(1));
+inline __m256i add_four_products(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_bytes, signed_bytes), _mm256_set1_epi16(1)));
+#endif
 }
 inline I32 dot_quads(I32 sum, Quads unsigned_bytes, Quads signed_bytes) {
-    return {_mm256_add_epi32(sum.a, four_products(unsigned_bytes.a, signed_bytes.a)),
-            _mm256_add_epi32(sum.b, four_products(unsigned_bytes.b, signed_bytes.b))};
+    return {add_four_products(sum.a, unsigned_bytes.a, signed_bytes.a), add_four_products(sum.b, unsigned_bytes.b, signed_bytes.b)};
 }
 template <int kBits>
 inline I32 shift_left(I32 x) {
     return {_mm256_slli_epi32(x.a, kBits), _mm256_slli_epi32(x.b, kBits)};
 }
 inline F32 to_floats(I32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
-    alignas(32) int32_t whole[kLane];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(whole), _mm256_cvtps_epi32(x.a));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(whole + 8), _mm256_cvtps_epi32(x.b));
-    for (int i = 0; i < kLane; ++i) {
-        high[i] = static_cast<uint8_t>(whole[i] >> 7);
-        low[i] = static_cast<uint8_t>(whole[i] & 127);
-    }
-}
-inline void store_plane(uint8_t* to, F32 x) {
+inline __m256i whole_shorts(F32 x) {
     const __m256i shorts = _mm256_packus_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));  // 0-3 8-11 4-7 12-15
-    const __m256i ordered = _mm256_permute4x64_epi64(shorts, 0xD8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+    return _mm256_permute4x64_epi64(shorts, 0xD8);
 }
+inline void store_shorts(uint8_t* to, __m256i shorts) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1)));
+}
+inline void store_planes(uint8_t* high, uint8_t* low, F32 x) {
+    const __m256i shorts = whole_shorts(x);
+    store_shorts(high, _mm256_srli_epi16(shorts, 7));
+    store_shorts(low, _mm256_and_si256(shorts, _mm256_set1_epi16(127)));
+}
+inline void store_plane(uint8_t* to, F32 x) { store_shorts(to, whole_shorts(x)); }
 
 #else
 

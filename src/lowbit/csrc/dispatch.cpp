@@ -10,8 +10,10 @@
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
-#if defined(LOWBIT_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(LOWBIT_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -27,6 +29,14 @@ struct Row {
 
 #if defined(LOWBIT_AVX2) || defined(LOWBIT_AVX512)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+#endif
+
+#if defined(LOWBIT_AVX_VNNI)
+bool has_avx_vnni() {
+    constexpr unsigned kFeature = 1u << 4;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & kFeature;
+}
 #endif
 
 #if defined(LOWBIT_AVX512)
@@ -104,6 +114,9 @@ const Row kRows[] = {
     {&kAvx512, has_avx512},
     {&kAmxEmulated, has_avx512, true},
     {&kAvx512Vnni, has_avx512_vnni},
+#endif
+#if defined(LOWBIT_AVX_VNNI)
+    {&kAvxVnni, has_avx_vnni},
 #endif
 #if defined(LOWBIT_AVX2)
     {&kAvx2, has_avx2},

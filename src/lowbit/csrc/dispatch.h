@@ -32,6 +32,9 @@ extern const Isa kPortable;
 #if defined(LOWBIT_AVX2)
 extern const Isa kAvx2;
 #endif
+#if defined(LOWBIT_AVX_VNNI)
+extern const Isa kAvxVnni;
+#endif
 #if defined(LOWBIT_AVX512)
 extern const Isa kAvx512, kAvx512Vnni;
 extern const FoldedProducts kEmulatedProducts;

@@ -31,6 +31,9 @@ const EngineIsa& engine_isa() {
     if (isa().folded == &kEmulatedProducts) return kEngineAmxEmulated;
     if (isa().decode_rows == kAvx512.decode_rows || isa().decode_rows == kAvx512Vnni.decode_rows) return kEngineAvx512;
 #endif
+#if defined(LOWBIT_AVX_VNNI)
+    if (isa().decode_rows == kAvxVnni.decode_rows) return kEngineAvxVnni;
+#endif
 #if defined(LOWBIT_AVX2)
     if (isa().decode_rows == kAvx2.decode_rows) return kEngineAvx2;
 #endif

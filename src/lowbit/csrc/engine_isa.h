@@ -136,6 +136,9 @@ extern const EngineIsa kEnginePortable;
 #if defined(LOWBIT_AVX2)
 extern const EngineIsa kEngineAvx2;
 #endif
+#if defined(LOWBIT_AVX_VNNI)
+extern const EngineIsa kEngineAvxVnni;
+#endif
 #if defined(LOWBIT_AVX512)
 extern const EngineIsa kEngineAvx512;
 #endif

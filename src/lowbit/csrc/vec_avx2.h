@@ -19,11 +19,16 @@ struct Floats {
     __m256 h[2];
 };
 
-// Half the registers of AVX-512 and two of them per block: 8 sums of each kind would already spill.
-constexpr int kPanelTokens = 3;
+// Half the registers of AVX-512 and two of them per block.
 constexpr int kPanelBlocks = 1;
+#if defined(__AVXVNNI__)
+constexpr int kPanelTokens = 6;  // a sum waits five cycles for itself, and two begin in each
+constexpr int kWideBias = 0;
+#else
+constexpr int kPanelTokens = 3;  // 8 sums of each kind would already spill
 // Products of pairs saturate at 16 bits when weights exceed 127; those are made signed first.
 constexpr int kWideBias = 128;
+#endif
 
 template <class Operation>
 inline Bytes each(Operation operation) {
@@ -77,6 +82,12 @@ inline Ints add_ints(Ints a, Ints b) {
 }
 inline Bytes spread_bytes(const uint8_t* from) { return multiply_ints(widen_bytes(from), splat_ints(0x01010101)); }
 
+#if defined(__AVXVNNI__)
+template <bool kWide>
+inline Ints dot(Ints sums, Bytes weights, Ints x) {
+    return each([=](int i) { return _mm256_dpbusd_avx_epi32(sums.h[i], weights.h[i], x.h[i]); });
+}
+#else
 template <bool kWide>
 inline Ints dot(Ints sums, Bytes weights, Ints x) {
     return each([=](int i) {
@@ -90,6 +101,7 @@ inline Ints dot(Ints sums, Bytes weights, Ints x) {
         return _mm256_add_epi32(sums.h[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     });
 }
+#endif
 
 inline Floats to_floats(Ints v) {
     return each_float([=](int i) { return _mm256_cvtepi32_ps(v.h[i]); });
@@ -178,28 +190,26 @@ inline Floats look_up_floats(const float* levels, Ints codes) {
 }
 
 inline void floats_to_bytes(int8_t* to, Floats x, Floats inverse) {
-    alignas(32) int32_t values[16];
-    for (int i = 0; i < 2; ++i)
-        _mm256_store_si256(reinterpret_cast<__m256i*>(values) + i, _mm256_cvtps_epi32(_mm256_mul_ps(x.h[i], inverse.h[i])));
-    for (int i = 0; i < 16; ++i) to[i] = static_cast<int8_t>(values[i]);
+    const auto whole = [=](int i) { return _mm256_cvtps_epi32(_mm256_mul_ps(x.h[i], inverse.h[i])); };
+    // 0-3 8-11 4-7 12-15
+    const __m256i shorts = _mm256_permute4x64_epi64(_mm256_packs_epi32(whole(0), whole(1)), 0xD8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1)));
 }
 inline Floats absolute_most(Floats most, Floats x) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     return each_float([=](int i) { return _mm256_max_ps(most.h[i], _mm256_and_ps(magnitude, x.h[i])); });
 }
 inline float most_of(Floats v) {
-    alignas(32) float values[16];
-    store_floats(values, v);
-    float most = values[0];
-    for (float value : values) most = value > most ? value : most;
-    return most;
+    const __m256 eight = _mm256_max_ps(v.h[0], v.h[1]);
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_shuffle_ps(most, most, 1)));
 }
 inline float sum_of(Floats v) {
-    alignas(32) float values[16];
-    store_floats(values, v);
-    float sum = 0.0f;
-    for (float value : values) sum += value;
-    return sum;
+    const __m256 eight = _mm256_add_ps(v.h[0], v.h[1]);
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
 }
 
 }  // namespace

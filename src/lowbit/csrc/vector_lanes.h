@@ -150,9 +150,9 @@ inline __m256 bytes_of(const int8_t* p) {
 }
 inline F32 load_bytes(const int8_t* p) { return {bytes_of(p), bytes_of(p + 8)}; }
 inline void store_bytes(int8_t* p, F32 x) {
-    float all[kLane];
-    store(all, x);
-    for (int i = 0; i < kLane; ++i) p[i] = static_cast<int8_t>(all[i] > 127.0f ? 127.0f : all[i] < -128.0f ? -128.0f : nearbyintf(all[i]));
+    const __m256i shorts = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));  // 0-3 8-11 4-7 12-15
+    const __m256i ordered = _mm256_permute4x64_epi64(shorts, 0xD8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
 }
 inline F32 inside(F32 x, int from, int to, float other) {
     float all[kLane];
