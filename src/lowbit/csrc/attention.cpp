@@ -102,6 +102,12 @@ void Step::ask_for_head(const Member& me, int64_t token, int64_t place) const {
     for (int64_t i = 0; i < model_.head_dim * width; i += kVector) __builtin_prefetch(from + i);
 }
 
+// Those of a tile, while the one before it is attended. The products wrote them past the caches, in rows too far apart to be followed.
+void Step::ask_for_queries(const Member& me, const Tile& tile, int64_t head) const {
+    for (int64_t t = 0; t < tile.count; ++t)
+        for (int64_t h = head * plans_.group; h < (head + 1) * plans_.group; ++h) ask_for_head(me, tile.first + t, plans_.q_places[static_cast<size_t>(h)]);
+}
+
 // Keys and values of a head, of tokens that share a block of the cache.
 void Step::store_heads(Member& me, int64_t layer, int64_t token, int64_t count, int64_t head, const float* whole) {
     const int64_t size = model_.head_dim, v_place = plans_.v_places[static_cast<size_t>(head)];

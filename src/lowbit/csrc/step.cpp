@@ -240,6 +240,8 @@ void Step::attention(Member& me, int64_t layer) {
     work_.team.share(items, 1, [&](int64_t item, int64_t) {
         if (decoding_) return attend_one(me, layer, item);
         const int64_t at = items - 1 - item;  // the last tokens see the most keys: longest work first
+        const int64_t next = at - work_.team.size();  // most likely
+        if (next >= 0) ask_for_queries(me, tiles[static_cast<size_t>(next / model_.kv_heads)], next % model_.kv_heads);
         attend_tile(me, layer, tiles[static_cast<size_t>(at / model_.kv_heads)], at % model_.kv_heads);
     });
     meet(me, LOWBIT_PART_ATTENTION);

@@ -82,6 +82,7 @@ private:
     bool turns_whole_rows() const { return model_.qk_norm == LOWBIT_WIDTH_NORM; }
     void read_head(const Member& me, int64_t token, int64_t place, float* to) const;
     void take_head(const Member& me, int64_t layer, int64_t token, int64_t head, bool key, const float* whole, float* to) const;
+    void ask_for_queries(const Member& me, const Tile& tile, int64_t head) const;
     void ask_for_head(const Member& me, int64_t token, int64_t place) const;
     void gather_queries(Member& me, int64_t layer, int64_t token, int64_t head, float* to);
     void turn_queries(Member& me, int64_t layer, int64_t token, int64_t head_begin, int64_t head_end, float* out);
