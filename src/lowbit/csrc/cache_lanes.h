@@ -5,6 +5,9 @@
 // cache fill its lines, so AVX-512 brings them in order in registers and stores each line once.
 #pragma once
 #include "attention_shares.h"
+#if defined(__AVX512F__)
+#include "quarters_avx512.h"
+#endif
 
 namespace lowbit {
 namespace {
@@ -106,7 +109,7 @@ inline __m512i whole_numbers(const StoreJob& job, int r, int i, float inverse) {
     return _mm512_maskz_cvtps_epi32(there, (part_of(job.rows + r * job.head_dim, i, job.head_dim) * splat(inverse)).v);
 }
 
-// Quarter q of four registers has row 4q + the register's number, and rows become columns within each quarter.
+// Bytes of sixteen keys, four channels a word, as a line for every four channels.
 inline void store_key_block(const StoreJob& job) {
     alignas(64) float inverses[kKeyBlock];
     find_scales(job, inverses);
@@ -114,19 +117,7 @@ inline void store_key_block(const StoreJob& job) {
     const __m512i moved = _mm512_set1_epi8(-128);
     for (int i = 0; i < job.padded; i += kLane, to += kLane * kKeyBlock) {
         const auto bytes = [&](int r) { return _mm512_cvtsepi32_epi8(whole_numbers(job, r, i, inverses[r])); };
-        const auto four = [&](int r) {
-            __m512i v = _mm512_castsi128_si512(bytes(r));
-            v = _mm512_inserti32x4(v, bytes(r + 4), 1);
-            return _mm512_inserti32x4(_mm512_inserti32x4(v, bytes(r + 8), 2), bytes(r + 12), 3);
-        };
-        const __m512i a = four(0), b = four(1), c = four(2), d = four(3);
-        const __m512i low = _mm512_unpacklo_epi32(a, b), high = _mm512_unpackhi_epi32(a, b);
-        const __m512i other_low = _mm512_unpacklo_epi32(c, d), other_high = _mm512_unpackhi_epi32(c, d);
-        const auto put = [&](int line, __m512i v) { _mm512_storeu_si512(to + line * 4 * kKeyBlock, _mm512_xor_si512(v, moved)); };
-        put(0, _mm512_unpacklo_epi64(low, other_low));
-        put(1, _mm512_unpackhi_epi64(low, other_low));
-        put(2, _mm512_unpacklo_epi64(high, other_high));
-        put(3, _mm512_unpackhi_epi64(high, other_high));
+        transpose_quarters(bytes, [&](int line, __m512i v) { _mm512_storeu_si512(to + line * 4 * kKeyBlock, _mm512_xor_si512(v, moved)); });
     }
 }
 

@@ -290,7 +290,8 @@ bool make_room(const Plans& plans, const lowbit_engine_options& options, int64_t
     const int64_t padded = divide_up(model.head_dim, kBlockRows) * kBlockRows;
     const int64_t rows = std::max<int64_t>(64, model.heads);
     if (plans.sparse()) room->expert_tasks.reserve(static_cast<size_t>(std::min<int64_t>(model.expert_count, int64_t{options.chunk} * model.top_k)));
-    return room->parted.make(plans.sparse() ? 2 * model.expert.size : 0) && room->hidden.make(kAloneTokens * model.hidden_size) && room->x.make(kAloneTokens * widest) && room->near.make(kNearTokens * model.hidden_size) &&
+    return room->parted.make(plans.sparse() ? 2 * model.expert.size : 0) && room->hidden.make(kAloneTokens * model.hidden_size) && room->x.make(kAloneTokens * widest) &&
+           room->near.make(kNearTokens * model.hidden_size) &&
            room->packed.make(packed_bytes(plans, kAloneTokens, options.compute)) && room->row.make(plans.qkv_size) &&
            room->branch.make(std::max<int64_t>(model.hidden_size, padded)) && room->queries.make(rows * model.head_dim) &&
            room->scores.make(rows * kKeyTile) && room->out.make(rows * padded) && room->most.make(rows) && room->total.make(rows) &&

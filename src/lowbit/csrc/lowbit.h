@@ -77,7 +77,8 @@ LOWBIT_API const char* lowbit_version(void);
 /* Cores that a cgroup's cpu.max file pays for, rounded up; 0 where it sets no limit. */
 LOWBIT_API int lowbit_quota(const char* cpu_max);
 LOWBIT_API const char* lowbit_last_error(void);
-/* The instruction set in use: "portable", "avx2", "avx512", "avx512_bf16", "amx", "neon" or "neon_i8mm". */
+/* The instruction set in use: "portable", "avx2", "avx_vnni", "avx512_vnni", "avx512", "avx512_bf16", "amx", "neon" or
+   "neon_i8mm". */
 LOWBIT_API const char* lowbit_isa(void);
 /* Inputs whose scales the products of many tokens fold into one at most, 0 where every group keeps its own. */
 LOWBIT_API int lowbit_fold_length(void);

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "number.h"
+#include "quarters_avx512.h"
 
 // Loops over register arrays must vanish, or the arrays live in memory. Only where they fit the registers: the portable file would
 // take minutes to compile for nothing.
@@ -110,18 +111,7 @@ inline Bytes pair_brains(Floats even, Floats odd) {
 inline void transpose_words(const uint16_t* const* rows, uint8_t* to) {
     for (int c = 0; c < 4; ++c) {
         const auto quarter = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + 8 * c)); };
-        const auto four = [&](int row) {
-            __m512i v = _mm512_castsi128_si512(quarter(row));
-            v = _mm512_inserti32x4(v, quarter(row + 4), 1);
-            return _mm512_inserti32x4(_mm512_inserti32x4(v, quarter(row + 8), 2), quarter(row + 12), 3);
-        };
-        const __m512i a = four(0), b = four(1), d = four(2), e = four(3);
-        const __m512i low = _mm512_unpacklo_epi32(a, b), high = _mm512_unpackhi_epi32(a, b);
-        const __m512i other_low = _mm512_unpacklo_epi32(d, e), other_high = _mm512_unpackhi_epi32(d, e);
-        store_bytes(to + 256 * c, _mm512_unpacklo_epi64(low, other_low));
-        store_bytes(to + 256 * c + 64, _mm512_unpackhi_epi64(low, other_low));
-        store_bytes(to + 256 * c + 128, _mm512_unpacklo_epi64(high, other_high));
-        store_bytes(to + 256 * c + 192, _mm512_unpackhi_epi64(high, other_high));
+        transpose_quarters(quarter, [&](int i, __m512i column) { store_bytes(to + 256 * c + 64 * i, column); });
     }
 }
 

@@ -212,7 +212,7 @@ double distance(const float* y, const std::vector<double>& expected) {
 
 std::vector<const char*> instruction_sets() {
     std::vector<const char*> found;
-    for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated", "neon", "neon_i8mm"})
+    for (const char* name : {"portable", "avx2", "avx_vnni", "avx512_vnni", "avx512", "avx512_bf16", "amx", "amx_emulated", "neon", "neon_i8mm"})
         if (lowbit_set_isa(name) == LOWBIT_OK) found.push_back(name);
     lowbit_set_isa(nullptr);
     return found;
