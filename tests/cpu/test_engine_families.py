@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
 from lowbit.models.families import spec_from_config
+from lowbit.models.past import name_of_past
 from lowbit.models.spec import DecoderSpec
 from lowbit.runtime.engine import Engine
 from lowbit.runtime.weights import engine_weights
@@ -49,13 +50,11 @@ def test_logits_are_those_of_transformers(case: tuple[DecoderSpec, Engine, NDArr
 
 def logits_in_pieces(model: PreTrainedModel, ids: list[int], size: int) -> Logits:
     """Those of transformers, which keeps keys and values from one piece to the next."""
-    model, cache = (
-        copy.deepcopy(model),
-        DynamicCache(config=model.config),
-    )  # its frequencies remember the longest sequence
+    model = copy.deepcopy(model)  # its frequencies remember the longest sequence
+    past = {name_of_past(model.forward): DynamicCache(config=model.config)}
     with torch.inference_mode():
         pieces = [torch.tensor([ids[i : i + size]]) for i in range(0, len(ids), size)]
-        found = [model(piece, past_key_values=cache, use_cache=True).logits[0] for piece in pieces]
+        found = [model(piece, **past, use_cache=True).logits[0] for piece in pieces]
     return torch.cat(found).numpy()
 
 

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import lowbit
 from lowbit.models.families import spec_from_config
+from lowbit.models.past import name_of_past, past_of
 from lowbit.runtime.engine import Engine
 from lowbit.runtime.model import Model
 from lowbit.runtime.weights import engine_weights
@@ -53,7 +54,7 @@ def kept_keys(model: Any, prompt: list[int]) -> list[int]:
         out, ids = model(torch.tensor([prompt]), use_cache=True), []
         for _ in range(NEW):
             ids.append(int(out.logits[0, -1].argmax()))
-            out = model(torch.tensor([ids[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+            out = model(torch.tensor([ids[-1:]]), **{name_of_past(model.forward): past_of(out)}, use_cache=True)
     return ids
 
 

@@ -17,6 +17,7 @@ import lowbit.runtime
 from cpu.test_openvino_export import held_codes, ready_made, written_codes
 from interop.packed_linears import gptq_linear
 from lowbit.errors import CheckpointError, LowbitError, RecipeError
+from lowbit.models.past import PAST_NAMES, past_of, transformers_name
 from lowbit.openvino import (
     CompressWeightsMode,
     OVConfig,
@@ -74,10 +75,11 @@ def test_logits(model: OVModelForCausalLM, original: Any) -> None:
     np.testing.assert_allclose(whole.loss, original(tokens[1:], labels=tokens[1:]).loss, **CLOSE)
     last = model(tokens[1:], logits_to_keep=1).logits
     np.testing.assert_allclose(last, whole.logits[:, -1:], **CLOSE)
-    first = model(tokens[1:, :4])
-    rest = model(tokens[1:, 4:], past_key_values=first.past_key_values)
-    np.testing.assert_allclose(rest.logits, whole.logits[:, 4:], **CLOSE)
-    assert model(tokens, use_cache=False).past_key_values is None
+    for name in PAST_NAMES:
+        first = model(tokens[1:, :4])
+        rest = model(tokens[1:, 4:], **{name: past_of(first)})
+        np.testing.assert_allclose(rest.logits, whole.logits[:, 4:], **CLOSE)
+    assert past_of(model(tokens, use_cache=False)) is None
     assert isinstance(model(tokens, return_dict=False), tuple)
 
 
@@ -112,14 +114,12 @@ def test_guesses_and_assistants(model: OVModelForCausalLM, original: Any) -> Non
 
 def test_a_past_is_gone_on_with(model: OVModelForCausalLM, original: Any) -> None:
     first = generate(model, BATCH[1:])
-    past, more = (
-        copy.deepcopy(first.past_key_values),
-        torch.cat([first.sequences, torch.tensor([[77, 78]])], 1).tolist(),
-    )
+    past, more = past_of(first), torch.cat([first.sequences, torch.tensor([[77, 78]])], 1).tolist()
+    copied = copy.deepcopy(past)
     generate(model, BATCH[1:])  # another answer in between
     expected = generate(original, more).sequences.tolist()
-    assert generate(model, more, past_key_values=first.past_key_values).sequences.tolist() == expected
-    assert generate(model, more, past_key_values=past).sequences.tolist() == expected
+    for held in (past, copied):
+        assert generate(model, more, **{transformers_name(): held}).sequences.tolist() == expected
 
 
 def test_streamers_criteria_and_processors(model: OVModelForCausalLM, original: Any, tiny: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from lowbit.errors import LowbitError, RecipeError
+from lowbit.models.past import PAST_NAMES, past_of
 from lowbit.openvino import OVModelForSeq2SeqLM, OVModelForSpeechSeq2Seq, compress_weights
 from lowbit.openvino.opening import EXACT
 from lowbit.openvino.sites import low_bit_weights
@@ -90,9 +91,10 @@ def test_logits_and_every_way_to_generate(name: str, tmp_path: Path) -> None:
     found = model(**given, decoder_input_ids=begun)
     assert float((found.logits - expected).norm() / expected.norm()) < CLOSE
     # In two steps, with the past of the first.
-    first = model(**given, decoder_input_ids=begun[:, :3])
-    rest = model(**given, decoder_input_ids=begun[:, 3:], past_key_values=first.past_key_values)
-    torch.testing.assert_close(rest.logits, found.logits[:, 3:], rtol=0, atol=1e-4)
+    for past in PAST_NAMES:
+        first = model(**given, decoder_input_ids=begun[:, :3])
+        rest = model(**given, decoder_input_ids=begun[:, 3:], **{past: past_of(first)})
+        torch.testing.assert_close(rest.logits, found.logits[:, 3:], rtol=0, atol=1e-4)
     for way in WAYS:
         torch.manual_seed(5)
         wanted = original.generate(**given, max_new_tokens=12, **({"do_sample": False} | way))

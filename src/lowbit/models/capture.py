@@ -25,10 +25,11 @@ import torch
 from torch import nn
 
 from lowbit.errors import CheckpointError, RecipeError, one_line
+from lowbit.models.past import PAST_NAMES
 
 _PROBE_TOKENS = 8
 # A cache would remember every time that a block is run, and a block is run several times.
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+_CACHES = (*PAST_NAMES, "past_key_value", "layer_past", "cache_params")
 
 
 @dataclass(frozen=True)

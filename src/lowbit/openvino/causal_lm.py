@@ -19,6 +19,7 @@ import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowbit.errors import LowbitError
+from lowbit.models.past import transformers_name
 from lowbit.openvino.base import GraphConfig, OVModel, check_tokens
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.exporting import compress, export_decoder
@@ -74,26 +75,31 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: StateCache | None = None,
     ) -> Any:
-        """The logits after each token, or after those that `logits_to_keep` names, and the past to go on from."""
+        """The logits after each token, or after those that `logits_to_keep` names, and the past to go on from.
+
+        The past is taken as `cache=`, its name since transformers 5.24, and as `past_key_values=`, its name before.
+        """
         if input_ids is None or inputs_embeds is not None:
             raise LowbitError("the graph takes tokens: give input_ids= instead of inputs_embeds=")
         if output_attentions or output_hidden_states:
             raise LowbitError(
                 "the graph gives logits alone: leave out output_attentions= and output_hidden_states=, or ask the original model"
             )
-        cache = self._cache() if past_key_values is None else past_key_values
+        given = past_key_values if cache is None else cache
+        past = self._cache() if given is None else given
         tokens = _tokens(input_ids, self.config.get_text_config().vocab_size)
-        mask = _whole_mask(attention_mask, tokens.shape, cache.rows.length)
+        mask = _whole_mask(attention_mask, tokens.shape, past.rows.length)
         positions = None if position_ids is None else position_ids.cpu().numpy()
         if positions is None and mask is not None:
             positions = _count(mask)[:, -tokens.shape[1] :]
         wanted = _kept(logits_to_keep, tokens.shape[1])
-        found = cache.rows.read(tokens, cache.take_order(len(tokens)), mask, positions, wanted)
+        found = past.rows.read(tokens, past.take_order(len(tokens)), mask, positions, wanted)
         logits = torch.from_numpy(found)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.get_text_config().vocab_size)
-        past = None if use_cache is False else cache
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
+        kept = {transformers_name(): None if use_cache is False else past}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
         return output.to_tuple() if return_dict is False else output
 
     def _cache(self) -> StateCache:
@@ -101,17 +107,17 @@ class OVModelForCausalLM(OVModel, transformers.GenerationMixin):  # type: ignore
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
         """Called by generate before its first step: the past is a state, so a cache of another kind would stay empty."""
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(transformers_name())
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in _OWN_CACHES:
                 raise LowbitError(
                     f"the graph keeps what it has read itself: leave out cache_implementation="
                     f"{generation_config.cache_implementation!r}"
                 )
-            model_kwargs["past_key_values"] = self._cache()
+            model_kwargs[transformers_name()] = self._cache()
         elif given is not None and not isinstance(given, StateCache):
             raise LowbitError(
-                f"the graph keeps what it has read itself and takes no {type(given).__name__}: pass the past_key_values that "
+                f"the graph keeps what it has read itself and takes no {type(given).__name__}: pass the {transformers_name()} that "
                 "this model returned, or none"
             )
 

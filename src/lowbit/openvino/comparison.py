@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit.errors import LowbitError
+from lowbit.models.past import name_of_past, past_of
 from lowbit.openvino.export import Written
 from lowbit.openvino.library import core, device, devices
 from lowbit.openvino.native.rows import Decoder, Rows, check_graph
@@ -250,8 +251,8 @@ class _Followed:
         import torch  # the module is its
 
         with torch.no_grad():
-            found = self._model(torch.tensor([tokens]), past_key_values=past, use_cache=True)
-        return np.asarray(found.logits[0].float().numpy()), found.past_key_values
+            found = self._model(torch.tensor([tokens]), use_cache=True, **{name_of_past(self._model.forward): past})
+        return np.asarray(found.logits[0].float().numpy()), past_of(found)
 
 
 class _Graph:

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from lowbit.errors import LowbitError
+from lowbit.models.past import name_of_past, past_of
 from lowbit.openvino.stepping import PastLayer, make_stateful
 from lowbit.openvino.tracing import trace
 
@@ -54,6 +55,7 @@ class _Call(nn.Module):
     def __init__(self, model: Any, layers: int) -> None:
         super().__init__()
         self.model, self.layers = model, layers
+        self.past = name_of_past(model.forward)
         config = model.config.get_text_config()
         self.window = getattr(config, "sliding_window", None)
         self.kinds = set(getattr(config, "layer_types", None) or ())
@@ -67,7 +69,7 @@ class _Call(nn.Module):
             input_ids=input_ids,
             attention_mask=self._masks(attention_mask, input_ids.shape[1]),
             position_ids=position_ids,
-            past_key_values=cache,
+            **{self.past: cache},
             use_cache=True,
         )
         tensors = {"logits": found.logits}
@@ -95,7 +97,7 @@ def _past_shapes(model: Any) -> list[tuple[int, int]]:
     """Heads and width of the keys of each layer, as the model itself makes them."""
     with torch.no_grad():
         found = model(input_ids=torch.full((1, 2), 3, device=model.device), use_cache=True)
-    layers = getattr(getattr(found, "past_key_values", None), "layers", None) or []
+    layers = getattr(past_of(found), "layers", None) or []
     keys = [getattr(layer, "keys", None) for layer in layers]
     values = [getattr(layer, "values", None) for layer in layers]
     odd = [k for k, v in zip(keys, values, strict=True) if k is None or v is None or k.dim() != 4 or k.shape != v.shape]

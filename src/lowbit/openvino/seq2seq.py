@@ -20,12 +20,14 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
 from lowbit.errors import LowbitError, RecipeError
+from lowbit.models.past import transformers_name
 from lowbit.openvino.base import GraphConfig, check_tokens, copy_graphs
 from lowbit.openvino.configs import OVQuantizationMethod, OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import example_of
 from lowbit.openvino.exporting import compress
 from lowbit.openvino.library import halved
 from lowbit.openvino.opening import compile_model, infer, read_model
+from lowbit.openvino.state_cache import GraphCache
 from lowbit.openvino.stepping import trace_decoder
 from lowbit.openvino.traced import OVTraced, numbers
 from lowbit.openvino.tracing import trace
@@ -33,11 +35,11 @@ from lowbit.openvino.tracing import trace
 ENCODER, DECODER = "openvino_encoder_model.xml", "openvino_decoder_model.xml"
 
 
-class Past(transformers.Cache):  # type: ignore[misc]  # transformers is not typed
+class Past(GraphCache):
     """What generate asks of a cache; keys and values are in the request's state."""
 
     def __init__(self, request: Any) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.request, self.length = request, 0
         self.order: torch.Tensor | None = None
         self.is_updated: dict[int, bool] = {}
@@ -233,9 +235,10 @@ class OVModelForSeq2SeqLM(OVTraced, transformers.GenerationMixin):  # type: igno
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         input_features: Any = None,
+        cache: Any = None,
         **_: Any,
     ) -> Any:
-        """The logits after each token of `decoder_input_ids`, and the past to go on from."""
+        """The logits after each token of `decoder_input_ids`, and the past to go on from, which is taken by both of its names."""
         if labels is not None or output_attentions or output_hidden_states:
             raise LowbitError(
                 "the graph gives logits alone: leave out labels, output_attentions and output_hidden_states"
@@ -244,15 +247,17 @@ class OVModelForSeq2SeqLM(OVTraced, transformers.GenerationMixin):  # type: igno
             encoder_outputs = self.encoder(input_ids, attention_mask, input_features)
         if decoder_input_ids is None:
             raise LowbitError("give decoder_input_ids, or call generate, which begins with the model's own first token")
-        cache = past_key_values if isinstance(past_key_values, Past) else self._past()
+        given = past_key_values if cache is None else cache
+        past = given if isinstance(given, Past) else self._past()
         rows, count = decoder_input_ids.shape
         hidden = encoder_outputs[0]
         if decoder_attention_mask is not None and not bool(torch.as_tensor(decoder_attention_mask).all()):
             raise LowbitError("the decoder has one sentence in a row and no padding: call it for rows of one length")
-        order = cache.take_order(rows)
-        logits = self.decoder.forward(cache.request, decoder_input_ids, hidden, attention_mask, order)
-        cache.length += count
-        output = Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)
+        order = past.take_order(rows)
+        logits = self.decoder.forward(past.request, decoder_input_ids, hidden, attention_mask, order)
+        past.length += count
+        kept = {transformers_name(): past}
+        output = Seq2SeqLMOutput(logits=logits, encoder_last_hidden_state=hidden, **kept)
         return output.to_tuple() if return_dict is False else output
 
     def _past(self) -> Past:
@@ -260,8 +265,8 @@ class OVModelForSeq2SeqLM(OVTraced, transformers.GenerationMixin):  # type: igno
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
         """Called by generate before its first step."""
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self._past()
+        if model_kwargs.get(transformers_name()) is None:
+            model_kwargs[transformers_name()] = self._past()
 
 
 class OVModelForSpeechSeq2Seq(OVModelForSeq2SeqLM, WhisperGenerationMixin):  # type: ignore[misc]  # transformers is not typed

@@ -16,11 +16,21 @@ import transformers
 from lowbit.openvino.native.rows import Integers, Rows
 
 
-class StateCache(transformers.Cache):  # type: ignore[misc]  # transformers is not typed
+class GraphCache(transformers.Cache):  # type: ignore[misc]  # transformers is not typed
+    """A cache without layers: what they would hold is in a graph's state."""
+
+    # generate slices no prompt whose cache has linear layers alone, and would take one without layers for that.
+    is_linear = (False,)
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+
+class StateCache(GraphCache):
     """The past of a call of `OVModelForCausalLM`."""
 
     def __init__(self, rows: Rows) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.rows = rows
         self.order: Integers | None = None
 

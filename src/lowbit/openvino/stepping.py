@@ -24,6 +24,7 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from lowbit.errors import LowbitError
+from lowbit.models.past import name_of_past, past_of
 from lowbit.openvino.graph import floats, ints
 from lowbit.openvino.library import Node, ops, ov, states
 from lowbit.openvino.tracing import Traced, trace
@@ -58,6 +59,7 @@ class _Step(nn.Module):
         self.model, self.layers = model, layers
         named = inspect.signature(model.forward).parameters
         self.takes_positions = "decoder_position_ids" in named
+        self.past = name_of_past(model.forward)
 
     def forward(
         self,
@@ -81,7 +83,7 @@ class _Step(nn.Module):
             encoder_outputs=(encoder_hidden_states,),
             decoder_input_ids=input_ids,
             decoder_attention_mask=mask,
-            past_key_values=cache,
+            **{self.past: cache},
             use_cache=True,
             **options,
         )
@@ -127,8 +129,7 @@ def _past_shapes(model: Any, hidden: torch.Tensor) -> list[tuple[int, int]]:
             decoder_input_ids=torch.ones(hidden.shape[0], 1, dtype=torch.long),
             use_cache=True,
         )
-    cache = getattr(found, "past_key_values", None)
-    held = getattr(cache, "self_attention_cache", None)
+    held = getattr(past_of(found), "self_attention_cache", None)
     if held is None:
         raise LowbitError(
             f"{type(model).__name__} keeps its past in no way that lowbit knows: use it through lowbit.optimize_model"

@@ -26,6 +26,7 @@ from lowbit.checkpoint import auto, hub
 from lowbit.checkpoint.companions import copy_companions, travels
 from lowbit.configs.base import WeightOnlyConfig
 from lowbit.errors import CheckpointError, LowbitError, RecipeError, one_line
+from lowbit.models.past import PAST_NAMES
 from lowbit.openvino.base import GraphConfig, OVModel, check_tokens
 from lowbit.openvino.configs import OVWeightQuantizationConfig, Quantization
 from lowbit.openvino.examples import differs, example_of, fixed_for, outputs_of, table_of_positions, takes_positions
@@ -39,7 +40,7 @@ from lowbit.openvino.tracing import Traced, trace
 from lowbit.swap import copy_model
 
 # What a call may name though the graph does not take it: it changes nothing, or names what is always so here.
-_IDLE = {"token_type_ids", "use_cache", "past_key_values", "interpolate_pos_encoding"}
+_IDLE = {"token_type_ids", "use_cache", *PAST_NAMES, "interpolate_pos_encoding"}
 
 # Where a graph says how many tokens its table of positions is for.
 _TABLE = ["lowbit", "positions"]

@@ -17,10 +17,10 @@ from torch import nn
 
 from lowbit.compat.names import WORKS, Name
 from lowbit.errors import RecipeError
+from lowbit.models.past import PAST_NAMES, name_of_past, past_of
 
 # The tensors of a call without names, in that library's order; a tuple among them is the keys and values.
 _IN_ORDER = ("input_ids", "attention_mask", "position_ids")
-_PAST = "past_key_values"
 
 
 class TraceGraph:
@@ -38,12 +38,11 @@ class TraceGraph:
     def __call__(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, Any]:
         tensors = [given for given in inputs if isinstance(given, torch.Tensor)]
         named = dict(zip(_IN_ORDER, tensors, strict=False)) | named
-        for given in inputs:
-            if not isinstance(given, torch.Tensor):
-                named[_PAST] = given
-        named[_PAST] = _held(named.get(_PAST))
-        out = self.model(**named, use_cache=True, return_dict=True)
-        return out.logits, out.past_key_values
+        given = [named.pop(name) for name in PAST_NAMES if name in named]
+        given += [value for value in inputs if not isinstance(value, torch.Tensor)]
+        past = {name_of_past(self.model.forward): _held(given[-1] if given else None)}
+        out = self.model(**named, **past, use_cache=True, return_dict=True)
+        return out.logits, past_of(out)
 
 
 def _held(past: Any) -> Any:
