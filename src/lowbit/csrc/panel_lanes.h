@@ -144,6 +144,17 @@ inline void store_sums(const ProductJob& job, const Item& item, int64_t tile, co
             store_outputs(job, first + i, item.first_block + b, load_floats(sums + (i * kPanelBlocks + b) * kBlockRows));
 }
 
+// The lines that the next tile's sums leave to. Without asking, stores that miss the caches wait for each other behind the products: on a
+// machine whose third-level cache others fill, a prompt of SmolLM2 took 8% longer. A product called by itself finds them near.
+inline void ask_for_outputs(const ProductJob& job, const Item& item, int64_t tile) {
+    if (job.streams || !job.later || tile >= item.tiles) return;
+    const int64_t tokens = job.activations.tile, first = (item.first_tile + tile) * tokens, left = job.activations.tokens - first;
+    const int64_t number = dtype_bytes(job.y_dtype), row = job.y_stride * number, bytes = item.blocks * kBlockRows * number;
+    const uint8_t* lines = static_cast<const uint8_t*>(job.y) + first * row + item.first_block * kBlockRows * number;
+    for (int64_t i = 0; i < (left < tokens ? left : tokens); ++i)
+        for (int64_t at = 0; at < bytes; at += kVector) fetch_to_write(lines + i * row + at);
+}
+
 // Sums begin right before the first products of their tokens and leave right behind the last ones: both at once for all of an item
 // would wait for lines that the products of the next tile hide.
 template <bool kWide, bool kRowZeros, bool kMinima>
@@ -159,6 +170,7 @@ void panel_item(const ProductJob& job, const Item& item, Panel& panel, float* su
             const TileView x = view_tile(job.activations, item.first_tile + tile);
             float* place = sums + tile * kPanelTokens * kPanelBlocks * kBlockRows;
             if (first == 0) begin_sums(kPanelTokens, place);
+            if (first + stretch.segments == plan.segments) ask_for_outputs(job, item, tile + 1);
             if (item.blocks == kPanelBlocks) tile_product<kPanelBlocks, kWide, kRowZeros, kMinima>(panel, plan, stretch, x, place);
             else tile_product<1, kWide, kRowZeros, kMinima>(panel, plan, stretch, x, place);
             if (first + stretch.segments == plan.segments) store_sums(job, item, tile, place);

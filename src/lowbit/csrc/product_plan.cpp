@@ -179,9 +179,10 @@ bool writes_past_caches(const ProductJob& job, bool folded) {
 
 void Form::run(const ProductJob& given, int64_t begin, int64_t end) const {
     const Isa& set = isa();
+    if (few) return set.decode_rows(given, begin, end);
     ProductJob job = given;
     job.streams = writes_past_caches(job, folded);
-    (few ? set.decode_rows : brains ? set.brains->panel_items : folded ? set.folded->panel_items : integer ? set.panel_items : set.float_items)(job, begin, end);
+    (brains ? set.brains->panel_items : folded ? set.folded->panel_items : integer ? set.panel_items : set.float_items)(job, begin, end);
 }
 
 ProductJob Form::job(const Header& header, int joined) const {

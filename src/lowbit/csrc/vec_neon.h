@@ -52,6 +52,7 @@ inline void store_bytes(void* to, Bytes value) {
 }
 LOWBIT_INLINE void fetch(const void* address) { __builtin_prefetch(address); }
 LOWBIT_INLINE void fetch_second(const void* address) { __builtin_prefetch(address, 0, 2); }
+LOWBIT_INLINE void fetch_to_write(const void* address) { __builtin_prefetch(address, 1); }
 
 template <int kRight, int kMask>
 inline Bytes part(Bytes v) {

@@ -46,6 +46,7 @@ inline void store_bytes(void* to, const Bytes& value) { memcpy(to, &value, sizeo
 // Always inlined: gcc takes a call that only prefetches for one without effect and drops it.
 LOWBIT_INLINE void fetch(const void* address) { __builtin_prefetch(address); }
 LOWBIT_INLINE void fetch_second(const void* address) { __builtin_prefetch(address, 0, 2); }
+LOWBIT_INLINE void fetch_to_write(const void* address) { __builtin_prefetch(address, 1); }
 
 template <int kRight, int kMask>
 inline Bytes part(const Bytes& v) {

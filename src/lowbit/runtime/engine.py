@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -85,7 +86,7 @@ class Engine:
         """Free the cache and the buffers. The weights are the caller's."""
         if self._handle:
             if self._beside is not None and self._beside[0] == os.getpid():
-                self._beside[1].shutdown()
+                self._beside[1].shutdown(wait=not sys.is_finalizing())  # its thread has ended where Python ends
             self._core.lowbit_engine_destroy(self._handle)
             self._handle = None
 

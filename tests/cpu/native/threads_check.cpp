@@ -3,6 +3,7 @@
 #include <thread>
 
 #include "place.h"
+#include "stretches.h"
 #include "tiny_llama.h"
 
 namespace check {
@@ -166,6 +167,31 @@ void check_places() {
     EXPECT(sched_setaffinity(0, sizeof before, &before) == 0);
 }
 
+// Every item is given out once, however many take at once, from both ends of a stretch.
+void check_stretches() {
+    for (int size : {1, 2, 3, 4})
+        for (int64_t items : {0, 1, 3, 64, 5000})
+            for (int round = 0; round < 10; ++round) {
+                std::vector<lowbit::Stretch> stretches(static_cast<size_t>(size));
+                std::vector<std::atomic<int>> given(static_cast<size_t>(items));
+                std::atomic<int> misled{0};
+                const auto take = [&](int member) {
+                    lowbit::take_stretches(member, size, items, [&](int owner) -> lowbit::Stretch& { return stretches[static_cast<size_t>(owner)]; },
+                                           [&](int64_t item, int64_t next) {
+                                               ++given[static_cast<size_t>(item)];
+                                               misled += next >= 0 && next != item + 1;
+                                           });
+                };
+                std::vector<std::thread> members;
+                for (int member = 1; member < size; ++member) members.emplace_back(take, member);
+                take(0);
+                for (std::thread& member : members) member.join();
+                int once = 0;
+                for (const std::atomic<int>& count : given) once += count == 1;
+                EXPECT(once == items && misled == 0);
+            }
+}
+
 void check_one_engine() {
     const TinyLlama llama(nullptr);
     const lowbit_engine_options made = options(4096, 1, LOWBIT_CACHE_FP32, LOWBIT_COMPUTE_FP32, 512);
@@ -183,6 +209,7 @@ void check_one_engine() {
 
 void check_threads() {
     check_places();
+    check_stretches();
     check_meeting();
     check_one_engine();
 }
