@@ -13,12 +13,17 @@
 namespace lowbit {
 namespace {
 
-// Asks for what will be read kAhead bytes from now. Beyond the end of a range that is the range which the thread reads next: without
+// Through the nearest cache, on one Zen 5 with 82 GB/s: the 1.1 B in int4 takes 7% less time with 6 KiB than with 4 and as much with 8, in
+// 8 bits 1% and 3% more.
+constexpr int64_t kAheadNearest = 6144;
+
+// Asks for what will be read some KiB from now. Beyond the end of a range that is the range which the thread reads next: without
 // this, the first bytes of every range come at the speed of a cold start, and the ranges of small models have 20 KiB.
 struct Fetcher {
     const uint8_t* end;
     int64_t jump;
     bool second = asks_second_cache();
+    int64_t reach = second ? kAhead : kAheadNearest;
 
     Fetcher(const Header& header, const ProductJob& job, int64_t end_block) : end(block_at(header, end_block)), jump(job.next ? job.next - end : 0) {}
 
@@ -29,7 +34,7 @@ struct Fetcher {
 
     template <int kVectors>
     LOWBIT_INLINE void operator()(const uint8_t* reading) const {
-        const uint8_t* ahead = place(reading, kAhead);
+        const uint8_t* ahead = place(reading, reach);
         if (second)
             LOWBIT_UNROLL
             for (int v = 0; v < kVectors; ++v) fetch_second(ahead + v * kVector);
